@@ -1,0 +1,95 @@
+//! The API of Portolan (group `portolan.dev`, version `v1alpha1`) as Rust types.
+//!
+//! The YAML beside this crate (`crds/*.yaml`) and the chart's copy are generated from these types by
+//! `cargo run -p portolan-crds --bin generate-crds`; a test fails when they differ. This crate sees no client.
+
+mod network;
+mod storage_node;
+mod volume;
+
+pub use network::*;
+pub use storage_node::*;
+pub use volume::*;
+
+use kube::CustomResourceExt;
+use kube::core::crd::merge_crds;
+
+/// The API group of every kind here, and the name of the CSI driver and of its StorageClass provisioner.
+pub const GROUP: &str = "portolan.dev";
+/// The CSI driver's name (`CSIDriver.metadata.name`, `StorageClass.provisioner`).
+pub const DRIVER: &str = "portolan.dev";
+/// The only version served so far.
+pub const VERSION: &str = "v1alpha1";
+
+/// Pod annotation: the networks a pod is plugged into (`backend`, `backend, frontend@eth2`).
+pub const NETWORKS_ANNOTATION: &str = "portolan.dev/networks";
+/// Signer of the node agents' certificates (`CertificateSigningRequest.spec.signerName`).
+pub const NODE_SIGNER: &str = "portolan.dev/node";
+/// Secret (in the release's namespace) that holds the certificate authority: keys `tls.crt`, `tls.key`. Only the operator reads it.
+pub const CA_SECRET: &str = "portolan-ca";
+/// ConfigMap (in the release's namespace) with the authority's certificate, key `ca.crt`.
+pub const CA_CONFIG_MAP: &str = "portolan-ca";
+/// Node label and CSI topology key: which kind of pool a node has. A volume can go wherever such a pool is.
+pub const TOPOLOGY_KEY: &str = "topology.portolan.dev/zone-of-pool";
+/// Finalizer of a PortableVolume: datasets may still exist on nodes.
+pub const VOLUME_FINALIZER: &str = "portolan.dev/datasets";
+/// Finalizer of a VolumeAttachment that Portolan has answered.
+pub const ATTACH_FINALIZER: &str = "portolan.dev/attacher";
+/// Finalizer of a PersistentVolume that Portolan has provisioned.
+pub const PV_FINALIZER: &str = "portolan.dev/volume";
+/// Finalizer of a ContainerNetwork: pods may still be plugged into it.
+pub const NETWORK_FINALIZER: &str = "portolan.dev/endpoints";
+/// The address of the DNS server on every node, reached by a pod through its first Portolan network.
+pub const DNS_ADDRESS: std::net::Ipv4Addr = std::net::Ipv4Addr::new(169, 254, 53, 53);
+
+/// Name of the IPClaim of a pod's address on a network: at most 253 characters, one per (network, namespace, pod).
+pub fn claim_name(network: &str, namespace: &str, pod: &str) -> String {
+    format!("{network}.{namespace}.{pod}")
+}
+
+/// Name of the NetworkNodeSlice of a network on a node.
+pub fn slice_name(network: &str, node: &str) -> String {
+    format!("{network}.{node}")
+}
+
+/// A condition's two honest states; an unknown one is written `Unknown`.
+pub mod condition {
+    /// The condition holds.
+    pub const TRUE: &str = "True";
+    /// The condition does not hold; reason and message say why.
+    pub const FALSE: &str = "False";
+    /// Whether it holds can't be told now.
+    pub const UNKNOWN: &str = "Unknown";
+    /// The type every kind here has: all is as the spec wants it.
+    pub const READY: &str = "Ready";
+}
+
+/// Every custom resource definition, with the file name it is kept under.
+pub fn definitions()
+-> Vec<(String, k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition)> {
+    let all = [
+        PortableVolume::crd(),
+        StorageNode::crd(),
+        ContainerNetwork::crd(),
+        NetworkNodeSlice::crd(),
+        IPBlock::crd(),
+        IPClaim::crd(),
+    ];
+    all.into_iter()
+        .filter_map(|crd| {
+            let file = format!("{}.yaml", crd.spec.names.plural);
+            merge_crds(vec![crd], VERSION).ok().map(|crd| (file, crd))
+        })
+        .collect()
+}
+
+/// A definition as the YAML text that is kept in the tree.
+///
+/// # Errors
+/// When the type can't be serialised, which would be a defect of the type.
+pub fn to_yaml(
+    crd: &k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
+) -> Result<String, serde_saphyr::ser::Error> {
+    let header = "# Generated from crds/src by `make generate`: change the types, not this file.\n";
+    Ok(format!("{header}{}", serde_saphyr::to_string(crd)?))
+}

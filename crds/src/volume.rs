@@ -1,0 +1,218 @@
+//! PortableVolume: one volume, where it lives, and the handoff that moves it.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, MicroTime};
+use kube::CustomResource;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A volume that follows its pod: a ZFS dataset on its owner, and warm replicas elsewhere.
+#[derive(CustomResource, Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[kube(
+    group = "portolan.dev",
+    version = "v1alpha1",
+    kind = "PortableVolume",
+    plural = "portablevolumes",
+    shortname = "pvol",
+    status = "PortableVolumeStatus",
+    derive = "Default",
+    derive = "PartialEq",
+    printcolumn = r#"{"name":"Claim","type":"string","jsonPath":".spec.claim"}"#,
+    printcolumn = r#"{"name":"Node","type":"string","jsonPath":".status.owner"}"#,
+    printcolumn = r#"{"name":"Size","type":"string","jsonPath":".spec.size"}"#,
+    printcolumn = r#"{"name":"Used","type":"string","jsonPath":".status.used"}"#,
+    printcolumn = r#"{"name":"State","type":"string","jsonPath":".status.phase"}"#,
+    printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
+)]
+#[serde(rename_all = "camelCase")]
+pub struct PortableVolumeSpec {
+    /// The size as the claim asked for it (a Kubernetes quantity, `1Gi`).
+    pub size: String,
+    /// The size in bytes; the dataset's `refquota`.
+    #[schemars(range(min = 1))]
+    pub size_bytes: i64,
+    /// The claim, `namespace/name`.
+    #[serde(default)]
+    pub claim: String,
+    /// The claim's UID: a later claim of the same name is another volume.
+    #[serde(default)]
+    pub claim_uid: String,
+    /// What the StorageClass asked of the dataset.
+    #[serde(default)]
+    pub parameters: VolumeParameters,
+    /// Where the volume is wanted.
+    pub placement: Placement,
+}
+
+/// Where a volume is wanted. The owner follows; it never leads.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Placement {
+    /// The node that shall own the volume.
+    pub node: String,
+}
+
+/// The tunables of a volume's dataset, from the StorageClass. What is not given is the pool's default.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeParameters {
+    /// ZFS property `compression` (zfsprops(7)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<Compression>,
+    /// ZFS property `recordsize` in bytes: a power of two from 512 to 1 MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record_size: Option<u32>,
+    /// ZFS property `atime`; off unless asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub atime: Option<bool>,
+}
+
+/// Values of the ZFS property `compression` that Portolan passes on.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// Off.
+    Off,
+    /// The pool's default algorithm.
+    On,
+    /// LZJB, known to every ZFS.
+    Lzjb,
+    /// gzip, known to every ZFS.
+    Gzip,
+    /// LZ4, OpenZFS only.
+    Lz4,
+    /// Zstandard, OpenZFS 2.0 and later.
+    Zstd,
+}
+
+/// What is known of a volume. `owner` and `epoch` change only by compare-and-set (an update that carries the resourceVersion read).
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PortableVolumeStatus {
+    /// The one node that may write the volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+    /// Grows by one with each change of owner; also stamped on the dataset.
+    #[serde(default)]
+    pub epoch: i64,
+    /// What an operator needs to know at a glance.
+    #[serde(default)]
+    pub phase: VolumePhase,
+    /// Bytes the dataset uses at its owner, for people (`12Mi`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used: Option<String>,
+    /// Bytes the dataset uses at its owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_bytes: Option<i64>,
+    /// Every node that holds a dataset of this volume, the owner included. A volume is gone when this is empty.
+    #[serde(default)]
+    pub replicas: Vec<Replica>,
+    /// The move that is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handoff: Option<Handoff>,
+    /// The newest move that ended well, with its figures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_handoff: Option<HandoffReport>,
+    /// `Ready`, and what stands in its way.
+    #[serde(default)]
+    pub conditions: Vec<Condition>,
+}
+
+/// The state of a volume.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum VolumePhase {
+    /// No node has made the dataset yet.
+    #[default]
+    Pending,
+    /// The owner's dataset is there and may be mounted.
+    Ready,
+    /// A handoff is under way.
+    Moving,
+    /// Being deleted.
+    Deleting,
+}
+
+/// One node's copy of a volume.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Replica {
+    /// The node.
+    pub node: String,
+    /// The newest snapshot that this copy shares with the volume's history (short name, without dataset and `@`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
+    /// That snapshot's GUID, in decimal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guid: Option<String>,
+}
+
+/// A running move of a volume from its owner to another node.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Handoff {
+    /// The owner when the handoff began.
+    pub from: String,
+    /// The node that takes over.
+    pub to: String,
+    /// The epoch that the handoff will establish: the owner's plus one.
+    pub epoch: i64,
+    /// How far it is.
+    pub phase: HandoffPhase,
+    /// When it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<MicroTime>,
+    /// When the source had proved that nothing can write there any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quiesced_at: Option<MicroTime>,
+    /// The final snapshot's short name at the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
+    /// The final snapshot's GUID at the source, in decimal: the target's must equal it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guid: Option<String>,
+    /// Bytes of ZFS stream that the target has received.
+    #[serde(default)]
+    pub bytes: i64,
+    /// The common snapshot that the stream started from; none for a full one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+    /// Why the newest attempt failed, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+}
+
+/// The phases of a handoff, in order.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, PartialOrd, Serialize)]
+pub enum HandoffPhase {
+    /// The source unmounts, sets the dataset read-only and takes the final snapshot.
+    #[default]
+    Quiescing,
+    /// The target receives up to the final snapshot.
+    FinalSync,
+    /// Owner and epoch are the target's; it makes its dataset writable.
+    Activating,
+}
+
+/// A move that ended well.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HandoffReport {
+    /// The owner before.
+    pub from: String,
+    /// The owner after.
+    pub to: String,
+    /// The epoch it established.
+    pub epoch: i64,
+    /// Bytes of ZFS stream that were sent.
+    pub bytes: i64,
+    /// The common snapshot that the stream started from; none for a full one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+    /// When it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<MicroTime>,
+    /// When the target was writable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<MicroTime>,
+    /// Milliseconds from unmounted at the source to writable at the target.
+    pub downtime_milliseconds: i64,
+}
