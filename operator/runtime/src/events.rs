@@ -1,0 +1,62 @@
+//! Events: what a person sees in `kubectl describe`.
+
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+
+/// The longest note that the API takes, in bytes (events.k8s.io/v1, `Event.note`).
+const NOTE_LIMIT: usize = 1024;
+
+/// Publishes Events about objects. A failure to publish is logged, never returned: no work depends on it.
+#[derive(Clone)]
+pub struct Events {
+    recorder: Recorder,
+}
+
+impl Events {
+    /// Events reported by `component`; the instance is `POD_NAME`, or `NODE_NAME` outside of a pod.
+    pub fn new(client: kube::Client, component: &'static str) -> Self {
+        let instance = std::env::var("POD_NAME").or_else(|_| std::env::var("NODE_NAME")).ok();
+        Self { recorder: Recorder::new(client, Reporter { controller: component.to_owned(), instance }) }
+    }
+
+    /// Something happened as it should.
+    pub async fn normal(&self, about: &ObjectReference, reason: &str, action: &str, message: &str) {
+        self.publish(EventType::Normal, about, reason, action, message).await;
+    }
+
+    /// Something needs a look.
+    pub async fn warning(&self, about: &ObjectReference, reason: &str, action: &str, message: &str) {
+        self.publish(EventType::Warning, about, reason, action, message).await;
+    }
+
+    async fn publish(&self, type_: EventType, about: &ObjectReference, reason: &str, action: &str, message: &str) {
+        let event = Event {
+            type_,
+            reason: reason.to_owned(),
+            note: Some(shortened(message).to_owned()),
+            action: action.to_owned(),
+            secondary: None,
+        };
+        if let Err(error) = self.recorder.publish(&event, about).await {
+            let object = about.name.as_deref().unwrap_or_default();
+            tracing::warn!(object, reason, message, %error, "an Event could not be published");
+        }
+    }
+}
+
+fn shortened(message: &str) -> &str {
+    &message[..message.floor_char_boundary(NOTE_LIMIT)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_is_cut_between_characters() {
+        let long = "ü".repeat(NOTE_LIMIT);
+        assert_eq!(shortened(&long).len(), NOTE_LIMIT);
+        assert_eq!(shortened(&format!("x{long}")).len(), NOTE_LIMIT - 1);
+        assert_eq!(shortened("short"), "short");
+    }
+}
