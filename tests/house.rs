@@ -64,10 +64,16 @@ fn dependencies_point_from_binaries_to_libraries() {
         ("portolan-zfs", &kubernetes),
         ("portolan-net", &kubernetes),
         ("portolan-dns", &kubernetes),
-        ("portolan-cni", &["kube", "kube-client", "k8s-openapi", "tonic", "tokio", "portolan-crds", "portolan-runtime"]),
+        (
+            "portolan-cni",
+            &["kube", "kube-client", "k8s-openapi", "tonic", "tokio", "portolan-crds", "portolan-runtime"],
+        ),
         ("portolan-crds", &["kube-client", "tonic", "tokio", "portolan-runtime"]),
         ("portolan-runtime", &["portolan-operator", "portolan-csi", "portolan-agent", "tonic"]),
-        ("portolan-operator", &["portolan-csi", "portolan-agent", "portolan-zfs", "portolan-net", "portolan-dns", "tonic"]),
+        (
+            "portolan-operator",
+            &["portolan-csi", "portolan-agent", "portolan-zfs", "portolan-net", "portolan-dns", "tonic"],
+        ),
         ("portolan-csi", &["portolan-operator", "portolan-agent", "portolan-net", "portolan-dns", "portolan-cni"]),
         ("portolan-agent", &["portolan-operator", "portolan-csi", "portolan-zfs", "tonic"]),
         ("kubectl-portable", &["portolan-operator", "portolan-csi", "portolan-agent", "portolan-runtime"]),

@@ -1,1 +1,7 @@
-//! To be written.
+//! Portolan seen from outside: a real cluster (the lab), `kubectl`, `helm`, and what a user would look at.
+//!
+//! The lab must be up (`make lab-up`); `LANE` chooses which one.
+
+pub mod bad_input;
+pub mod lab;
+pub mod scene;

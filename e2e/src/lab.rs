@@ -1,0 +1,155 @@
+//! The running lab: commands in its control plane and on its nodes.
+
+use std::{
+    fmt::Display,
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+/// A lab that is up, and the clock of what is shown in it.
+pub struct Lab {
+    script: PathBuf,
+    started: Instant,
+    patience: u32,
+}
+
+impl Lab {
+    /// The lab of the lane that the environment variable `LANE` names (`native` if it names none).
+    ///
+    /// # Errors
+    /// When no such lab is up.
+    pub fn connect() -> Result<Self> {
+        let script = repository().join("e2e/lab/lab");
+        let openzfs = std::env::var("LANE").is_ok_and(|lane| lane == "openzfs");
+        // Guests are emulated: what a native node does in one second takes them four.
+        let lab = Self { script, started: Instant::now(), patience: if openzfs { 4 } else { 1 } };
+        lab.kubectl(&["get", "--raw", "/readyz"]).context("is the lab up? (make lab-up)")?;
+        Ok(lab)
+    }
+
+    /// Prints what happens next, with the seconds since the start.
+    pub fn step(&self, what: impl Display) {
+        println!("\n== [{:6.1} s] {what}", self.started.elapsed().as_secs_f64());
+    }
+
+    /// Prints one line or block, indented, under the current step.
+    pub fn show(&self, text: impl Display) {
+        for line in text.to_string().trim_end().lines() {
+            println!("   {line}");
+        }
+    }
+
+    /// The names of the lab's nodes.
+    ///
+    /// # Errors
+    /// When the lab does not answer.
+    pub fn nodes(&self) -> Result<Vec<String>> {
+        Ok(self.lab(&["nodes"], None)?.lines().map(str::to_string).collect())
+    }
+
+    /// Runs a shell command as root on a node and returns what it prints.
+    ///
+    /// # Errors
+    /// When it exits other than with 0.
+    pub fn on_node(&self, node: &str, command: &str) -> Result<String> {
+        self.lab(&["node", node, "sh", "-c", command], None)
+    }
+
+    /// `kubectl ARGS`, returning standard output.
+    ///
+    /// # Errors
+    /// When it exits other than with 0; the message has its standard error.
+    pub fn kubectl(&self, args: &[&str]) -> Result<String> {
+        self.lab(&[&["run", "kubectl"], args].concat(), None)
+    }
+
+    /// `kubectl ARGS -o json`, parsed.
+    ///
+    /// # Errors
+    /// As [`Lab::kubectl`].
+    pub fn json(&self, args: &[&str]) -> Result<Value> {
+        let text = self.kubectl(&[args, &["-o", "json"]].concat())?;
+        serde_json::from_str(&text).context("kubectl prints JSON")
+    }
+
+    /// `kubectl apply` of a text.
+    ///
+    /// # Errors
+    /// As [`Lab::kubectl`].
+    pub fn apply(&self, yaml: &str) -> Result<String> {
+        self.lab(&["run", "kubectl", "apply", "-f", "-"], Some(yaml))
+    }
+
+    /// `helm ARGS`, in the repository's root.
+    ///
+    /// # Errors
+    /// As [`Lab::kubectl`].
+    pub fn helm(&self, args: &[&str]) -> Result<String> {
+        self.lab(&[&["run", "helm"], args].concat(), None)
+    }
+
+    /// Asks until the answer is there; `seconds` is for the native lane.
+    ///
+    /// # Errors
+    /// When it isn't in time; the message has what was waited for and the newest reason.
+    pub fn wait<T>(&self, what: &str, seconds: u32, mut ask: impl FnMut() -> Result<T>) -> Result<T> {
+        let deadline = Instant::now() + Duration::from_secs(u64::from(seconds * self.patience));
+        loop {
+            match ask() {
+                Ok(answer) => return Ok(answer),
+                Err(reason) if Instant::now() >= deadline => {
+                    return Err(reason).with_context(|| format!("waited {} s for: {what}", seconds * self.patience));
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(200)),
+            }
+        }
+    }
+
+    fn lab(&self, args: &[&str], stdin: Option<&str>) -> Result<String> {
+        let mut child = Command::new(&self.script)
+            .args(args)
+            .current_dir(repository())
+            .stdin(if stdin.is_some() { Stdio::piped() } else { Stdio::null() })
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("{}", self.script.display()))?;
+        if let (Some(text), Some(mut pipe)) = (stdin, child.stdin.take()) {
+            pipe.write_all(text.as_bytes())?;
+        }
+        let out = child.wait_with_output()?;
+        let stdout = String::from_utf8_lossy(&out.stdout).into_owned();
+        if !out.status.success() {
+            bail!("{}: {}\n{}{stdout}", args.join(" "), out.status, String::from_utf8_lossy(&out.stderr));
+        }
+        Ok(stdout)
+    }
+}
+
+/// The repository's root.
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// A string in a JSON object, by pointer.
+///
+/// # Errors
+/// When there is none.
+pub fn text<'a>(object: &'a Value, pointer: &str) -> Result<&'a str> {
+    let found = object.pointer(pointer).and_then(Value::as_str);
+    found.with_context(|| format!("no text at {pointer} of {}", object.pointer("/metadata/name").unwrap_or(object)))
+}
+
+/// Fails unless two things are the same, saying what they are.
+///
+/// # Errors
+/// When they differ.
+pub fn same<T: PartialEq + std::fmt::Debug>(what: &str, found: T, expected: T) -> Result<()> {
+    ensure!(found == expected, "{what}: found {found:?}, expected {expected:?}");
+    Ok(())
+}
