@@ -1,0 +1,283 @@
+//! [`Zfs`] by the commands `zfs` and `zpool`.
+
+use std::time::Duration;
+
+use tokio::sync::OnceCell;
+
+use crate::api::Zfs;
+use crate::error::{ErrorKind, ZfsError};
+use crate::model::{Dataset, PoolHealth, Snapshot, Space};
+use crate::name::{DatasetName, Property, SnapshotName};
+use crate::parse;
+use crate::probe::{self, Implementation, Probe};
+use crate::runner::Runner;
+use crate::stream::{ReceiveProcess, SendStream};
+
+/// How often, and how far apart, a call is made again that ZFS refuses as busy: zfs-fuse does so at random right after an unmount.
+const BUSY_TRIES: u32 = 8;
+const BUSY_PAUSE: Duration = Duration::from_millis(100);
+
+/// The host's own ZFS.
+#[derive(Debug)]
+pub struct CommandLine {
+    runner: Runner,
+    probed: OnceCell<Probe>,
+}
+
+impl CommandLine {
+    /// Runs `zfs` and `zpool` with this runner.
+    pub fn new(runner: Runner) -> Self {
+        Self { runner, probed: OnceCell::new() }
+    }
+
+    /// Runs a command about a dataset.
+    async fn run(&self, about: &DatasetName, words: &[&str]) -> Result<String, ZfsError> {
+        let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+        match self.runner.run(&words).await {
+            Ok(output) => Ok(output.stdout),
+            Err(error) if error.kind == ErrorKind::NotFound => Err(self.missing(about, error).await),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// `zfs` says "dataset does not exist" of every dataset of a pool that is not imported: only a pool that answers makes that an absence.
+    async fn missing(&self, about: &DatasetName, error: ZfsError) -> ZfsError {
+        match self.pool_state(about.pool()).await {
+            Ok(_) => error,
+            Err(pool) => ZfsError { kind: ErrorKind::PoolUnavailable, stderr: format!("{}\n{}", error.stderr.trim_end(), pool.stderr), ..error },
+        }
+    }
+
+    async fn pool_state(&self, pool: &str) -> Result<String, ZfsError> {
+        let words = ["zpool", "list", "-H", "-o", "health", pool].map(str::to_owned);
+        Ok(self.runner.run(&words).await?.stdout.trim().to_owned())
+    }
+
+    /// Runs a command again while it is refused as busy, a bounded number of times.
+    async fn run_unless_busy(&self, about: &DatasetName, words: &[&str]) -> Result<String, ZfsError> {
+        for _ in 1..BUSY_TRIES {
+            match self.run(about, words).await {
+                Err(error) if error.kind == ErrorKind::Busy => tokio::time::sleep(BUSY_PAUSE).await,
+                result => return result,
+            }
+        }
+        self.run(about, words).await
+    }
+
+    /// A dataset and, with `depth` 1, those directly below it. The GUID is not among zfs-fuse's `all`, so it is asked for by name.
+    async fn datasets(&self, name: &DatasetName, depth: &str) -> Result<Vec<Dataset>, ZfsError> {
+        let get = |what| ["zfs", "get", "-Hp", "-d", depth, "-o", parse::COLUMNS, what, name.as_str()];
+        let guids = parse::table(&self.run(name, &get("guid")).await?);
+        let all = parse::table(&self.run(name, &get("all")).await?);
+        let mut found = Vec::new();
+        for (name, mut properties) in all {
+            let is_filesystem = properties.get("type").is_some_and(|(value, _)| value == "filesystem");
+            // One made between the two commands has no GUID yet: the next call finds it.
+            let Some((_, guid)) = guids.iter().find(|(other, _)| *other == name) else { continue };
+            if !is_filesystem {
+                continue;
+            }
+            properties.extend(guid.clone());
+            found.push(parse::dataset(&name, &properties).map_err(|why| odd_output(&get("all"), &why))?);
+        }
+        Ok(found)
+    }
+
+    async fn look(&self) -> Result<Probe, ZfsError> {
+        let run = async |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+            self.runner.run_any(&words).await.map(|output| (words, output))
+        };
+        let (_, usage) = run(&["zfs"]).await?;
+        let (words, version) = run(&["zfs", "version"]).await?;
+        if version.status == Some(0) {
+            let version = probe::openzfs_version(&version.stdout).ok_or_else(|| odd_output(&["zfs", "version"], &version.stdout))?;
+            let implementation = Implementation::OpenZfs;
+            return Ok(Probe { implementation, version, capabilities: probe::capabilities(&usage.stderr, implementation) });
+        }
+        let failed = ZfsError::exited(words.join(" "), version.status, version.stderr);
+        if failed.kind == ErrorKind::PoolUnavailable {
+            return Err(failed);
+        }
+        let (_, upgrade) = run(&["zpool", "upgrade", "-v"]).await?;
+        // zfs-fuse doesn't say its version. 23 is that of the pools of 0.7.0, its last.
+        let version = match probe::pool_version(&upgrade.stdout) {
+            Some(23) => "0.7.0".to_owned(),
+            Some(other) => format!("with pool version {other}"),
+            None => return Err(failed),
+        };
+        let implementation = Implementation::ZfsFuse;
+        Ok(Probe { implementation, version, capabilities: probe::capabilities(&usage.stderr, implementation) })
+    }
+}
+
+/// A command that ended well and printed what we don't understand.
+fn odd_output(words: &[&str], why: &str) -> ZfsError {
+    ZfsError::new(ErrorKind::Other, words.join(" "), why)
+}
+
+/// `Ok` if the error says that what was wanted is so already.
+fn already(result: Result<String, ZfsError>, message: &str) -> Result<(), ZfsError> {
+    match result {
+        Err(error) if !error.stderr.contains(message) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+impl Zfs for CommandLine {
+    async fn probe(&self) -> Result<Probe, ZfsError> {
+        self.probed.get_or_try_init(|| self.look()).await.cloned()
+    }
+
+    async fn pool_health(&self, dataset: &DatasetName) -> Result<PoolHealth, ZfsError> {
+        self.pool_state(dataset.pool()).await.map(|state| PoolHealth::parse(&state))
+    }
+
+    async fn space(&self, dataset: &DatasetName) -> Result<Space, ZfsError> {
+        let words = ["zfs", "get", "-Hp", "-o", parse::COLUMNS, "used,available", dataset.as_str()];
+        parse::space(&self.run(dataset, &words).await?).map_err(|why| odd_output(&words, &why))
+    }
+
+    async fn create_filesystem(&self, name: &DatasetName, properties: &[Property]) -> Result<(), ZfsError> {
+        let properties: Vec<String> = properties.iter().map(Property::to_string).collect();
+        let mut words = vec!["zfs", "create"];
+        for property in &properties {
+            words.extend(["-o", property]);
+        }
+        words.push(name.as_str());
+        self.run(name, &words).await.map(drop)
+    }
+
+    async fn dataset(&self, name: &DatasetName) -> Result<Dataset, ZfsError> {
+        let found = self.datasets(name, "0").await?;
+        let is_it = |dataset: &Dataset| dataset.name == *name;
+        found.into_iter().find(is_it).ok_or_else(|| ZfsError::new(ErrorKind::Other, format!("zfs get all {name}"), "is not a filesystem"))
+    }
+
+    async fn children(&self, parent: &DatasetName) -> Result<Vec<Dataset>, ZfsError> {
+        let mut found = self.datasets(parent, "1").await?;
+        found.retain(|dataset| dataset.name != *parent);
+        found.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(found)
+    }
+
+    async fn set_property(&self, name: &DatasetName, property: &Property) -> Result<(), ZfsError> {
+        self.run(name, &["zfs", "set", &property.to_string(), name.as_str()]).await.map(drop)
+    }
+
+    async fn set_readonly(&self, name: &DatasetName, readonly: bool) -> Result<(), ZfsError> {
+        let property = Property::readonly(readonly);
+        self.set_property(name, &property).await?;
+        let words = ["zfs", "get", "-Hp", "-o", "value", "readonly", name.as_str()];
+        let now = self.run(name, &words).await?;
+        if now.trim() == property.value() {
+            return Ok(());
+        }
+        Err(odd_output(&words, &format!("readonly was set to {} and is {}", property.value(), now.trim())))
+    }
+
+    async fn snapshots(&self, dataset: &DatasetName) -> Result<Vec<Snapshot>, ZfsError> {
+        let what = "guid,createtxg,creation,userrefs";
+        let words = ["zfs", "get", "-Hp", "-d", "1", "-o", parse::COLUMNS, what, dataset.as_str()];
+        parse::snapshots(dataset, &self.run(dataset, &words).await?).map_err(|why| odd_output(&words, &why))
+    }
+
+    async fn snapshot(&self, name: &SnapshotName) -> Result<Snapshot, ZfsError> {
+        let full = name.to_string();
+        self.run(name.dataset(), &["zfs", "snapshot", &full]).await?;
+        let words = ["zfs", "get", "-Hp", "-o", parse::COLUMNS, "guid,createtxg,creation,userrefs", &full];
+        let found = parse::snapshots(name.dataset(), &self.run(name.dataset(), &words).await?).map_err(|why| odd_output(&words, &why))?;
+        found.into_iter().next().ok_or_else(|| odd_output(&words, "printed nothing"))
+    }
+
+    async fn destroy_snapshot(&self, name: &SnapshotName) -> Result<(), ZfsError> {
+        self.run_unless_busy(name.dataset(), &["zfs", "destroy", &name.to_string()]).await.map(drop)
+    }
+
+    async fn destroy_dataset(&self, name: &DatasetName) -> Result<(), ZfsError> {
+        self.run_unless_busy(name, &["zfs", "destroy", name.as_str()]).await.map(drop)
+    }
+
+    async fn destroy_with_snapshots(&self, name: &DatasetName) -> Result<(), ZfsError> {
+        if let Some(child) = self.children(name).await?.first() {
+            let why = format!("there are datasets below it: {}", child.name);
+            return Err(ZfsError::new(ErrorKind::Other, format!("zfs destroy {name}"), why));
+        }
+        let snapshots = self.snapshots(name).await?;
+        if let Some(held) = snapshots.iter().find(|snapshot| snapshot.holds > 0) {
+            return Err(ZfsError::new(ErrorKind::Busy, format!("zfs destroy {name}"), format!("{} is held", held.name)));
+        }
+        self.unmount(name).await?;
+        for snapshot in &snapshots {
+            self.destroy_snapshot(&snapshot.name).await?;
+        }
+        self.destroy_dataset(name).await
+    }
+
+    async fn hold(&self, name: &SnapshotName, tag: &str) -> Result<(), ZfsError> {
+        let tag = checked_tag(tag)?;
+        already(self.run(name.dataset(), &["zfs", "hold", tag, &name.to_string()]).await, "tag already exists")
+    }
+
+    async fn release(&self, name: &SnapshotName, tag: &str) -> Result<(), ZfsError> {
+        let tag = checked_tag(tag)?;
+        already(self.run(name.dataset(), &["zfs", "release", tag, &name.to_string()]).await, "no such tag")
+    }
+
+    async fn mount(&self, name: &DatasetName) -> Result<(), ZfsError> {
+        already(self.run(name, &["zfs", "mount", name.as_str()]).await, "already mounted")
+    }
+
+    async fn unmount(&self, name: &DatasetName) -> Result<(), ZfsError> {
+        already(self.run_unless_busy(name, &["zfs", "unmount", name.as_str()]).await, "not currently mounted")
+    }
+
+    async fn is_mounted(&self, name: &DatasetName) -> Result<bool, ZfsError> {
+        let mounted = self.run(name, &["zfs", "get", "-Hp", "-o", "value", "mounted", name.as_str()]).await?;
+        Ok(mounted.trim() == "yes")
+    }
+
+    async fn rename(&self, from: &DatasetName, to: &DatasetName) -> Result<(), ZfsError> {
+        self.run_unless_busy(from, &["zfs", "rename", from.as_str(), to.as_str()]).await.map(drop)
+    }
+
+    async fn send(&self, name: &SnapshotName, base: Option<&SnapshotName>) -> Result<SendStream, ZfsError> {
+        let mut words = vec!["zfs".to_owned(), "send".to_owned()];
+        if let Some(base) = base {
+            words.extend(["-i".to_owned(), base.to_string()]);
+        }
+        words.push(name.to_string());
+        SendStream::spawn(&self.runner, words)
+    }
+
+    async fn receive(&self, dataset: &DatasetName, properties: &[Property]) -> Result<ReceiveProcess, ZfsError> {
+        let by_flag = self.probe().await?.capabilities.receive_properties;
+        let mut words: Vec<String> = ["zfs", "recv", "-u"].map(str::to_owned).into();
+        let mut later = Vec::new();
+        for property in properties {
+            match by_flag {
+                true => words.extend(["-o".to_owned(), property.to_string()]),
+                false => later.push(property.clone()),
+            }
+        }
+        words.push(dataset.to_string());
+        let (zfs, name) = (Self::new(self.runner.clone()), dataset.clone());
+        ReceiveProcess::spawn(&self.runner, words, async move {
+            for property in &later {
+                zfs.set_property(&name, property).await?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// A hold's tag may be what a snapshot's short name may be, and not begin like an option.
+fn checked_tag(tag: &str) -> Result<&str, ZfsError> {
+    let good = tag.len() < 256
+        && tag.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && tag.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b':'));
+    match good {
+        true => Ok(tag),
+        false => Err(ZfsError::new(ErrorKind::Other, "zfs hold", format!("tag {tag:?} is not valid: allowed is A-Z a-z 0-9 - _ . :, not beginning with a sign"))),
+    }
+}

@@ -1,0 +1,165 @@
+//! What can go wrong, classified from what `zfs` and `zpool` print.
+
+use std::fmt;
+
+/// A command that failed, with all that is needed to understand it from a log line.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("`{command}` failed: {kind}{}: {}", status.map(|code| format!(" (exit status {code})")).unwrap_or_default(), one_line(stderr))]
+pub struct ZfsError {
+    /// What kind of failure it is.
+    pub kind: ErrorKind,
+    /// The command line, without the chroot or the namespace it ran in.
+    pub command: String,
+    /// The exit status; none if the command didn't start, was killed or ran out of time.
+    pub status: Option<i32>,
+    /// What it printed on standard error, or why it didn't run.
+    pub stderr: String,
+}
+
+/// The kinds of failure that callers act on.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum ErrorKind {
+    /// The dataset, snapshot or property isn't there, and the pool is.
+    NotFound,
+    /// A dataset or snapshot of that name is there.
+    AlreadyExists,
+    /// Something has it mounted, open or held.
+    Busy,
+    /// The pool is full, or a quota is.
+    NoSpace,
+    /// The pool isn't imported or its I/O is suspended, or ZFS itself doesn't answer. Says nothing of what the pool holds.
+    PoolUnavailable,
+    /// The destination of a receive was changed, or its newest snapshot isn't the stream's base.
+    Diverged,
+    /// A stream ended early or was damaged; the destination is as it was.
+    BrokenStream,
+    /// The command didn't end in time. It was killed; what it did is not known.
+    Timeout,
+    /// Anything else.
+    Other,
+}
+
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ErrorKind::NotFound => "not found",
+            ErrorKind::AlreadyExists => "already exists",
+            ErrorKind::Busy => "busy",
+            ErrorKind::NoSpace => "no space",
+            ErrorKind::PoolUnavailable => "pool unavailable",
+            ErrorKind::Diverged => "diverged",
+            ErrorKind::BrokenStream => "broken stream",
+            ErrorKind::Timeout => "timeout",
+            ErrorKind::Other => "error",
+        })
+    }
+}
+
+impl ZfsError {
+    /// Whether the same call may succeed later without anybody changing anything.
+    pub fn is_retryable(&self) -> bool {
+        matches!(
+            self.kind,
+            ErrorKind::Busy | ErrorKind::NoSpace | ErrorKind::PoolUnavailable | ErrorKind::BrokenStream | ErrorKind::Timeout
+        )
+    }
+
+    pub(crate) fn new(kind: ErrorKind, command: impl Into<String>, stderr: impl Into<String>) -> Self {
+        Self { kind, command: command.into(), status: None, stderr: stderr.into() }
+    }
+
+    pub(crate) fn exited(command: impl Into<String>, status: Option<i32>, stderr: impl Into<String>) -> Self {
+        let stderr = stderr.into();
+        Self { kind: classify(&stderr), command: command.into(), status, stderr }
+    }
+}
+
+/// The messages that stand for a kind, looked for in this order: the first found wins.
+/// From libzfs of zfs-fuse 0.7 and OpenZFS 2.1 to 2.3, as printed with LC_ALL=C.
+const MESSAGES: &[(&str, ErrorKind)] = &[
+    ("please make sure that the zfs-fuse daemon is running", ErrorKind::PoolUnavailable),
+    ("failed to initialize zfs library", ErrorKind::PoolUnavailable),
+    ("modules are not loaded", ErrorKind::PoolUnavailable),
+    ("/dev/zfs", ErrorKind::PoolUnavailable),
+    ("no such pool", ErrorKind::PoolUnavailable),
+    ("i/o is currently suspended", ErrorKind::PoolUnavailable),
+    ("pool is unavailable", ErrorKind::PoolUnavailable),
+    ("does not\nmatch incremental source", ErrorKind::Diverged),
+    ("does not match incremental source", ErrorKind::Diverged),
+    ("has been modified", ErrorKind::Diverged),
+    ("specify -f to overwrite it", ErrorKind::AlreadyExists),
+    ("to overwrite it", ErrorKind::AlreadyExists),
+    ("already exists", ErrorKind::AlreadyExists),
+    ("pool or dataset exists", ErrorKind::AlreadyExists),
+    ("out of space", ErrorKind::NoSpace),
+    ("no space left", ErrorKind::NoSpace),
+    ("quota exceeded", ErrorKind::NoSpace),
+    ("size is greater than available space", ErrorKind::NoSpace),
+    ("is busy", ErrorKind::Busy),
+    ("device busy", ErrorKind::Busy),
+    ("resource busy", ErrorKind::Busy),
+    ("umount failed", ErrorKind::Busy),
+    ("invalid backup stream", ErrorKind::BrokenStream),
+    ("invalid stream", ErrorKind::BrokenStream),
+    ("incomplete stream", ErrorKind::BrokenStream),
+    ("failed to read from stream", ErrorKind::BrokenStream),
+    ("checksum mismatch", ErrorKind::BrokenStream),
+    ("broken pipe", ErrorKind::BrokenStream),
+    ("does not exist", ErrorKind::NotFound),
+    ("no such", ErrorKind::NotFound),
+    ("could not find any snapshots", ErrorKind::NotFound),
+];
+
+/// The kind of failure that a message on standard error stands for.
+pub(crate) fn classify(stderr: &str) -> ErrorKind {
+    let text = stderr.to_ascii_lowercase();
+    MESSAGES.iter().find(|(message, _)| text.contains(message)).map_or(ErrorKind::Other, |(_, kind)| *kind)
+}
+
+/// The first lines of a message as one: usage texts are cut.
+fn one_line(text: &str) -> String {
+    text.lines().map(str::trim).filter(|line| !line.is_empty()).take(4).collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_classified() {
+        for (stderr, kind) in [
+            ("cannot create 'tank/v1': dataset already exists", ErrorKind::AlreadyExists),
+            ("cannot create 'nopool/v1': no such pool 'nopool'", ErrorKind::PoolUnavailable),
+            ("cannot open 'tank/nope': dataset does not exist", ErrorKind::NotFound),
+            ("connect: No such file or directory\nPlease make sure that the zfs-fuse daemon is running.", ErrorKind::PoolUnavailable),
+            ("The ZFS modules are not loaded.\nTry running '/sbin/modprobe zfs' as root to load them.", ErrorKind::PoolUnavailable),
+            ("cannot destroy 'tank/v1@a': dataset is busy", ErrorKind::Busy),
+            ("umount: /mnt: target is busy.\ncannot unmount '/mnt': umount failed", ErrorKind::Busy),
+            ("cannot unmount '/tank/a': pool or dataset is busy", ErrorKind::Busy),
+            ("cannot create 'tank/rr': out of space", ErrorKind::NoSpace),
+            ("cannot receive new filesystem stream: destination 'tank/v' exists\nmust specify -F to overwrite it", ErrorKind::AlreadyExists),
+            (
+                "cannot receive incremental stream: most recent snapshot of tank/v does not\nmatch incremental source\nwarning: cannot send 'tank/v@s2': Broken pipe",
+                ErrorKind::Diverged,
+            ),
+            ("cannot receive incremental stream: destination tank/v has been modified\nsince most recent snapshot", ErrorKind::Diverged),
+            ("cannot receive new filesystem stream: invalid backup stream", ErrorKind::BrokenStream),
+            ("cannot receive: failed to read from stream", ErrorKind::BrokenStream),
+            ("cannot receive incremental stream: destination 'tank/w' does not exist", ErrorKind::NotFound),
+            ("WARNING: could not send tank/v2@nope: does not exist", ErrorKind::NotFound),
+            ("internal error: out of memory", ErrorKind::Other),
+        ] {
+            assert_eq!(classify(stderr), kind, "{stderr}");
+        }
+    }
+
+    #[test]
+    fn an_error_names_command_status_and_message() {
+        let error = ZfsError::exited("zfs destroy tank/a", Some(1), "cannot destroy 'tank/a': dataset is busy\n");
+        assert_eq!(
+            error.to_string(),
+            "`zfs destroy tank/a` failed: busy (exit status 1): cannot destroy 'tank/a': dataset is busy"
+        );
+        assert!(error.is_retryable());
+    }
+}

@@ -1,0 +1,121 @@
+//! What ZFS says of pools, datasets and snapshots.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+
+use crate::name::{DatasetName, Guid, SnapshotName};
+
+/// A filesystem and its state. Sizes are in bytes.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Dataset {
+    /// Its name.
+    pub name: DatasetName,
+    /// Identifies it on this pool; a received copy has one of its own.
+    pub guid: Guid,
+    /// Used by it and all below it, snapshots included. May lag behind writes by some seconds.
+    pub used: u64,
+    /// What can still be written.
+    pub available: u64,
+    /// What its live data refer to.
+    pub referenced: u64,
+    /// The limit of `referenced`; none if there is no limit.
+    pub refquota: Option<u64>,
+    /// Property `readonly`.
+    pub readonly: bool,
+    /// Whether it is mounted.
+    pub mounted: bool,
+    /// Where it is mounted when it is; none for `none` and `legacy`.
+    pub mountpoint: Option<PathBuf>,
+    /// The snapshot it is a clone of.
+    pub origin: Option<SnapshotName>,
+    /// User properties set on it; not those inherited from its parent.
+    pub user: BTreeMap<String, String>,
+}
+
+/// A snapshot.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Snapshot {
+    /// Its name.
+    pub name: SnapshotName,
+    /// The same on every pool that has it.
+    pub guid: Guid,
+    /// The transaction that made it on this pool: grows from snapshot to snapshot of a dataset.
+    pub created_txg: u64,
+    /// When it was made, in seconds since 1970.
+    pub created: i64,
+    /// How many holds it has.
+    pub holds: u64,
+}
+
+/// Room in a dataset, in bytes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Space {
+    /// Used by it and all below it.
+    pub used: u64,
+    /// What can still be written.
+    pub available: u64,
+}
+
+impl Space {
+    /// What would fit into it if it were empty.
+    pub fn capacity(&self) -> u64 {
+        self.used.saturating_add(self.available)
+    }
+}
+
+/// A pool's health (zpoolconcepts(7), "Device Failure and Recovery").
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum PoolHealth {
+    /// All devices work.
+    Online,
+    /// Works with less redundancy than it should have.
+    Degraded,
+    /// Can't be opened or has lost too many devices.
+    Faulted,
+    /// Taken offline by its administrator.
+    Offline,
+    /// A device was removed.
+    Removed,
+    /// Devices can't be opened.
+    Unavailable,
+    /// I/O is suspended after a failure (OpenZFS).
+    Suspended,
+    /// A word that this version doesn't know.
+    Unknown(String),
+}
+
+impl PoolHealth {
+    pub(crate) fn parse(text: &str) -> Self {
+        match text {
+            "ONLINE" => Self::Online,
+            "DEGRADED" => Self::Degraded,
+            "FAULTED" => Self::Faulted,
+            "OFFLINE" => Self::Offline,
+            "REMOVED" => Self::Removed,
+            "UNAVAIL" => Self::Unavailable,
+            "SUSPENDED" => Self::Suspended,
+            other => Self::Unknown(other.to_owned()),
+        }
+    }
+
+    /// Whether volumes can be read and written.
+    pub fn is_usable(&self) -> bool {
+        matches!(self, Self::Online | Self::Degraded)
+    }
+}
+
+impl fmt::Display for PoolHealth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Online => "ONLINE",
+            Self::Degraded => "DEGRADED",
+            Self::Faulted => "FAULTED",
+            Self::Offline => "OFFLINE",
+            Self::Removed => "REMOVED",
+            Self::Unavailable => "UNAVAIL",
+            Self::Suspended => "SUSPENDED",
+            Self::Unknown(word) => word,
+        })
+    }
+}

@@ -1,0 +1,119 @@
+//! From the tables that `zfs get -Hp` prints to types.
+
+use std::collections::BTreeMap;
+
+use crate::model::{Dataset, Snapshot, Space};
+use crate::name::{DatasetName, Guid};
+
+/// The columns asked for: `-o name,property,value,source`.
+pub(crate) const COLUMNS: &str = "name,property,value,source";
+
+/// One dataset's or snapshot's properties: value and source by name.
+pub(crate) type Properties = BTreeMap<String, (String, String)>;
+
+/// Properties by dataset or snapshot, in the order of first mention.
+pub(crate) fn table(text: &str) -> Vec<(String, Properties)> {
+    let mut rows: Vec<(String, Properties)> = Vec::new();
+    for line in text.lines() {
+        let mut columns = line.split('\t');
+        let (Some(name), Some(property), Some(value)) = (columns.next(), columns.next(), columns.next()) else { continue };
+        let source = columns.next().unwrap_or("-");
+        if rows.last().is_none_or(|(last, _)| last != name) {
+            rows.push((name.to_owned(), Properties::new()));
+        }
+        if let Some((_, properties)) = rows.last_mut() {
+            properties.insert(property.to_owned(), (value.to_owned(), source.to_owned()));
+        }
+    }
+    rows
+}
+
+/// A property's value; `-` and the empty value count as none.
+fn value<'a>(properties: &'a Properties, name: &str) -> Option<&'a str> {
+    properties.get(name).map(|(value, _)| value.as_str()).filter(|value| !value.is_empty() && *value != "-")
+}
+
+/// A number, or which property is missing or odd.
+fn number<T: std::str::FromStr>(properties: &Properties, name: &str) -> Result<T, String> {
+    let given = value(properties, name).ok_or_else(|| format!("property {name} is missing"))?;
+    given.parse().map_err(|_| format!("property {name} is {given:?}, not a number"))
+}
+
+/// A filesystem from all its properties and its GUID.
+pub(crate) fn dataset(name: &str, properties: &Properties) -> Result<Dataset, String> {
+    let is_set = |source: &str| source == "local" || source == "received";
+    Ok(Dataset {
+        name: DatasetName::new(name).map_err(|e| e.to_string())?,
+        guid: Guid(number(properties, "guid")?),
+        used: number(properties, "used")?,
+        available: number(properties, "available")?,
+        referenced: number(properties, "referenced")?,
+        refquota: number(properties, "refquota").ok().filter(|bytes| *bytes != 0),
+        readonly: value(properties, "readonly") == Some("on"),
+        mounted: value(properties, "mounted") == Some("yes"),
+        mountpoint: value(properties, "mountpoint").filter(|path| path.starts_with('/')).map(Into::into),
+        origin: value(properties, "origin").and_then(|name| name.parse().ok()),
+        user: properties
+            .iter()
+            .filter(|(name, (_, source))| name.contains(':') && is_set(source))
+            .map(|(name, (value, _))| (name.clone(), value.clone()))
+            .collect(),
+    })
+}
+
+/// The snapshots of one dataset out of a recursive listing, oldest first.
+pub(crate) fn snapshots(of: &DatasetName, text: &str) -> Result<Vec<Snapshot>, String> {
+    let mut found = Vec::new();
+    for (name, properties) in table(text) {
+        let Some((dataset, short)) = name.split_once('@') else { continue };
+        if dataset != of.as_str() {
+            continue;
+        }
+        found.push(Snapshot {
+            name: of.snapshot(short).map_err(|e| e.to_string())?,
+            guid: Guid(number(&properties, "guid")?),
+            created_txg: number(&properties, "createtxg")?,
+            created: number(&properties, "creation")?,
+            holds: number(&properties, "userrefs").unwrap_or(0),
+        });
+    }
+    found.sort_by_key(|snapshot| snapshot.created_txg);
+    Ok(found)
+}
+
+/// Used and available bytes.
+pub(crate) fn space(text: &str) -> Result<Space, String> {
+    let rows = table(text);
+    let (_, properties) = rows.first().ok_or("nothing was printed")?;
+    Ok(Space { used: number(properties, "used")?, available: number(properties, "available")? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FUSE: &str = "tank\ttype\tfilesystem\t-\ntank/v\tguid\t77\t-\ntank/v\tused\t114688\t-\ntank/v\tavailable\t10371072\t-\n\
+        tank/v\treferenced\t114688\t-\ntank/v\tmounted\tno\t-\ntank/v\tmountpoint\t/var/v\tlocal\ntank/v\treadonly\toff\tdefault\n\
+        tank/v\trefquota\t10485760\tlocal\ntank/v\tportolan:volume\tv1\tlocal\ntank/v\tportolan:epoch\t3\tinherited from tank\n";
+
+    #[test]
+    fn a_dataset_is_read() {
+        let rows = table(FUSE);
+        let found = dataset(&rows[1].0, &rows[1].1).unwrap();
+        assert_eq!((found.guid, found.used, found.refquota), (Guid(77), 114_688, Some(10_485_760)));
+        assert_eq!(found.mountpoint.as_deref(), Some(std::path::Path::new("/var/v")));
+        assert!(!found.mounted && !found.readonly && found.origin.is_none());
+        assert_eq!(found.user.into_iter().collect::<Vec<_>>(), [("portolan:volume".into(), "v1".into())]);
+        assert!(dataset(&rows[0].0, &rows[0].1).unwrap_err().contains("guid"));
+    }
+
+    #[test]
+    fn snapshots_come_in_the_order_of_their_making() {
+        let text = "tank/v\tguid\t1\t-\ntank/v\tcreatetxg\t7\t-\ntank/v@b\tguid\t18446744073709551615\t-\ntank/v@b\tcreatetxg\t23\t-\n\
+            tank/v@b\tcreation\t5\t-\ntank/v@b\tuserrefs\t1\t-\ntank/v@a\tguid\t3\t-\ntank/v@a\tcreatetxg\t15\t-\ntank/v@a\tcreation\t5\t-\n\
+            tank/v@a\tuserrefs\t0\t-\ntank/v/child@c\tguid\t9\t-\n";
+        let found = snapshots(&DatasetName::new("tank/v").unwrap(), text).unwrap();
+        let names: Vec<_> = found.iter().map(|s| (s.name.short(), s.guid.0, s.holds)).collect();
+        assert_eq!(names, [("a", 3, 0), ("b", u64::MAX, 1)]);
+    }
+}
