@@ -1,0 +1,95 @@
+# shellcheck shell=bash
+# What both lanes share: the control plane (always native), node objects, a node's files.
+# A lane gives: lane_prepare, lane_name K, lane_start NODE K, lane_kill NODE, lane_alive NODE, lane_exec NODE CMD..., lane_cut NODE,
+# lane_mend NODE, lane_down, lane_logs NODE, lane_import TARS...
+
+built() { cat "$KIT/current" 2> /dev/null; }
+need_up() { box_alive control-plane || die "the $LANE cluster is not up: e2e/lab/lab up"; }
+nodes() { cat "$STATE/nodes"; }
+need_node() { need_up; grep -qxF "$1" "$STATE/nodes" || die "no node $1; there are: $(nodes | tr '\n' ' ')"; }
+number() { grep -nxF "$1" "$STATE/nodes" | cut -d: -f1; }
+
+kubectl() { in_net control-plane "$(built)/kubectl" --kubeconfig="$STATE/admin.kubeconfig" "$@"; }
+
+api_ready() {
+  [ "$(in_net control-plane curl -sk --max-time 2 --cert "$STATE/pki/admin.crt" --key "$STATE/pki/admin.key" \
+    "https://$NET.1:6443/readyz" 2> /dev/null)" = ok ]
+}
+
+# seed NODE K FOLDER BIN LOGS: the files that a node has from its birth
+seed() {
+  local node=$1 k=$2 etc=$3/etc user
+  rm -rf "$3"
+  mkdir -p "$etc/kubernetes/pki" "$etc/lab"
+  cp "$STATE/pki"/{ca.crt,"$node.crt","$node.key","$node-serving.crt","$node-serving.key",kube-proxy.crt,kube-proxy.key} "$etc/kubernetes/pki/"
+  kubeconfig "$node" /etc/kubernetes/pki > "$etc/kubernetes/kubelet.kubeconfig"
+  kubeconfig kube-proxy /etc/kubernetes/pki > "$etc/kubernetes/kube-proxy.kubeconfig"
+  cp "$LAB/boot/node.sh" "$LAB"/etc/* "$etc/lab/"
+  cat > "$etc/lab/env" << K
+NODE=$node K=$k NODES=$(wc -l < "$STATE/nodes") NET=$NET POD=$POD SVC=$SVC POOL=$POOL POOL_SIZE=${LAB_POOL_SIZE:-8G} BIN=$4 LOGS=$5
+K
+}
+
+control_plane_start() {
+  local user
+  # shellcheck disable=SC2046
+  pki_make $(nodes)
+  for user in admin controllers scheduler; do kubeconfig "$user" > "$STATE/$user.kubeconfig"; done
+  box_start control-plane "$LAB/boot/control-plane" "$(built)"
+  eventually 10 in_net control-plane ip link show br0 > /dev/null 2>&1 || die "the control plane did not start: $STATE/control-plane/logs"
+}
+
+# node_object NODE: kubelet makes it too; whoever comes second changes what the first made.
+node_object() {
+  local cidr
+  cidr=$(pod_cidr "$(number "$1")")
+  printf '{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "%s"}, "spec": {"podCIDR": "%s", "podCIDRs": ["%s"]}}' "$1" "$cidr" "$cidr" |
+    kubectl create -f - > /dev/null 2>&1 ||
+    kubectl patch node "$1" -p "{\"spec\": {\"podCIDR\": \"$cidr\", \"podCIDRs\": [\"$cidr\"]}}" > /dev/null
+}
+
+# renewed NODE SINCE: the node's kubelet has said that it lives, after SINCE (a node that just crashed is "Ready" for a while)
+renewed() {
+  local at
+  at=$(kubectl -n kube-node-lease get lease "$1" -o 'jsonpath={.spec.renewTime}' 2> /dev/null) && [[ $at > $2 ]]
+}
+
+wait_for_nodes() {   # SINCE NODES...
+  local since=$1 node
+  shift
+  for node; do
+    eventually 300 renewed "$node" "$since" || die "$node does not come up: e2e/lab/lab logs $node"
+    kubectl wait --for=condition=Ready "node/$node" --timeout=300s > /dev/null || die "$node does not become Ready"
+    say "$node is Ready"
+  done
+}
+
+now() { date -u +%Y-%m-%dT%H:%M:%S.%6NZ; }
+
+cluster_up() {
+  local node since
+  box_alive control-plane && die "the $LANE cluster is up already"
+  [ ! -e "$STATE" ] || lane_down   # what a dead one left
+  lane_prepare
+  mkdir -p "$STATE"
+  for k in $(seq "$1"); do lane_name "$k"; done > "$STATE/nodes"
+  since=$(now)
+  control_plane_start
+  say "control plane started"
+  for node in $(nodes); do lane_start "$node" "$(number "$node")"; done
+  say "nodes started: $(nodes | tr '\n' ' ')"
+  eventually 120 api_ready || die "the API does not become ready: $STATE/control-plane/logs/kube-apiserver.log"
+  say "API ready"
+  for node in $(nodes); do node_object "$node"; done
+  sed "s#@BIN@#$(lane_bin)#" "$LAB/addons/coredns.yaml" | kubectl apply -f - > /dev/null
+  # shellcheck disable=SC2046
+  wait_for_nodes "$since" $(nodes)
+  kubectl -n kube-system rollout status deployment/coredns --timeout=180s > /dev/null || die "the cluster's DNS does not start"
+  say "cluster DNS runs"
+}
+
+cluster_down() {
+  [ -e "$STATE" ] || { say "the $LANE cluster is not up"; return; }
+  lane_down
+  say "the $LANE cluster is down"
+}
