@@ -1,1 +1,38 @@
-//! To be written.
+//! Networks on one node: namespaces, bridges, VXLAN devices, ports, forwarding entries, addresses.
+//!
+//! A network is a namespace `portolan-<vni>` with the bridge `br0`, the VXLAN device `vx0` and one veth end per pod. This crate
+//! knows nothing of Kubernetes. Every operation is idempotent: killed between any two of its steps and run again, it ends in the
+//! same state.
+
+mod dataplane;
+mod error;
+mod forwarding;
+mod ipam;
+mod mac;
+mod namespace;
+mod netlink;
+mod network;
+mod port;
+mod sysctl;
+
+pub use dataplane::Dataplane;
+pub use error::{Error, Result};
+pub use forwarding::{Forwarding, Peer};
+pub use ipam::{AddressError, block_prefix, blocks, free_address, free_block};
+pub use mac::{Mac, MacError, endpoint_mac, port_name};
+pub use namespace::Namespace;
+pub use network::NetworkSpec;
+pub use port::PortSpec;
+
+use std::net::Ipv4Addr;
+
+/// The address of `br0` on every node, where the node's DNS server answers.
+pub const BRIDGE_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 53, 53);
+/// The MAC of `br0` on every node: a pod that moves needs to learn nothing.
+pub const BRIDGE_MAC: Mac = Mac([0x02, 0x50, 0xa9, 0xfe, 0x35, 0x35]);
+/// The bridge in a network's namespace.
+pub(crate) const BRIDGE: &str = "br0";
+/// The VXLAN device in a network's namespace.
+pub(crate) const TUNNEL: &str = "vx0";
+/// What VXLAN adds to a frame over IPv4, in bytes: outer IP 20, UDP 8, VXLAN 8, inner Ethernet 14 (RFC 7348, section 5).
+pub const VXLAN_OVERHEAD: u32 = 50;

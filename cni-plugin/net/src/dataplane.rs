@@ -1,0 +1,122 @@
+//! One node's networks, as a whole.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr},
+    path::{Path, PathBuf},
+};
+
+use futures::TryStreamExt;
+use netlink_packet_route::{address::AddressAttribute, link::LinkAttribute};
+
+use crate::{
+    error::{Error, Result},
+    namespace::{Namespace, within},
+    netlink::Netlink,
+};
+
+/// Where named namespaces are on a host.
+const NETNS_DIRECTORY: &str = "/run/netns";
+/// What the namespaces of networks are called, before the VNI.
+const PREFIX: &str = "portolan-";
+
+/// The networks of one node.
+#[derive(Clone, Debug)]
+pub struct Dataplane {
+    root: PathBuf,
+    underlay: Option<PathBuf>,
+}
+
+impl Dataplane {
+    /// The networks of the host whose root directory is seen at `root`. Tunnels leave by this process's own namespace.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into(), underlay: None }
+    }
+
+    /// Lets tunnels leave by another namespace, known by its path on the host.
+    #[must_use]
+    pub fn with_underlay(mut self, path: impl Into<PathBuf>) -> Self {
+        self.underlay = Some(path.into());
+        self
+    }
+
+    /// Where the host's root directory is seen.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The VNIs of the networks that are set up here.
+    ///
+    /// # Errors
+    /// When the directory of namespaces can't be read.
+    pub fn networks(&self) -> Result<Vec<u32>> {
+        let fail = |source| Error::Namespace { path: NETNS_DIRECTORY.into(), action: "list", source };
+        let entries = match std::fs::read_dir(within(&self.root, Path::new(NETNS_DIRECTORY))) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(fail)?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(fail)?.file_name();
+            found.extend(name.to_str().and_then(|n| n.strip_prefix(PREFIX)).and_then(|n| n.parse::<u32>().ok()));
+        }
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    /// The namespace of a network.
+    ///
+    /// # Errors
+    /// [`Error::NoNetwork`] when it isn't set up here.
+    pub fn namespace(&self, vni: u32) -> Result<Namespace> {
+        let path = namespace_path(vni);
+        if Namespace::is_gone(&self.root, &path) {
+            return Err(Error::NoNetwork { vni });
+        }
+        Namespace::open(&self.root, &path)
+    }
+
+    /// Runs `work` inside a network's namespace, on a thread of its own.
+    ///
+    /// # Errors
+    /// When the network isn't set up here, or what `work` returns.
+    pub fn run_in<T: Send>(&self, vni: u32, work: impl FnOnce() -> io::Result<T> + Send) -> Result<T> {
+        self.namespace(vni)?.run(work)
+    }
+
+    /// The namespace that tunnels leave by.
+    pub(crate) fn underlay(&self) -> Result<Namespace> {
+        match &self.underlay {
+            Some(path) => Namespace::open(&self.root, path),
+            None => Namespace::own(),
+        }
+    }
+
+    /// The MTU in bytes of the interface that has the tunnel endpoint's address.
+    ///
+    /// # Errors
+    /// [`Error::NoUnderlay`] when no interface has it.
+    pub async fn underlay_mtu(&self, vtep: Ipv4Addr) -> Result<u32> {
+        let netlink = Netlink::open(&self.underlay()?)?;
+        let listed = netlink.handle().address().get().execute().try_collect::<Vec<_>>().await;
+        let addresses = listed.map_err(|e| netlink.error("list addresses", e))?;
+        let is_vtep = |a: &AddressAttribute| {
+            matches!(a, AddressAttribute::Local(IpAddr::V4(x)) | AddressAttribute::Address(IpAddr::V4(x)) if *x == vtep)
+        };
+        let index = addresses.iter().find(|a| a.attributes.iter().any(is_vtep)).map(|a| a.header.index);
+        let links = netlink.links().await?;
+        let link = links.iter().find(|l| Some(l.header.index) == index).ok_or(Error::NoUnderlay(vtep))?;
+        link.attributes
+            .iter()
+            .find_map(|a| match a {
+                LinkAttribute::Mtu(mtu) => Some(*mtu),
+                _ => None,
+            })
+            .ok_or(Error::NoUnderlay(vtep))
+    }
+}
+
+/// The path on the host of a network's namespace.
+pub(crate) fn namespace_path(vni: u32) -> PathBuf {
+    Path::new(NETNS_DIRECTORY).join(format!("{PREFIX}{vni}"))
+}

@@ -1,0 +1,81 @@
+//! What can go wrong, each with the object it went wrong with.
+
+use std::{io, net::Ipv4Addr, path::PathBuf};
+
+/// Result of this crate's operations.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An operation on the node's networks that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel refused a netlink request.
+    #[error("{action} (in {place}): {source}")]
+    Netlink {
+        /// What was asked for.
+        action: String,
+        /// The namespace it was asked in.
+        place: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A namespace can't be opened, made or entered.
+    #[error("network namespace {path}: {action}: {source}")]
+    Namespace {
+        /// The namespace's path, as the host sees it.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The path is there but isn't a network namespace.
+    #[error("{path} is not a network namespace")]
+    NotANamespace {
+        /// The path, as the host sees it.
+        path: PathBuf,
+    },
+    /// The network has no namespace on this node.
+    #[error("network with VNI {vni} is not set up on this node")]
+    NoNetwork {
+        /// Its identifier.
+        vni: u32,
+    },
+    /// A kernel parameter can't be set.
+    #[error("sysctl {key} = {value} (in {place}): {source}")]
+    Sysctl {
+        /// The parameter, with slashes.
+        key: String,
+        /// The value.
+        value: String,
+        /// The namespace.
+        place: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A pod has an interface of that name that isn't ours.
+    #[error("interface {interface} is already there in {netns}")]
+    InterfaceTaken {
+        /// The interface's name.
+        interface: String,
+        /// The pod's namespace.
+        netns: PathBuf,
+    },
+    /// A link that was just made isn't there.
+    #[error("link {link} is not there (in {place})")]
+    NoLink {
+        /// The link's name.
+        link: String,
+        /// The namespace.
+        place: String,
+    },
+    /// No interface of the host has the tunnel endpoint's address.
+    #[error("no interface of this node has the address {0}")]
+    NoUnderlay(Ipv4Addr),
+}
+
+impl Error {
+    /// Whether the kernel answered with this error number.
+    pub(crate) fn is_errno(&self, errno: i32) -> bool {
+        matches!(self, Self::Netlink { source, .. } if source.raw_os_error() == Some(errno))
+    }
+}

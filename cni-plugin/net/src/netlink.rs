@@ -1,0 +1,167 @@
+//! A route netlink socket in a given namespace, and the few requests that are made over it.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr},
+};
+
+use futures::{StreamExt, TryStreamExt};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    link::{LinkAttribute, LinkMessage},
+    neighbour::NeighbourMessage,
+};
+use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+
+use crate::{
+    error::{Error, Result},
+    namespace::Namespace,
+};
+
+/// An open socket. It holds its namespace alive until it is dropped.
+pub(crate) struct Netlink {
+    handle: rtnetlink::Handle,
+    place: String,
+}
+
+impl Netlink {
+    /// Opens a socket in a namespace. Needs a tokio runtime, which then drives it.
+    pub fn open(namespace: &Namespace) -> Result<Self> {
+        let runtime = tokio::runtime::Handle::current();
+        let (connection, handle, _) = namespace.run(move || {
+            let _entered = runtime.enter();
+            rtnetlink::new_connection()
+        })?;
+        tokio::spawn(connection);
+        Ok(Self { handle, place: namespace.path().display().to_string() })
+    }
+
+    /// The requests of the netlink library.
+    pub fn handle(&self) -> &rtnetlink::Handle {
+        &self.handle
+    }
+
+    /// Where this socket is, for messages.
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// Makes an error of this socket's namespace.
+    pub fn error(&self, action: impl Into<String>, source: rtnetlink::Error) -> Error {
+        let source = match source {
+            rtnetlink::Error::NetlinkError(message) => message.to_io(),
+            other => io::Error::other(other.to_string()),
+        };
+        Error::Netlink { action: action.into(), place: self.place.clone(), source }
+    }
+
+    /// Sends a message with flags of its own and waits for the kernel's answer.
+    pub async fn send(&self, message: RouteNetlinkMessage, flags: u16, action: impl Into<String>) -> Result<()> {
+        let mut request = NetlinkMessage::from(message);
+        request.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+        let mut handle = self.handle.clone();
+        let action = action.into();
+        let mut answers = handle.request(request).map_err(|e| self.error(action.clone(), e))?;
+        while let Some(answer) = answers.next().await {
+            if let NetlinkPayload::Error(e) = answer.payload
+                && e.code.is_some()
+            {
+                return Err(Error::Netlink { action, place: self.place.clone(), source: e.to_io() });
+            }
+        }
+        Ok(())
+    }
+
+    /// All links of the namespace.
+    pub async fn links(&self) -> Result<Vec<LinkMessage>> {
+        self.handle.link().get().execute().try_collect().await.map_err(|e| self.error("list links", e))
+    }
+
+    /// The link of a name.
+    pub async fn link(&self, name: &str) -> Result<Option<LinkMessage>> {
+        let mut found = std::pin::pin!(self.handle.link().get().match_name(name).execute());
+        match found.try_next().await.map_err(|e| self.error(format!("look up link {name}"), e)) {
+            Err(e) if e.is_errno(libc::ENODEV) => Ok(None),
+            other => other,
+        }
+    }
+
+    /// The index of a link that has to be there.
+    pub async fn index(&self, name: &str) -> Result<u32> {
+        let link = self.link(name).await?;
+        link.map(|l| l.header.index).ok_or_else(|| Error::NoLink { link: name.to_owned(), place: self.place.clone() })
+    }
+
+    /// Makes a link.
+    pub async fn add_link(&self, link: LinkMessage, action: impl Into<String>) -> Result<()> {
+        self.handle.link().add(link).execute().await.map_err(|e| self.error(action, e))
+    }
+
+    /// Changes a link.
+    pub async fn set_link(&self, link: LinkMessage, action: impl Into<String>) -> Result<()> {
+        self.handle.link().set(link).execute().await.map_err(|e| self.error(action, e))
+    }
+
+    /// Removes a link; it is right if there is none.
+    pub async fn remove_link(&self, name: &str) -> Result<()> {
+        let Some(link) = self.link(name).await? else { return Ok(()) };
+        let removed = self.handle.link().del(link.header.index).execute().await;
+        match removed.map_err(|e| self.error(format!("remove link {name}"), e)) {
+            Err(e) if e.is_errno(libc::ENODEV) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Gives a link an address; it is right if it has it.
+    pub async fn add_address(&self, index: u32, address: Ipv4Addr, prefix: u8) -> Result<()> {
+        let added = self.handle.address().add(index, IpAddr::V4(address), prefix).execute().await;
+        ok_if(added.map_err(|e| self.error(format!("add address {address}/{prefix}"), e)), libc::EEXIST)
+    }
+
+    /// A route to a network that is reached directly over a link.
+    pub async fn add_link_route(&self, index: u32, to: ipnet::Ipv4Net) -> Result<()> {
+        let route = rtnetlink::RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(to.network(), to.prefix_len())
+            .output_interface(index)
+            .scope(netlink_packet_route::route::RouteScope::Link)
+            .build();
+        let added = self.handle.route().add(route).replace().execute().await;
+        ok_if(added.map_err(|e| self.error(format!("add route to {to}"), e)), libc::EEXIST)
+    }
+
+    /// The namespace's neighbours of a family: `Inet` for ARP, `Bridge` for forwarding entries.
+    pub async fn neighbours(&self, family: AddressFamily) -> Result<Vec<NeighbourMessage>> {
+        let request = self.handle.neighbours().get().set_address_family(family);
+        request.execute().try_collect().await.map_err(|e| self.error("list neighbours", e))
+    }
+}
+
+/// Takes one error number for success: what was asked for is so already.
+pub(crate) fn ok_if(result: Result<()>, errno: i32) -> Result<()> {
+    match result {
+        Err(e) if e.is_errno(errno) => Ok(()),
+        other => other,
+    }
+}
+
+/// A link's name.
+pub(crate) fn link_name(link: &LinkMessage) -> Option<&str> {
+    link.attributes.iter().find_map(|a| match a {
+        LinkAttribute::IfName(name) => Some(name.as_str()),
+        _ => None,
+    })
+}
+
+/// A link's MAC address, MTU and bridge.
+pub(crate) fn link_facts(link: &LinkMessage) -> (Option<&[u8]>, Option<u32>, Option<u32>) {
+    let mut facts = (None, None, None);
+    for attribute in &link.attributes {
+        match attribute {
+            LinkAttribute::Address(mac) => facts.0 = Some(mac.as_slice()),
+            LinkAttribute::Mtu(mtu) => facts.1 = Some(*mtu),
+            LinkAttribute::Controller(index) => facts.2 = Some(*index),
+            _ => {}
+        }
+    }
+    facts
+}

@@ -1,0 +1,167 @@
+//! Setting a network up on a node, and taking it down.
+
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+use netlink_packet_route::link::{InfoData, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage};
+use rtnetlink::{LinkBridge, LinkBridgePort, LinkUnspec, LinkVxlan};
+
+use std::os::fd::AsRawFd;
+
+use crate::{
+    BRIDGE, BRIDGE_ADDRESS, BRIDGE_MAC, Dataplane, TUNNEL,
+    dataplane::namespace_path,
+    error::Result,
+    mac::is_port_name,
+    namespace::Namespace,
+    netlink::{Netlink, link_facts, link_name},
+    sysctl,
+};
+
+/// What a network looks like on a node.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct NetworkSpec {
+    /// The VXLAN network identifier.
+    pub vni: u32,
+    /// MTU of the pods' interfaces in bytes.
+    pub mtu: u32,
+    /// This node's address on the underlay.
+    pub vtep: Ipv4Addr,
+    /// The network's subnet.
+    pub subnet: Ipv4Net,
+    /// UDP port of the tunnels, the same on all nodes.
+    pub port: u16,
+    /// Whether the bridge answers ARP for endpoints it knows, instead of flooding the question to the other nodes.
+    pub suppression: bool,
+}
+
+/// Before its interfaces: nothing is routed, nothing has IPv6 (each node's bridge would have the same link-local address),
+/// and frames are not sent through the host's firewall.
+const NAMESPACE_SYSCTLS: [(&str, &str); 8] = [
+    ("ipv4/ip_forward", "0"),
+    ("ipv4/conf/all/rp_filter", "0"),
+    ("ipv4/conf/default/rp_filter", "0"),
+    ("ipv6/conf/all/disable_ipv6", "1"),
+    ("ipv6/conf/default/disable_ipv6", "1"),
+    ("bridge/bridge-nf-call-iptables", "0"),
+    ("bridge/bridge-nf-call-ip6tables", "0"),
+    ("bridge/bridge-nf-call-arptables", "0"),
+];
+
+/// The bridge answers no ARP at all: pods have a permanent neighbour for its address, and an answer to a pod of another node
+/// would cross the tunnel with a source address that each node's bridge has.
+const BRIDGE_SYSCTLS: [(&str, &str); 2] = [("ipv4/conf/br0/arp_ignore", "8"), ("ipv4/conf/br0/rp_filter", "0")];
+
+impl Dataplane {
+    /// Makes the network what the spec says.
+    ///
+    /// # Errors
+    /// What the kernel refuses; what was made by then stays, for the next try.
+    pub async fn ensure_network(&self, spec: &NetworkSpec) -> Result<()> {
+        let namespace = Namespace::ensure(self.root(), &namespace_path(spec.vni))?;
+        sysctl::set(&namespace, &NAMESPACE_SYSCTLS)?;
+        let netlink = Netlink::open(&namespace)?;
+        let loopback = netlink.index("lo").await?;
+        netlink.set_link(LinkUnspec::new_with_index(loopback).up().build(), "bring lo up").await?;
+        let bridge = ensure_bridge(&netlink, &namespace, spec).await?;
+        let underlay = Netlink::open(&self.underlay()?)?;
+        ensure_tunnel(&netlink, &underlay, &namespace, spec, bridge).await
+    }
+
+    /// Removes all that this node has of a network, ports included.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub async fn remove_network(&self, vni: u32) -> Result<()> {
+        let path = namespace_path(vni);
+        if !Namespace::is_gone(self.root(), &path) {
+            // By hand: a socket that is still open would keep the namespace, and with it the VNI, in use.
+            let netlink = Netlink::open(&Namespace::open(self.root(), &path)?)?;
+            for link in netlink.links().await? {
+                let name = link_name(&link).unwrap_or_default();
+                if name == TUNNEL || name == BRIDGE || name == pending_name(vni) || is_port_name(name) {
+                    netlink.remove_link(name).await?;
+                }
+            }
+        }
+        Namespace::remove(self.root(), &path)
+    }
+}
+
+async fn ensure_bridge(netlink: &Netlink, namespace: &Namespace, spec: &NetworkSpec) -> Result<u32> {
+    let mac = BRIDGE_MAC.0.to_vec();
+    if netlink.link(BRIDGE).await?.is_none() {
+        let bridge = LinkBridge::new(BRIDGE).address(mac.clone()).build();
+        netlink.add_link(bridge, "make bridge br0").await?;
+    }
+    let index = netlink.index(BRIDGE).await?;
+    let wanted = LinkUnspec::new_with_index(index).address(mac).mtu(spec.mtu).up().build();
+    netlink.set_link(wanted, format!("set bridge br0 up with MTU {}", spec.mtu)).await?;
+    sysctl::set(namespace, &BRIDGE_SYSCTLS)?;
+    netlink.add_address(index, BRIDGE_ADDRESS, 32).await?;
+    netlink.add_link_route(index, spec.subnet).await?;
+    Ok(index)
+}
+
+async fn ensure_tunnel(
+    netlink: &Netlink,
+    underlay: &Netlink,
+    namespace: &Namespace,
+    spec: &NetworkSpec,
+    bridge: u32,
+) -> Result<()> {
+    let pending = pending_name(spec.vni);
+    if let Some(link) = netlink.link(TUNNEL).await?
+        && !is_tunnel_of(&link, spec)
+    {
+        netlink.remove_link(TUNNEL).await?;
+    }
+    if netlink.link(TUNNEL).await?.is_none() {
+        netlink.remove_link(&pending).await?;
+        // Made from the underlay's namespace, which stays the one its packets leave by, straight into the network's. Kernels before
+        // 6.14 look for the name in the former, hence the name that can't be there, and the second step.
+        let tunnel = LinkVxlan::new(&pending, spec.vni)
+            .local(spec.vtep)
+            .port(spec.port)
+            .learning(false)
+            .mtu(spec.mtu)
+            .setns_by_fd(namespace.as_raw_fd())
+            .build();
+        let action = format!("make VXLAN device with VNI {} from {} to port {}", spec.vni, spec.vtep, spec.port);
+        underlay.add_link(tunnel, action).await?;
+        let index = netlink.index(&pending).await?;
+        netlink.set_link(LinkUnspec::new_with_index(index).name(TUNNEL).build(), "name the VXLAN device vx0").await?;
+    }
+    let index = netlink.index(TUNNEL).await?;
+    let wanted = LinkUnspec::new_with_index(index).mtu(spec.mtu).controller(bridge).up().build();
+    netlink.set_link(wanted, format!("plug vx0 into br0 with MTU {}", spec.mtu)).await?;
+    // What is behind the tunnel is told by the forwarding entries, never learnt.
+    let port = LinkBridgePort::new(index).learning(false).neigh_suppress(spec.suppression).build();
+    let set = netlink.handle().link().set_port(port).execute().await;
+    set.map_err(|e| netlink.error("set vx0's bridge port", e))
+}
+
+/// The name of a VXLAN device while it is being made.
+fn pending_name(vni: u32) -> String {
+    format!("pvx{vni}")
+}
+
+/// Whether a link is the VXLAN device the spec asks for; what can be changed in place isn't compared.
+fn is_tunnel_of(link: &LinkMessage, spec: &NetworkSpec) -> bool {
+    let facts = link.attributes.iter().find_map(|a| match a {
+        LinkAttribute::LinkInfo(infos) => infos.iter().find_map(|i| match i {
+            LinkInfo::Data(InfoData::Vxlan(facts)) => Some(facts),
+            _ => None,
+        }),
+        _ => None,
+    });
+    let Some(facts) = facts else { return false };
+    facts.contains(&InfoVxlan::Id(spec.vni))
+        && facts.contains(&InfoVxlan::Local(spec.vtep))
+        && facts.contains(&InfoVxlan::Port(spec.port))
+}
+
+/// Whether a link is up in the bridge with that MTU.
+pub(crate) fn is_plugged(link: &LinkMessage, bridge: u32) -> bool {
+    link_facts(link).2 == Some(bridge)
+}

@@ -1,0 +1,195 @@
+//! Plugging a pod into a network, and unplugging it.
+
+use std::{
+    net::Ipv4Addr,
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+};
+
+use ipnet::Ipv4Net;
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    link::{InfoData, InfoVeth, LinkMessage},
+    neighbour::{NeighbourFlags, NeighbourState},
+};
+use rtnetlink::{
+    LinkUnspec, LinkVeth,
+    packet_core::{NLM_F_CREATE, NLM_F_REPLACE},
+};
+
+use crate::{
+    BRIDGE, BRIDGE_ADDRESS, BRIDGE_MAC, Dataplane, Mac,
+    error::{Error, Result},
+    forwarding::{bridge_entry, neighbour},
+    mac::is_port_name,
+    namespace::Namespace,
+    netlink::{Netlink, link_facts, link_name},
+    sysctl,
+};
+
+/// One pod's port on a network.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct PortSpec {
+    /// The network.
+    pub vni: u32,
+    /// The port's name in the network's namespace ([`crate::port_name`]).
+    pub port: String,
+    /// The pod's network namespace, as the host sees it.
+    pub netns: PathBuf,
+    /// The interface's name in the pod.
+    pub interface: String,
+    /// The interface's MAC.
+    pub mac: Mac,
+    /// The interface's address.
+    pub address: Ipv4Addr,
+    /// The prefix length of the network's subnet.
+    pub prefix: u8,
+    /// The interface's MTU in bytes.
+    pub mtu: u32,
+    /// Whether the pod reaches the node's DNS server by this interface: its first one.
+    pub resolver: bool,
+}
+
+impl Dataplane {
+    /// Plugs a pod in. A port that is there already is made what the spec says; after a failure nothing of it is left.
+    ///
+    /// # Errors
+    /// What the kernel refuses, or a namespace that isn't there.
+    pub async fn add_port(&self, spec: &PortSpec) -> Result<()> {
+        let network = Netlink::open(&self.namespace(spec.vni)?)?;
+        let pod_namespace = Namespace::open(self.root(), &spec.netns)?;
+        let pod = Netlink::open(&pod_namespace)?;
+        let added = async {
+            self.ensure_veth(&network, &pod, &pod_namespace, spec).await?;
+            plug(&network, spec).await?;
+            configure_pod(&pod, &pod_namespace, spec).await
+        };
+        let result = added.await;
+        if let Err(e) = &result
+            && let Err(second) = network.remove_link(&spec.port).await
+        {
+            tracing::warn!(error = %second, cause = %e, port = spec.port, "a port that could not be set up could not be removed either");
+        }
+        result
+    }
+
+    async fn ensure_veth(&self, network: &Netlink, pod: &Netlink, namespace: &Namespace, spec: &PortSpec) -> Result<()> {
+        let inside = pod.link(&spec.interface).await?;
+        let ours = inside.as_ref().is_some_and(|l| link_facts(l).0 == Some(spec.mac.0.as_slice()));
+        if network.link(&spec.port).await?.is_some() {
+            if ours {
+                return Ok(());
+            }
+            // Of an earlier try with another identity. The pod's end goes with it.
+            network.remove_link(&spec.port).await?;
+        }
+        if pod.link(&spec.interface).await?.is_some() {
+            return Err(Error::InterfaceTaken { interface: spec.interface.clone(), netns: spec.netns.clone() });
+        }
+        let peer = LinkUnspec::new_with_name(&spec.interface)
+            .address(spec.mac.0.to_vec())
+            .mtu(spec.mtu)
+            .setns_by_fd(namespace.as_raw_fd())
+            .build();
+        let veth = LinkVeth::new(&spec.port, &spec.interface)
+            .mtu(spec.mtu)
+            .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+            .build();
+        let action = format!("make port {} with {} in {}", spec.port, spec.interface, spec.netns.display());
+        network.add_link(veth, action).await
+    }
+
+    /// Unplugs a port, from the network's side only: the pod's namespace may be gone.
+    ///
+    /// # Errors
+    /// What the kernel refuses. A network or a port that isn't there is no error.
+    pub async fn remove_port(&self, vni: u32, port: &str, address: Ipv4Addr) -> Result<()> {
+        let namespace = match self.namespace(vni) {
+            Err(Error::NoNetwork { .. }) => return Ok(()),
+            other => other?,
+        };
+        let network = Netlink::open(&namespace)?;
+        network.remove_link(port).await?;
+        let Some(bridge) = network.link(BRIDGE).await? else { return Ok(()) };
+        remove_neighbour(&network, bridge.header.index, address).await
+    }
+
+    /// The names of a network's ports; none if it isn't set up here.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub async fn ports(&self, vni: u32) -> Result<Vec<String>> {
+        let namespace = match self.namespace(vni) {
+            Err(Error::NoNetwork { .. }) => return Ok(Vec::new()),
+            other => other?,
+        };
+        let links = Netlink::open(&namespace)?.links().await?;
+        Ok(links.iter().filter_map(link_name).filter(|n| is_port_name(n)).map(str::to_owned).collect())
+    }
+
+    /// Whether a pod's interface is there, plugged in and up: what CNI's CHECK asks.
+    ///
+    /// # Errors
+    /// What is missing, or what the kernel refuses.
+    pub async fn check_port(&self, spec: &PortSpec) -> Result<()> {
+        let network = Netlink::open(&self.namespace(spec.vni)?)?;
+        let bridge = network.index(BRIDGE).await?;
+        let missing = |link: &str, place: &Path| Error::NoLink { link: link.to_owned(), place: place.display().to_string() };
+        let port = network.link(&spec.port).await?;
+        if !port.is_some_and(|l| crate::network::is_plugged(&l, bridge)) {
+            return Err(missing(&spec.port, Path::new(network.place())));
+        }
+        let pod = Netlink::open(&Namespace::open(self.root(), &spec.netns)?)?;
+        let inside = pod.link(&spec.interface).await?;
+        if !inside.is_some_and(|l| link_facts(&l).0 == Some(spec.mac.0.as_slice())) {
+            return Err(missing(&spec.interface, &spec.netns));
+        }
+        Ok(())
+    }
+}
+
+/// The network's side: the port into the bridge, and fixed entries, so that frames for the pod are never flooded and the
+/// bridge never asks for it.
+async fn plug(network: &Netlink, spec: &PortSpec) -> Result<()> {
+    let bridge = network.index(BRIDGE).await?;
+    let index = network.index(&spec.port).await?;
+    let up = LinkUnspec::new_with_index(index).mtu(spec.mtu).controller(bridge).up().build();
+    network.set_link(up, format!("plug {} into br0", spec.port)).await?;
+    let entry = bridge_entry(index, spec.mac);
+    let flags = NLM_F_CREATE | NLM_F_REPLACE;
+    network.send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("forward {} to {}", spec.mac, spec.port)).await?;
+    let entry = neighbour(bridge, spec.address, spec.mac);
+    network.send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("add neighbour {}", spec.address)).await
+}
+
+/// The pod's side. The interface comes up last, and then says so to the whole network (gratuitous ARP).
+async fn configure_pod(pod: &Netlink, namespace: &Namespace, spec: &PortSpec) -> Result<()> {
+    let link = pod.link(&spec.interface).await?;
+    let index = match link {
+        Some(link) => link.header.index,
+        None => return Err(Error::NoLink { link: spec.interface.clone(), place: spec.netns.display().to_string() }),
+    };
+    sysctl::set(namespace, &[(&format!("ipv4/conf/{}/arp_notify", spec.interface), "1")])?;
+    pod.add_address(index, spec.address, spec.prefix).await?;
+    pod.set_link(up(index, spec.mtu), format!("bring {} up", spec.interface)).await?;
+    if spec.resolver {
+        let flags = NLM_F_CREATE | NLM_F_REPLACE;
+        let entry = neighbour(index, BRIDGE_ADDRESS, BRIDGE_MAC);
+        pod.send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("add neighbour {BRIDGE_ADDRESS}")).await?;
+        pod.add_link_route(index, Ipv4Net::from(BRIDGE_ADDRESS)).await?;
+    }
+    Ok(())
+}
+
+fn up(index: u32, mtu: u32) -> LinkMessage {
+    LinkUnspec::new_with_index(index).mtu(mtu).up().build()
+}
+
+pub(crate) async fn remove_neighbour(network: &Netlink, bridge: u32, address: Ipv4Addr) -> Result<()> {
+    let mut entry = neighbour(bridge, address, Mac::default());
+    entry.header.family = AddressFamily::Inet;
+    entry.header.state = NeighbourState::None;
+    entry.header.flags = NeighbourFlags::empty();
+    let action = format!("remove neighbour {address}");
+    crate::netlink::ok_if(network.send(RouteNetlinkMessage::DelNeighbour(entry), 0, action).await, libc::ENOENT)
+}
