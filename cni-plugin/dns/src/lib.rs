@@ -1,1 +1,16 @@
-//! To be written.
+//! Names on Portolan's networks: a snapshot of who has which name ([`Zone`]) and the server that answers from it ([`run`]).
+//!
+//! One server runs per network and node. What a pod may see follows from the network whose server it asked and from its source
+//! address: its own networks and nothing else. All other names are forwarded. This crate knows nothing of Kubernetes.
+
+mod answer;
+mod forward;
+mod server;
+mod zone;
+
+pub use forward::Upstream;
+pub use server::{ServeError, run};
+pub use zone::{Member, NetworkZone, Record, Zone, ZoneHandle};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,242 @@
+//! From a packet to what is to be done with it. Pure: no socket, no clock.
+
+use std::net::Ipv4Addr;
+
+use hickory_proto::ProtoError;
+use hickory_proto::op::{Edns, Header, Message, MessageType, Metadata, OpCode, Query, ResponseCode};
+use hickory_proto::rr::rdata::{A, SOA};
+use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
+use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
+use rand::seq::SliceRandom;
+
+use crate::zone::{Found, Zone};
+
+/// Seconds for which an answer may be kept: a pod that moved is found again after at most this.
+const TTL: u32 = 1;
+/// Bytes of a message's header (RFC 1035, 4.1.1).
+const HEADER_LENGTH: usize = 12;
+/// Bytes of an address record whose name is a pointer to the question's: pointer 2, type 2, class 2, TTL 4, length 2, address 4.
+const ADDRESS_LENGTH: usize = 16;
+/// The largest datagram we send of our own accord (DNS flag day 2020): it fits without fragments.
+const OWN_PAYLOAD: u16 = 1232;
+
+/// What to do with a packet.
+#[derive(Debug)]
+pub(crate) enum Decision {
+    /// Send this.
+    Reply(Vec<u8>),
+    /// The name is not ours: ask upstream.
+    Forward(Box<Forward>),
+    /// Not a query: nothing is owed.
+    Drop,
+}
+
+/// A query that goes upstream as it came, but for its id.
+#[derive(Debug)]
+pub(crate) struct Forward {
+    /// The packet.
+    pub(crate) packet: Vec<u8>,
+    /// Its only question.
+    pub(crate) question: Query,
+    query: Message,
+}
+
+/// How the query came, which bounds the reply.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Transport {
+    Udp,
+    Tcp,
+}
+
+/// Decides about `packet`, which came from `source` to the server of `network`.
+pub(crate) fn decide(zone: &Zone, network: &str, source: Ipv4Addr, transport: Transport, packet: &[u8]) -> Decision {
+    let Some(header) = header(packet) else { return Decision::Drop };
+    if header.metadata.message_type != MessageType::Query {
+        return Decision::Drop;
+    }
+    if header.metadata.op_code != OpCode::Query {
+        return bare(&header.metadata, ResponseCode::NotImp);
+    }
+    if header.counts.queries != 1 {
+        return bare(&header.metadata, ResponseCode::FormErr);
+    }
+    let Ok(query) = Message::from_vec(packet) else {
+        return bare(&header.metadata, ResponseCode::FormErr);
+    };
+    let Some(question) = query.queries.first().cloned() else {
+        return bare(&header.metadata, ResponseCode::FormErr);
+    };
+    if query.version() > 0 {
+        return reply(&refusal(&query, ResponseCode::BADVERS));
+    }
+    let name = match question.query_class {
+        DNSClass::IN | DNSClass::ANY => text_of(&question.name),
+        _ => None,
+    };
+    match name.as_deref().map_or(Found::Foreign, |name| zone.find(network, source, name)) {
+        Found::Foreign => Decision::Forward(Box::new(Forward { packet: packet.to_vec(), question, query })),
+        found => match own(&query, &question, &found) {
+            Ok(mut message) => {
+                fit(&mut message, limit(&query, transport).min(own_limit(transport)));
+                reply(&message)
+            }
+            Err(_) => reply(&refusal(&query, ResponseCode::ServFail)),
+        },
+    }
+}
+
+impl Forward {
+    /// The reply when no upstream has answered.
+    pub(crate) fn failed(&self) -> Option<Vec<u8>> {
+        refusal(&self.query, ResponseCode::ServFail).to_vec().ok()
+    }
+
+    /// An upstream's reply as the asker gets it: with the asker's id, and only its head if it is too large.
+    pub(crate) fn pass_on(&self, mut answer: Vec<u8>, transport: Transport) -> Option<Vec<u8>> {
+        if answer.len() > limit(&self.query, transport) {
+            let mut head = refusal(&self.query, ResponseCode::NoError);
+            head.metadata.truncation = true;
+            return head.to_vec().ok();
+        }
+        answer.get_mut(..2)?.copy_from_slice(&self.query.metadata.id.to_be_bytes());
+        Some(answer)
+    }
+
+    /// True if `answer` replies to this question under `id`.
+    pub(crate) fn is_answered_by(&self, answer: &[u8], id: u16) -> bool {
+        let mut decoder = BinDecoder::new(answer);
+        let Ok(header) = Header::read(&mut decoder) else { return false };
+        if header.metadata.id != id || header.metadata.message_type != MessageType::Response {
+            return false;
+        }
+        // A server that could not read the question may leave it out (RFC 1035, 4.1.1: FORMERR).
+        if header.counts.queries == 0 {
+            return matches!(header.metadata.response_code, ResponseCode::FormErr | ResponseCode::NotImp);
+        }
+        header.counts.queries == 1 && Query::read(&mut decoder).is_ok_and(|question| question == self.question)
+    }
+}
+
+/// True if the reply was cut to fit a datagram.
+pub(crate) fn is_truncated(answer: &[u8]) -> bool {
+    header(answer).is_some_and(|header| header.metadata.truncation)
+}
+
+fn header(packet: &[u8]) -> Option<Header> {
+    if packet.len() < HEADER_LENGTH {
+        return None;
+    }
+    Header::read(&mut BinDecoder::new(packet)).ok()
+}
+
+/// A name in lower case with dots; none if a label has a character that no Kubernetes name has.
+fn text_of(name: &Name) -> Option<String> {
+    let mut text = String::with_capacity(name.len());
+    for label in name {
+        if !text.is_empty() {
+            text.push('.');
+        }
+        for &byte in label {
+            if !(byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_') {
+                return None;
+            }
+            text.push(byte.to_ascii_lowercase().into());
+        }
+    }
+    (!text.is_empty()).then_some(text)
+}
+
+fn own(query: &Message, question: &Query, found: &Found<'_>) -> Result<Message, ProtoError> {
+    let mut message = answer_to(query);
+    message.metadata.authoritative = true;
+    message.metadata.recursion_available = true;
+    message.queries = vec![question.clone()];
+    let network = match found {
+        Found::Foreign => return Ok(refusal(query, ResponseCode::ServFail)),
+        Found::Missing { network } => {
+            message.metadata.response_code = ResponseCode::NXDomain;
+            network
+        }
+        Found::Addresses { network, addresses } => {
+            if matches!(question.query_type, RecordType::A | RecordType::ANY) {
+                message.answers = shuffled(&question.name, addresses);
+            }
+            network
+        }
+    };
+    if message.answers.is_empty() {
+        message.authorities = vec![authority(network)?];
+    }
+    Ok(message)
+}
+
+fn shuffled(name: &Name, addresses: &[Ipv4Addr]) -> Vec<Record> {
+    let mut addresses = addresses.to_vec();
+    addresses.shuffle(&mut rand::rng());
+    addresses.into_iter().map(|address| Record::from_rdata(name.clone(), TTL, RData::A(A(address)))).collect()
+}
+
+/// The record that says for how long a negative answer holds (RFC 2308: the lesser of its TTL and its last field).
+fn authority(network: &str) -> Result<Record, ProtoError> {
+    let name = |text: String| Name::from_ascii(text);
+    let (server, contact) = (name(format!("ns.{network}."))?, name(format!("hostmaster.{network}."))?);
+    let soa = SOA::new(server, contact, 1, 3600, 600, 86400, TTL);
+    Ok(Record::from_rdata(name(format!("{network}."))?, TTL, RData::SOA(soa)))
+}
+
+/// An empty reply to `query`, with EDNS if the query has it (RFC 6891, 7).
+fn answer_to(query: &Message) -> Message {
+    let mut message = Message::response(query.metadata.id, query.metadata.op_code);
+    message.metadata = Metadata::response_from_request(&query.metadata);
+    if query.edns.is_some() {
+        let mut edns = Edns::new();
+        edns.set_max_payload(OWN_PAYLOAD);
+        message.edns = Some(edns);
+    }
+    message
+}
+
+fn refusal(query: &Message, code: ResponseCode) -> Message {
+    let mut message = answer_to(query);
+    message.metadata.recursion_available = true;
+    message.metadata.response_code = code;
+    message.queries = query.queries.clone();
+    message
+}
+
+/// A refusal of a packet of which no more than the header is understood.
+fn bare(request: &Metadata, code: ResponseCode) -> Decision {
+    let mut message = Message::response(request.id, request.op_code);
+    message.metadata.recursion_desired = request.recursion_desired;
+    message.metadata.response_code = code;
+    reply(&message)
+}
+
+fn reply(message: &Message) -> Decision {
+    message.to_vec().map_or(Decision::Drop, Decision::Reply)
+}
+
+/// The largest reply that the asker takes, in bytes.
+fn limit(query: &Message, transport: Transport) -> usize {
+    match transport {
+        Transport::Udp => query.max_payload().into(),
+        Transport::Tcp => u16::MAX.into(),
+    }
+}
+
+fn own_limit(transport: Transport) -> usize {
+    match transport {
+        Transport::Udp => OWN_PAYLOAD.into(),
+        Transport::Tcp => u16::MAX.into(),
+    }
+}
+
+/// Leaves out as many addresses as needed and says so (TC): whoever can't ask again by TCP still has some.
+fn fit(message: &mut Message, limit: usize) {
+    let Ok(bytes) = message.to_vec() else { return };
+    let excess = bytes.len().saturating_sub(limit);
+    if excess > 0 {
+        message.answers.truncate(message.answers.len().saturating_sub(excess.div_ceil(ADDRESS_LENGTH)));
+        message.metadata.truncation = true;
+    }
+}

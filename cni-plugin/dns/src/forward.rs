@@ -1,0 +1,102 @@
+//! Asking the servers that know everything else.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UdpSocket};
+use tokio::time::timeout;
+
+use crate::answer::{Forward, Transport, is_truncated};
+
+/// For how long one server is waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// The largest datagram (RFC 768).
+const DATAGRAM: usize = 65_535;
+
+/// Where queries go that are not ours. The servers are asked in this order.
+#[derive(Clone, Debug, Default)]
+pub struct Upstream {
+    /// Addresses with ports, usually the cluster's DNS service.
+    pub servers: Vec<SocketAddr>,
+}
+
+/// Asks each server in turn; none when all have failed. Sockets are opened in the namespace of the calling thread.
+pub(crate) async fn ask(upstream: &Upstream, query: &Forward, transport: Transport) -> Option<Vec<u8>> {
+    for &server in &upstream.servers {
+        match timeout(PATIENCE, ask_one(server, query, transport)).await {
+            Ok(Ok(answer)) => return Some(answer),
+            Ok(Err(error)) => tracing::debug!(%server, %error, "forwarding failed"),
+            Err(_) => tracing::debug!(%server, "no answer in time"),
+        }
+    }
+    None
+}
+
+async fn ask_one(server: SocketAddr, query: &Forward, transport: Transport) -> io::Result<Vec<u8>> {
+    if transport == Transport::Udp {
+        let answer = by_udp(server, query).await?;
+        if !is_truncated(&answer) {
+            return Ok(answer);
+        }
+    }
+    by_tcp(server, query).await
+}
+
+/// A socket of its own for each query: its port and the id are what a forger would have to guess (RFC 5452).
+async fn by_udp(server: SocketAddr, query: &Forward) -> io::Result<Vec<u8>> {
+    let any: SocketAddr = match server {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    let socket = UdpSocket::bind(any).await?;
+    socket.connect(server).await?;
+    let (id, packet) = with_random_id(&query.packet);
+    socket.send(&packet).await?;
+    let mut buffer = vec![0; DATAGRAM];
+    loop {
+        let length = socket.recv(&mut buffer).await?;
+        let answer = buffer.get(..length).unwrap_or_default();
+        if query.is_answered_by(answer, id) {
+            return Ok(answer.to_vec());
+        }
+    }
+}
+
+async fn by_tcp(server: SocketAddr, query: &Forward) -> io::Result<Vec<u8>> {
+    let mut stream = TcpStream::connect(server).await?;
+    let (id, packet) = with_random_id(&query.packet);
+    write_message(&mut stream, &packet).await?;
+    let answer = read_message(&mut stream).await?;
+    if query.is_answered_by(&answer, id) {
+        Ok(answer)
+    } else {
+        Err(io::Error::new(io::ErrorKind::InvalidData, "the reply is not to this question"))
+    }
+}
+
+fn with_random_id(packet: &[u8]) -> (u16, Vec<u8>) {
+    let id: u16 = rand::random();
+    let mut packet = packet.to_vec();
+    if let Some(head) = packet.get_mut(..2) {
+        head.copy_from_slice(&id.to_be_bytes());
+    }
+    (id, packet)
+}
+
+/// Reads a message with its length before it (RFC 1035, 4.2.2).
+pub(crate) async fn read_message(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
+    let mut message = vec![0; stream.read_u16().await?.into()];
+    stream.read_exact(&mut message).await?;
+    Ok(message)
+}
+
+/// Writes a message with its length before it, in one piece.
+pub(crate) async fn write_message(stream: &mut TcpStream, message: &[u8]) -> io::Result<()> {
+    let length = u16::try_from(message.len())
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "a message is longer than 65535 bytes"))?;
+    let mut framed = length.to_be_bytes().to_vec();
+    framed.extend_from_slice(message);
+    stream.write_all(&framed).await
+}

@@ -1,0 +1,182 @@
+//! The sockets of one network's server.
+
+use std::future::Future;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::answer::{Decision, Forward, Transport, decide};
+use crate::forward::{Upstream, ask, read_message, write_message};
+use crate::zone::ZoneHandle;
+
+/// Forwards that may be under way at once; more are refused (SERVFAIL).
+const FORWARDS: usize = 512;
+/// TCP connections that may be open at once; more are closed at once.
+const CONNECTIONS: usize = 64;
+/// How long a TCP connection may be silent, or take to accept an answer.
+const IDLE: Duration = Duration::from_secs(10);
+/// How long to wait after a socket failed (`EMFILE`, `ENOBUFS`), so that the loop doesn't spin.
+const AFTER_FAILURE: Duration = Duration::from_millis(100);
+/// The largest datagram that is read; a longer query is malformed anyway.
+const DATAGRAM: usize = 4096;
+
+/// The server could not use the sockets it was given.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The UDP socket can't be used.
+    #[error("the DNS server of network {network} can't use its UDP socket")]
+    Udp {
+        /// The network.
+        network: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The TCP socket can't be used.
+    #[error("the DNS server of network {network} can't use its TCP socket")]
+    Tcp {
+        /// The network.
+        network: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+struct Server {
+    network: String,
+    zone: ZoneHandle,
+    upstream: Upstream,
+    forwards: Semaphore,
+}
+
+/// Answers queries that come by `udp` and `tcp` until `shutdown` resolves.
+///
+/// The sockets are those of `network`'s namespace. Queries for other names are forwarded by sockets that are opened in the
+/// namespace of the runtime's own threads.
+///
+/// # Errors
+/// When a socket can't be registered with the runtime. What a packet or a peer does wrong is no error.
+pub async fn run(
+    udp: std::net::UdpSocket,
+    tcp: std::net::TcpListener,
+    network: String,
+    zone: ZoneHandle,
+    upstream: Upstream,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), ServeError> {
+    let udp_failed = |source| ServeError::Udp { network: network.clone(), source };
+    udp.set_nonblocking(true).map_err(udp_failed)?;
+    let udp = Arc::new(UdpSocket::from_std(udp).map_err(udp_failed)?);
+    let tcp_failed = |source| ServeError::Tcp { network: network.clone(), source };
+    tcp.set_nonblocking(true).map_err(tcp_failed)?;
+    let tcp = TcpListener::from_std(tcp).map_err(tcp_failed)?;
+
+    let network = network.to_ascii_lowercase();
+    let server = Arc::new(Server { network, zone, upstream, forwards: Semaphore::new(FORWARDS) });
+    tokio::select! {
+        () = shutdown => {}
+        () = serve_udp(Arc::clone(&server), udp) => {}
+        () = serve_tcp(server, tcp) => {}
+    }
+    Ok(())
+}
+
+async fn serve_udp(server: Arc<Server>, socket: Arc<UdpSocket>) {
+    let mut buffer = vec![0; DATAGRAM];
+    // Dropped with this loop, and with it what is still being forwarded.
+    let mut forwarding = JoinSet::new();
+    loop {
+        while forwarding.try_join_next().is_some() {}
+        let (length, peer) = match socket.recv_from(&mut buffer).await {
+            Ok(received) => received,
+            Err(error) => {
+                tracing::debug!(network = server.network, %error, "receiving failed");
+                tokio::time::sleep(AFTER_FAILURE).await;
+                continue;
+            }
+        };
+        match server.decide(peer, Transport::Udp, buffer.get(..length).unwrap_or_default()) {
+            Decision::Drop => {}
+            Decision::Reply(packet) => send(&socket, &packet, peer).await,
+            Decision::Forward(query) => {
+                let (server, socket) = (Arc::clone(&server), Arc::clone(&socket));
+                forwarding.spawn(async move {
+                    if let Some(packet) = server.forward(&query, Transport::Udp).await {
+                        send(&socket, &packet, peer).await;
+                    }
+                });
+            }
+        }
+    }
+}
+
+async fn send(socket: &UdpSocket, packet: &[u8], peer: SocketAddr) {
+    if let Err(error) = socket.send_to(packet, peer).await {
+        tracing::debug!(%peer, %error, "an answer could not be sent");
+    }
+}
+
+async fn serve_tcp(server: Arc<Server>, listener: TcpListener) {
+    let connections = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut serving = JoinSet::new();
+    loop {
+        while serving.try_join_next().is_some() {}
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::debug!(network = server.network, %error, "accepting failed");
+                tokio::time::sleep(AFTER_FAILURE).await;
+                continue;
+            }
+        };
+        let Ok(permit) = Arc::clone(&connections).try_acquire_owned() else {
+            tracing::debug!(network = server.network, %peer, "too many connections");
+            continue;
+        };
+        let server = Arc::clone(&server);
+        serving.spawn(async move {
+            if let Err(error) = server.converse(stream, peer).await {
+                tracing::debug!(%peer, %error, "a connection ended");
+            }
+            drop(permit);
+        });
+    }
+}
+
+impl Server {
+    fn decide(&self, peer: SocketAddr, transport: Transport, packet: &[u8]) -> Decision {
+        // A peer that isn't IPv4 is no member of anything.
+        let source = match peer.ip() {
+            IpAddr::V4(address) => address,
+            IpAddr::V6(address) => address.to_ipv4_mapped().unwrap_or(Ipv4Addr::UNSPECIFIED),
+        };
+        decide(&self.zone.current(), &self.network, source, transport, packet)
+    }
+
+    async fn forward(&self, query: &Forward, transport: Transport) -> Option<Vec<u8>> {
+        let Ok(_permit) = self.forwards.try_acquire() else { return query.failed() };
+        match ask(&self.upstream, query, transport).await {
+            Some(answer) => query.pass_on(answer, transport),
+            None => query.failed(),
+        }
+    }
+
+    /// Answers one connection's queries, one after the other, until the peer closes it or is silent.
+    async fn converse(&self, mut stream: TcpStream, peer: SocketAddr) -> io::Result<()> {
+        while let Ok(message) = timeout(IDLE, read_message(&mut stream)).await {
+            let reply = match self.decide(peer, Transport::Tcp, &message?) {
+                Decision::Drop => return Ok(()),
+                Decision::Reply(packet) => Some(packet),
+                Decision::Forward(query) => self.forward(&query, Transport::Tcp).await,
+            };
+            let Some(reply) = reply else { return Ok(()) };
+            timeout(IDLE, write_message(&mut stream, &reply)).await??;
+        }
+        Ok(())
+    }
+}
