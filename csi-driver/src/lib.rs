@@ -1,1 +1,14 @@
-//! To be written.
+//! Portolan's storage: the CSI services, provisioning, attachment, and the handoff that moves a volume between nodes.
+//!
+//! One binary, two processes: [`controller`] (unprivileged, sees only the API) and [`node`] (on each node, sees its pool).
+//! What they agree on is in a volume's status; [`handoff`] says what each of them does next.
+
+pub mod controller;
+pub mod handoff;
+pub mod identity;
+pub mod node;
+pub mod parameters;
+pub mod proto;
+pub mod quantity;
+//pub mod transfer;
+pub mod volume;

@@ -1,0 +1,309 @@
+//! What a node does next about a volume: a pure function of the volume's object and of what is on the node's disk.
+//!
+//! Nothing else is remembered, so an agent that is killed anywhere goes on with the same step. Actions that write the status
+//! are compare-and-set; after each the agent reads the disk and plans again.
+
+mod snapshots;
+#[cfg(test)]
+mod tests;
+
+use kube::ResourceExt;
+use portolan_crds::{Handoff, HandoffPhase, PortableVolume, PortableVolumeStatus, VolumePhase, condition};
+
+pub use snapshots::{Known, fresh_name};
+
+use crate::volume;
+
+/// A copy of a volume on this node's disk.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Local {
+    /// Whose it is: the UID of a PortableVolume. None on a received copy whose properties haven't been set yet.
+    pub uid: Option<String>,
+    /// The epoch at which it was last writable.
+    pub epoch: Option<i64>,
+    /// Whether nothing can be written to it.
+    pub readonly: bool,
+    /// Whether it is mounted anywhere on this node.
+    pub mounted: bool,
+    /// Bytes that it uses, snapshots included.
+    pub used: i64,
+    /// Its snapshots, oldest first.
+    pub snapshots: Vec<Known>,
+}
+
+impl Local {
+    fn has(&self, guid: &str) -> bool {
+        self.snapshots.iter().any(|snapshot| snapshot.guid == guid)
+    }
+
+    /// The newest snapshot that Portolan took.
+    fn newest(&self) -> Option<&Known> {
+        self.snapshots.iter().rev().find(|snapshot| snapshot.is_ours())
+    }
+}
+
+/// One step of a plan.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Action {
+    /// Nothing can be done yet, and why. Look again soon.
+    Wait(String),
+    /// Something is wrong that waiting alone won't mend: say so in a condition.
+    Report {
+        /// The condition's reason, CamelCase.
+        reason: &'static str,
+        /// What is wrong, and what to do.
+        message: String,
+    },
+    /// Write: this node may hold a dataset from now on. Comes before any dataset does.
+    RecordReplica,
+    /// Write: this node holds no dataset any more.
+    ForgetReplica,
+    /// Write: the snapshot that this node's copy shares with the others.
+    RecordSnapshot(Known),
+    /// Write: the bytes that the owner's copy uses, and that it is well.
+    RecordUsed(i64),
+    /// Make the dataset of a new volume, stamped with epoch 1.
+    Create,
+    /// Write: this node owns the new volume, at epoch 1.
+    Own,
+    /// Set `readonly` and read it back.
+    SetReadonly(bool),
+    /// Make sure by the node's mount table that nothing has the dataset mounted.
+    CheckQuiet,
+    /// Take the final snapshot under this name, and write it with its GUID; phase FinalSync.
+    PublishFinal(String),
+    /// Receive up to a snapshot of the source. An optional one that the source hasn't got is left out.
+    Fetch {
+        /// The snapshot.
+        snapshot: Known,
+        /// Whether the handoff goes on without it.
+        optional: bool,
+    },
+    /// Set the properties that a received dataset doesn't have yet, its `portolan:uid` last.
+    Adopt,
+    /// Write: this node owns the volume, at the handoff's epoch; phase Activating.
+    TakeOver,
+    /// Stamp the epoch on the dataset.
+    Stamp(i64),
+    /// Write: the handoff is done; phase Ready.
+    Finish,
+    /// Destroy the dataset and its snapshots, if it is this volume's.
+    Destroy,
+    /// Destroy one snapshot that no copy needs any more.
+    DestroySnapshot(Known),
+}
+
+/// Whether a volume is any of this node's business.
+pub fn concerns(me: &str, volume: &PortableVolume) -> bool {
+    let status = volume.status.as_ref();
+    let handoff = status.and_then(|status| status.handoff.as_ref());
+    let owner = status.and_then(|status| status.owner.as_deref());
+    owner == Some(me)
+        || (owner.is_none() && volume.spec.placement.node == me)
+        || handoff.is_some_and(|handoff| handoff.to == me || handoff.from == me)
+        || status.is_some_and(|status| status.replicas.iter().any(|replica| replica.node == me))
+}
+
+/// Whether a dataset is a copy of this volume: by its UID, or, received but not yet marked, by the GUID of a snapshot.
+pub fn is_copy(volume: &PortableVolume, local: &Local) -> bool {
+    match &local.uid {
+        Some(uid) => volume.uid().as_ref() == Some(uid),
+        None => known_guids(&volume::status(volume)).iter().any(|guid| local.has(guid)),
+    }
+}
+
+fn known_guids(status: &PortableVolumeStatus) -> Vec<String> {
+    let handoff = status.handoff.iter().filter_map(|handoff| handoff.guid.clone());
+    status.replicas.iter().filter_map(|replica| replica.guid.clone()).chain(handoff).collect()
+}
+
+/// What node `me` does next about `volume`, whose copy here is `local` (none: the pool is there and has no such dataset).
+pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>) -> Vec<Action> {
+    let status = volume::status(volume);
+    let recorded = status.replicas.iter().any(|replica| replica.node == me);
+    if volume.metadata.deletion_timestamp.is_some() {
+        return delete(volume, recorded, local);
+    }
+    if let Some(local) = local.filter(|local| !is_copy(volume, local)) {
+        return foreign(me, volume, local);
+    }
+    if let Some(handoff) = &status.handoff {
+        if handoff.from == me && handoff.phase < HandoffPhase::Activating {
+            return source(&status, handoff, local);
+        }
+        if handoff.to == me {
+            return target(&status, handoff, recorded, local);
+        }
+        return Vec::new();
+    }
+    match &status.owner {
+        None if volume.spec.placement.node == me => create(recorded, local),
+        None => withdraw(recorded, local),
+        Some(owner) if owner == me => own(me, &status, recorded, local),
+        Some(_) => keep(me, &status, recorded, local),
+    }
+}
+
+fn foreign(me: &str, volume: &PortableVolume, local: &Local) -> Vec<Action> {
+    let whose = match &local.uid {
+        Some(uid) => format!("belongs to another volume (portolan:uid is {uid})"),
+        None => "was not made by Portolan (it has no portolan:uid)".to_owned(),
+    };
+    let message = format!(
+        "the dataset {} on node {me} {whose}: rename it or destroy it there if nobody needs it",
+        volume.name_any()
+    );
+    vec![Action::Report { reason: "DatasetConflict", message }]
+}
+
+fn delete(volume: &PortableVolume, recorded: bool, local: Option<&Local>) -> Vec<Action> {
+    let mut actions = Vec::new();
+    match local.filter(|local| is_copy(volume, local)) {
+        Some(local) if local.mounted => return vec![Action::Wait("the volume is being deleted and is still mounted".into())],
+        Some(_) => actions.push(Action::Destroy),
+        None => {}
+    }
+    if recorded {
+        actions.push(Action::ForgetReplica);
+    }
+    actions
+}
+
+/// A new volume that is wanted here.
+fn create(recorded: bool, local: Option<&Local>) -> Vec<Action> {
+    match (recorded, local) {
+        (false, _) => vec![Action::RecordReplica],
+        (true, None) => vec![Action::Create, Action::Own],
+        (true, Some(_)) => vec![Action::Own],
+    }
+}
+
+/// A new volume that was wanted here once, and that nobody has owned: its dataset has never been mounted.
+fn withdraw(recorded: bool, local: Option<&Local>) -> Vec<Action> {
+    match (recorded, local) {
+        (_, Some(local)) if local.mounted || !local.snapshots.is_empty() => Vec::new(),
+        (_, Some(_)) => vec![Action::Destroy, Action::ForgetReplica],
+        (true, None) => vec![Action::ForgetReplica],
+        (false, None) => Vec::new(),
+    }
+}
+
+/// The owner's copy when no handoff is under way.
+fn own(me: &str, status: &PortableVolumeStatus, recorded: bool, local: Option<&Local>) -> Vec<Action> {
+    let local = match at_epoch(local, status.epoch) {
+        Ok(local) => local,
+        Err(report) => return vec![report],
+    };
+    if !recorded {
+        return vec![Action::RecordReplica];
+    }
+    let mut actions = Vec::new();
+    if local.readonly {
+        actions.push(Action::SetReadonly(false));
+    }
+    actions.extend(record_and_prune(me, status, local));
+    let noticeable = status.used_bytes.is_none_or(|used| (used - local.used).abs() > (used / 100).max(64 << 10));
+    let well = status
+        .conditions
+        .iter()
+        .any(|condition| condition.type_ == condition::READY && condition.status == condition::TRUE);
+    if noticeable || !well || status.phase != VolumePhase::Ready {
+        actions.push(Action::RecordUsed(local.used));
+    }
+    actions
+}
+
+/// A copy on a node that is not the owner.
+fn keep(me: &str, status: &PortableVolumeStatus, recorded: bool, local: Option<&Local>) -> Vec<Action> {
+    match (recorded, local) {
+        (true, Some(local)) => record_and_prune(me, status, local),
+        (true, None) => vec![Action::ForgetReplica],
+        (false, Some(_)) => vec![Action::RecordReplica],
+        (false, None) => Vec::new(),
+    }
+}
+
+fn record_and_prune(me: &str, status: &PortableVolumeStatus, local: &Local) -> Vec<Action> {
+    let entry = status.replicas.iter().find(|replica| replica.node == me);
+    match (local.newest(), entry) {
+        (Some(newest), Some(entry)) if entry.guid.as_ref() != Some(&newest.guid) => {
+            vec![Action::RecordSnapshot(newest.clone())]
+        }
+        _ => snapshots::unneeded(&status.replicas, &local.snapshots).map(Action::DestroySnapshot).collect(),
+    }
+}
+
+fn at_epoch(local: Option<&Local>, epoch: i64) -> Result<&Local, Action> {
+    let Some(local) = local else {
+        let message = "the owner's pool is there but the volume's dataset is not: it was destroyed or renamed by hand".to_owned();
+        return Err(Action::Report { reason: "DatasetMissing", message });
+    };
+    if local.epoch != Some(epoch) {
+        let found = local.epoch.map_or("none".to_owned(), |epoch| epoch.to_string());
+        let message = format!(
+            "the owner's dataset carries epoch {found} and the volume is at epoch {epoch}: it is not the copy that was written last"
+        );
+        return Err(Action::Report { reason: "EpochMismatch", message });
+    }
+    Ok(local)
+}
+
+fn source(status: &PortableVolumeStatus, handoff: &Handoff, local: Option<&Local>) -> Vec<Action> {
+    if handoff.phase == HandoffPhase::FinalSync {
+        let found = handoff.guid.as_ref().is_some_and(|guid| local.is_some_and(|local| local.has(guid)));
+        if found {
+            return Vec::new();
+        }
+        let message = "the source has lost the handoff's final snapshot: it was destroyed or rolled back by hand".to_owned();
+        return vec![Action::Report { reason: "SnapshotMissing", message }];
+    }
+    match at_epoch(local, status.epoch) {
+        Err(report) => vec![report],
+        Ok(local) if local.mounted => vec![Action::Wait(format!("still mounted on node {}", handoff.from))],
+        Ok(local) => {
+            let name = fresh_name(handoff.epoch, &local.snapshots);
+            vec![Action::SetReadonly(true), Action::CheckQuiet, Action::PublishFinal(name)]
+        }
+    }
+}
+
+fn target(status: &PortableVolumeStatus, handoff: &Handoff, recorded: bool, local: Option<&Local>) -> Vec<Action> {
+    if !recorded {
+        return vec![Action::RecordReplica];
+    }
+    let (Some(name), Some(guid)) = (&handoff.snapshot, &handoff.guid) else {
+        // Quiescing: the source's turn.
+        return Vec::new();
+    };
+    let last = Known { name: name.clone(), guid: guid.clone() };
+    let received = local.filter(|local| local.has(guid));
+    match (handoff.phase, received) {
+        (HandoffPhase::Quiescing, _) => Vec::new(),
+        (HandoffPhase::FinalSync, Some(local)) if local.uid.is_none() => vec![Action::Adopt, Action::TakeOver],
+        (HandoffPhase::FinalSync, Some(_)) => vec![Action::TakeOver],
+        (HandoffPhase::FinalSync, None) if local.is_some_and(|local| local.mounted) => {
+            vec![Action::Wait(format!("the replica on node {} is mounted there", handoff.to))]
+        }
+        (HandoffPhase::FinalSync, None) => snapshots::to_fetch(&status.replicas, last, local)
+            .into_iter()
+            .flat_map(|(snapshot, optional)| [Action::Fetch { snapshot, optional }, Action::Adopt])
+            .collect(),
+        (HandoffPhase::Activating, Some(local)) => activate(handoff, local),
+        (HandoffPhase::Activating, None) => {
+            let message = "the new owner has lost the copy it received: it was destroyed or rolled back by hand".to_owned();
+            vec![Action::Report { reason: "DatasetMissing", message }]
+        }
+    }
+}
+
+fn activate(handoff: &Handoff, local: &Local) -> Vec<Action> {
+    let mut actions = Vec::new();
+    if local.epoch != Some(handoff.epoch) {
+        actions.push(Action::Stamp(handoff.epoch));
+    }
+    if local.readonly {
+        actions.push(Action::SetReadonly(false));
+    }
+    actions.push(Action::Finish);
+    actions
+}

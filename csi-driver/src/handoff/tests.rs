@@ -1,0 +1,201 @@
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use portolan_crds::{Placement, PortableVolumeSpec, Replica};
+
+use super::*;
+
+const UID: &str = "uid-1";
+
+fn volume(change: impl FnOnce(&mut PortableVolumeStatus)) -> PortableVolume {
+    let spec = PortableVolumeSpec { placement: Placement { node: "a".into() }, ..PortableVolumeSpec::default() };
+    let mut volume = PortableVolume::new("pvc-1", spec);
+    volume.metadata.uid = Some(UID.into());
+    let mut status = PortableVolumeStatus::default();
+    change(&mut status);
+    volume.status = Some(status);
+    volume
+}
+
+fn owned(change: impl FnOnce(&mut PortableVolumeStatus)) -> PortableVolume {
+    volume(|status| {
+        status.owner = Some("a".into());
+        status.epoch = 3;
+        status.phase = VolumePhase::Ready;
+        status.used_bytes = Some(0);
+        status.replicas = vec![replica("a", Some("portolan-3"))];
+        status.conditions = vec![Condition {
+            last_transition_time: Time(jiff::Timestamp::UNIX_EPOCH),
+            message: String::new(),
+            observed_generation: None,
+            reason: "Ready".into(),
+            status: "True".into(),
+            type_: "Ready".into(),
+        }];
+        change(status);
+    })
+}
+
+/// The volume of a, moving to b at epoch 4.
+fn moving(phase: HandoffPhase) -> PortableVolume {
+    owned(|status| {
+        let known = phase > HandoffPhase::Quiescing;
+        status.phase = VolumePhase::Moving;
+        status.handoff = Some(Handoff {
+            from: "a".into(),
+            to: "b".into(),
+            epoch: 4,
+            phase,
+            snapshot: known.then(|| "portolan-4".into()),
+            guid: known.then(|| "g-portolan-4".into()),
+            ..Handoff::default()
+        });
+        status.replicas = vec![replica("a", known.then_some("portolan-4")), replica("b", None)];
+        if phase == HandoffPhase::Activating {
+            status.owner = Some("b".into());
+            status.epoch = 4;
+        }
+    })
+}
+
+fn replica(node: &str, snapshot: Option<&str>) -> Replica {
+    Replica { node: node.into(), snapshot: snapshot.map(Into::into), guid: snapshot.map(|name| format!("g-{name}")) }
+}
+
+fn known(name: &str) -> Known {
+    Known { name: name.into(), guid: format!("g-{name}") }
+}
+
+fn copy(epoch: i64, snapshots: &[&str]) -> Local {
+    Local {
+        uid: Some(UID.into()),
+        epoch: Some(epoch),
+        snapshots: snapshots.iter().map(|name| known(name)).collect(),
+        ..Local::default()
+    }
+}
+
+fn reason(actions: &[Action]) -> Option<&'static str> {
+    match actions {
+        [Action::Report { reason, .. }] => Some(reason),
+        _ => None,
+    }
+}
+
+fn waits(actions: &[Action]) -> bool {
+    matches!(actions, [Action::Wait(_)])
+}
+
+#[test]
+fn a_new_volume_is_recorded_then_made_then_owned() {
+    let new = volume(|_| {});
+    assert_eq!(plan("a", &new, None), [Action::RecordReplica]);
+    assert!(!concerns("b", &new) && plan("b", &new, None).is_empty());
+    let recorded = volume(|status| status.replicas = vec![replica("a", None)]);
+    assert_eq!(plan("a", &recorded, None), [Action::Create, Action::Own]);
+    assert_eq!(plan("a", &recorded, Some(&copy(1, &[]))), [Action::Own]);
+    // Wanted elsewhere before anybody owned it.
+    let elsewhere = volume(|status| status.replicas = vec![replica("c", None)]);
+    assert_eq!(plan("c", &elsewhere, None), [Action::ForgetReplica]);
+    assert_eq!(plan("c", &elsewhere, Some(&copy(1, &[]))), [Action::Destroy, Action::ForgetReplica]);
+}
+
+#[test]
+fn a_dataset_that_is_not_ours_is_left_alone() {
+    let other = Local { uid: Some("uid-2".into()), ..copy(3, &[]) };
+    let unmarked = Local { uid: None, ..copy(3, &["daily"]) };
+    for local in [other, unmarked] {
+        for volume in [volume(|_| {}), owned(|_| {}), moving(HandoffPhase::Quiescing), moving(HandoffPhase::FinalSync)] {
+            assert_eq!(reason(&plan("a", &volume, Some(&local))), Some("DatasetConflict"));
+            assert_eq!(reason(&plan("b", &volume, Some(&local))), Some("DatasetConflict"));
+        }
+        let mut deleted = owned(|_| {});
+        deleted.metadata.deletion_timestamp = Some(Time(jiff::Timestamp::UNIX_EPOCH));
+        assert_eq!(plan("a", &deleted, Some(&local)), [Action::ForgetReplica]);
+    }
+}
+
+#[test]
+fn an_owner_keeps_its_copy_in_order() {
+    assert_eq!(plan("a", &owned(|_| {}), Some(&copy(3, &["portolan-3"]))), []);
+    assert_eq!(reason(&plan("a", &owned(|_| {}), None)), Some("DatasetMissing"));
+    assert_eq!(reason(&plan("a", &owned(|_| {}), Some(&copy(2, &["portolan-3"])))), Some("EpochMismatch"));
+    let readonly = Local { readonly: true, ..copy(3, &["portolan-3"]) };
+    assert_eq!(plan("a", &owned(|_| {}), Some(&readonly)), [Action::SetReadonly(false)]);
+    let old = copy(3, &["portolan-2", "portolan-3"]);
+    assert_eq!(plan("a", &owned(|_| {}), Some(&old)), [Action::DestroySnapshot(known("portolan-2"))]);
+    let grown = Local { used: 1 << 20, ..copy(3, &["portolan-3"]) };
+    assert_eq!(plan("a", &owned(|_| {}), Some(&grown)), [Action::RecordUsed(1 << 20)]);
+    let barely = Local { used: 100, ..copy(3, &["portolan-3"]) };
+    assert_eq!(plan("a", &owned(|_| {}), Some(&barely)), []);
+}
+
+#[test]
+fn a_source_proves_that_it_is_quiet_before_its_final_snapshot() {
+    let volume = moving(HandoffPhase::Quiescing);
+    let mounted = Local { mounted: true, ..copy(3, &["portolan-3"]) };
+    assert!(waits(&plan("a", &volume, Some(&mounted))));
+    let steps = |name: &str| {
+        [Action::SetReadonly(true), Action::CheckQuiet, Action::PublishFinal(name.into())]
+    };
+    assert_eq!(plan("a", &volume, Some(&copy(3, &["portolan-3"]))), steps("portolan-4"));
+    // A snapshot of an attempt that was cut short is not trusted.
+    assert_eq!(plan("a", &volume, Some(&copy(3, &["portolan-3", "portolan-4"]))), steps("portolan-4-2"));
+    // A copy that isn't the newest is never the source of anything.
+    assert_eq!(reason(&plan("a", &volume, Some(&copy(2, &[])))), Some("EpochMismatch"));
+    assert_eq!(reason(&plan("a", &volume, None)), Some("DatasetMissing"));
+    assert_eq!(plan("a", &moving(HandoffPhase::FinalSync), Some(&copy(3, &["portolan-4"]))), []);
+    assert_eq!(reason(&plan("a", &moving(HandoffPhase::FinalSync), Some(&copy(3, &[])))), Some("SnapshotMissing"));
+}
+
+#[test]
+fn a_target_is_recorded_receives_and_takes_over() {
+    let unrecorded = {
+        let mut volume = moving(HandoffPhase::FinalSync);
+        volume.status.as_mut().unwrap().replicas.pop();
+        volume
+    };
+    assert_eq!(plan("b", &unrecorded, None), [Action::RecordReplica]);
+    assert_eq!(plan("b", &moving(HandoffPhase::Quiescing), None), []);
+    let volume = moving(HandoffPhase::FinalSync);
+    let fetch = Action::Fetch { snapshot: known("portolan-4"), optional: false };
+    assert_eq!(plan("b", &volume, None), [fetch.clone(), Action::Adopt]);
+    assert_eq!(plan("b", &volume, Some(&copy(2, &["portolan-2"]))), [fetch, Action::Adopt]);
+    let mounted = Local { mounted: true, ..copy(2, &["portolan-2"]) };
+    assert!(waits(&plan("b", &volume, Some(&mounted))));
+    let unmarked = Local { uid: None, epoch: None, ..copy(0, &["portolan-4"]) };
+    assert_eq!(plan("b", &volume, Some(&unmarked)), [Action::Adopt, Action::TakeOver]);
+    // The name alone is no proof: the GUID is.
+    let impostor = Local { snapshots: vec![Known { name: "portolan-4".into(), guid: "other".into() }], ..copy(2, &[]) };
+    assert!(!plan("b", &volume, Some(&impostor)).contains(&Action::TakeOver));
+    assert_eq!(plan("b", &volume, Some(&copy(2, &["portolan-2", "portolan-4"]))), [Action::TakeOver]);
+}
+
+#[test]
+fn a_new_owner_stamps_the_epoch_before_it_is_writable() {
+    let volume = moving(HandoffPhase::Activating);
+    let received = Local { readonly: true, ..copy(2, &["portolan-4"]) };
+    assert_eq!(plan("b", &volume, Some(&received)), [Action::Stamp(4), Action::SetReadonly(false), Action::Finish]);
+    assert_eq!(plan("b", &volume, Some(&copy(4, &["portolan-4"]))), [Action::Finish]);
+    assert_eq!(reason(&plan("b", &volume, None)), Some("DatasetMissing"));
+    // The old owner does nothing, and its copy stays as it is.
+    assert_eq!(plan("a", &volume, Some(&Local { readonly: true, ..copy(3, &["portolan-4"]) })), []);
+}
+
+#[test]
+fn deletion_waits_for_the_mount_and_ends_with_the_entry() {
+    let mut volume = owned(|_| {});
+    volume.metadata.deletion_timestamp = Some(Time(jiff::Timestamp::UNIX_EPOCH));
+    let mounted = Local { mounted: true, ..copy(3, &[]) };
+    assert!(waits(&plan("a", &volume, Some(&mounted))));
+    assert_eq!(plan("a", &volume, Some(&copy(3, &[]))), [Action::Destroy, Action::ForgetReplica]);
+    assert_eq!(plan("a", &volume, None), [Action::ForgetReplica]);
+    assert_eq!(plan("b", &volume, None), []);
+}
+
+#[test]
+fn a_replica_is_recorded_as_long_as_its_dataset_is_there() {
+    let volume = owned(|status| status.replicas.push(replica("b", Some("portolan-3"))));
+    let local = Local { readonly: true, ..copy(2, &["portolan-2", "portolan-3"]) };
+    assert_eq!(plan("b", &volume, Some(&local)), [Action::DestroySnapshot(known("portolan-2"))]);
+    assert_eq!(plan("b", &volume, None), [Action::ForgetReplica]);
+    assert_eq!(plan("b", &owned(|_| {}), Some(&copy(2, &["portolan-3"]))), [Action::RecordReplica]);
+}
