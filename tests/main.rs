@@ -1,3 +1,4 @@
 //! One module a subject. Needs root, zfs-fuse and network namespaces; a test that can't run fails and says why.
 
 mod house;
+mod net;

@@ -36,7 +36,7 @@ impl Namespace {
         let fail = |source: io::Error| Error::Namespace { path: path.to_owned(), action: "open", source };
         let fd = open_in_root(root, path).map_err(fail)?;
         let found = rustix::fs::fstatfs(&fd).map_err(|e| fail(e.into()))?;
-        if i64::from(found.f_type) != NSFS_MAGIC {
+        if found.f_type != NSFS_MAGIC {
             return Err(Error::NotANamespace { path: path.to_owned() });
         }
         Ok(Self { fd, path: path.to_owned() })

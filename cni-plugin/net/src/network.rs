@@ -14,7 +14,7 @@ use crate::{
     error::Result,
     mac::is_port_name,
     namespace::Namespace,
-    netlink::{Netlink, link_facts, link_name},
+    netlink::{Netlink, link_name},
     sysctl,
 };
 
@@ -159,9 +159,4 @@ fn is_tunnel_of(link: &LinkMessage, spec: &NetworkSpec) -> bool {
     facts.contains(&InfoVxlan::Id(spec.vni))
         && facts.contains(&InfoVxlan::Local(spec.vtep))
         && facts.contains(&InfoVxlan::Port(spec.port))
-}
-
-/// Whether a link is up in the bridge with that MTU.
-pub(crate) fn is_plugged(link: &LinkMessage, bridge: u32) -> bool {
-    link_facts(link).2 == Some(bridge)
 }

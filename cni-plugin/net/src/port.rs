@@ -136,12 +136,12 @@ impl Dataplane {
         let bridge = network.index(BRIDGE).await?;
         let missing = |link: &str, place: &Path| Error::NoLink { link: link.to_owned(), place: place.display().to_string() };
         let port = network.link(&spec.port).await?;
-        if !port.is_some_and(|l| crate::network::is_plugged(&l, bridge)) {
+        if port.is_none_or(|l| link_facts(&l).2 != Some(bridge)) {
             return Err(missing(&spec.port, Path::new(network.place())));
         }
         let pod = Netlink::open(&Namespace::open(self.root(), &spec.netns)?)?;
         let inside = pod.link(&spec.interface).await?;
-        if !inside.is_some_and(|l| link_facts(&l).0 == Some(spec.mac.0.as_slice())) {
+        if inside.is_none_or(|l| link_facts(&l).0 != Some(spec.mac.0.as_slice())) {
             return Err(missing(&spec.interface, &spec.netns));
         }
         Ok(())

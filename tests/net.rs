@@ -1,0 +1,297 @@
+//! Two nodes as namespaces, joined by a veth pair; pods as namespaces on networks between them.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use portolan_net::{BRIDGE_ADDRESS, Dataplane, Forwarding, Mac, Namespace, NetworkSpec, Peer, PortSpec, endpoint_mac, port_name};
+
+const PATIENCE: Duration = Duration::from_secs(3);
+const ECHO: u16 = 7;
+
+/// A root directory with namespaces in it, taken down again with everything that is mounted there.
+struct Node {
+    root: tempfile::TempDir,
+    vtep: Ipv4Addr,
+    dataplane: Dataplane,
+}
+
+impl Node {
+    fn new(vtep: Ipv4Addr) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(root.path().join("run/netns")).unwrap();
+        let dataplane = Dataplane::new(root.path()).with_underlay("/run/netns/host");
+        let node = Self { root, vtep, dataplane };
+        node.netns("host");
+        node
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.root.path().join("run/netns").join(name)
+    }
+
+    /// Makes a namespace and brings its loopback up; returns its path as the node sees it.
+    fn netns(&self, name: &str) -> PathBuf {
+        std::fs::write(self.file(name), "").unwrap();
+        run("unshare", &[&format!("--net={}", self.file(name).display()), "ip", "link", "set", "lo", "up"]);
+        Path::new("/run/netns").join(name)
+    }
+
+    fn spec(&self, vni: u32, suppression: bool) -> NetworkSpec {
+        let subnet = "10.32.0.0/24".parse().unwrap();
+        NetworkSpec { vni, mtu: 1450, vtep: self.vtep, subnet, port: 7789, suppression }
+    }
+
+    /// A pod of that name on a network; its address is 10.32.0.`last`.
+    async fn plug(&self, vni: u32, pod: &str, last: u8) -> Pod<'_> {
+        let netns = if self.file(pod).exists() { Path::new("/run/netns").join(pod) } else { self.netns(pod) };
+        let address = Ipv4Addr::new(10, 32, 0, last);
+        let port = PortSpec {
+            vni,
+            port: port_name(pod, "eth1"),
+            netns,
+            interface: "eth1".into(),
+            mac: endpoint_mac(&vni.to_string(), address),
+            address,
+            prefix: 24,
+            mtu: 1450,
+            resolver: true,
+        };
+        self.dataplane.add_port(&port).await.unwrap();
+        Pod { node: self, port }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        for entry in std::fs::read_dir(self.root.path().join("run/netns")).unwrap().flatten() {
+            let _ = Command::new("umount").arg("-l").arg(entry.path()).status();
+        }
+    }
+}
+
+struct Pod<'a> {
+    node: &'a Node,
+    port: PortSpec,
+}
+
+impl Pod<'_> {
+    fn endpoint(&self) -> (Ipv4Addr, Mac) {
+        (self.port.address, self.port.mac)
+    }
+
+    fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> T {
+        self.try_inside(work).unwrap()
+    }
+
+    fn try_inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> portolan_net::Result<T> {
+        Namespace::open(self.node.root.path(), &self.port.netns)?.run(work)
+    }
+
+    /// A socket that waits for datagrams on the echo port.
+    fn listen(&self) -> UdpSocket {
+        self.inside(|| udp(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, ECHO)))
+    }
+
+    /// Sends a datagram, and says whether the listener got it from this pod.
+    fn reaches(&self, to: Ipv4Addr, listener: &UdpSocket) -> bool {
+        let text = format!("from {} to {to}", self.port.address);
+        self.inside(|| {
+            let socket = udp(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0))?;
+            socket.set_broadcast(true)?;
+            socket.send_to(text.as_bytes(), (to, ECHO))
+        });
+        let mut buffer = [0; 100];
+        match listener.recv_from(&mut buffer) {
+            Ok((length, from)) => buffer[..length] == *text.as_bytes() && from.ip() == self.port.address,
+            Err(_) => false,
+        }
+    }
+}
+
+fn udp(at: SocketAddrV4) -> io::Result<UdpSocket> {
+    let socket = UdpSocket::bind(at)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(socket)
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn two_nodes() -> (Node, Node) {
+    let (a, b) = (Node::new(Ipv4Addr::new(192, 0, 2, 1)), Node::new(Ipv4Addr::new(192, 0, 2, 2)));
+    let (a_host, b_host) = (a.file("host"), b.file("host"));
+    let enter = format!("--net={}", a_host.display());
+    let other = b_host.display().to_string();
+    run("nsenter", &[&enter, "ip", "link", "add", "u0", "type", "veth", "peer", "name", "u0", "netns", &other]);
+    for (node, host) in [(&a, a_host), (&b, b_host)] {
+        let enter = format!("--net={}", host.display());
+        run("nsenter", &[&enter, "ip", "address", "add", &format!("{}/24", node.vtep), "dev", "u0"]);
+        run("nsenter", &[&enter, "ip", "link", "set", "u0", "up"]);
+    }
+    (a, b)
+}
+
+async fn forward(node: &Node, vni: u32, local: &[&Pod<'_>], peer: &Node, remote: &[&Pod<'_>], suppression: bool) -> usize {
+    let endpoints = |pods: &[&Pod<'_>]| pods.iter().map(|p| p.endpoint()).collect::<Vec<_>>();
+    let peers = vec![Peer { vtep: peer.vtep, endpoints: endpoints(remote) }];
+    node.dataplane.forward(vni, &Forwarding { local: endpoints(local), peers, suppression }).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_reach_each_other_across_nodes() {
+    for suppression in [false, true] {
+        let (a, b) = two_nodes();
+        for node in [&a, &b] {
+            node.dataplane.ensure_network(&node.spec(77, suppression)).await.unwrap();
+        }
+        let (one, two) = (a.plug(77, "one", 5).await, b.plug(77, "two", 21).await);
+        forward(&a, 77, &[&one], &b, &[&two], suppression).await;
+        forward(&b, 77, &[&two], &a, &[&one], suppression).await;
+
+        let (at_one, at_two) = (one.listen(), two.listen());
+        assert!(one.reaches(two.port.address, &at_two), "unicast, suppression {suppression}");
+        assert!(two.reaches(one.port.address, &at_one), "and back, suppression {suppression}");
+        assert!(one.reaches(Ipv4Addr::new(10, 32, 0, 255), &at_two), "the subnet's broadcast, suppression {suppression}");
+
+        let server = two.inside(|| TcpListener::bind((two.port.address, 80)));
+        one.inside(|| TcpStream::connect_timeout(&(two.port.address, 80).into(), PATIENCE));
+        drop(server);
+
+        assert_eq!(forward(&a, 77, &[&one], &b, &[&two], suppression).await, 0, "a second time changes nothing");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_moved_pod_is_reached_at_its_new_node() {
+    let (a, b) = two_nodes();
+    for node in [&a, &b] {
+        node.dataplane.ensure_network(&node.spec(77, false)).await.unwrap();
+    }
+    let (resident, moving) = (a.plug(77, "resident", 5).await, b.plug(77, "moving", 21).await);
+    forward(&a, 77, &[&resident], &b, &[&moving], false).await;
+    forward(&b, 77, &[&moving], &a, &[&resident], false).await;
+    let there = moving.listen();
+    assert!(resident.reaches(moving.port.address, &there));
+
+    // To the resident's own node, and away again.
+    b.dataplane.remove_port(77, &moving.port.port, moving.port.address).await.unwrap();
+    let here = a.plug(77, "moved", 21).await;
+    forward(&a, 77, &[&resident, &here], &b, &[], false).await;
+    let listener = here.listen();
+    assert!(resident.reaches(here.port.address, &listener), "same node");
+    a.dataplane.remove_port(77, &here.port.port, here.port.address).await.unwrap();
+    let back = b.plug(77, "back", 21).await;
+    forward(&b, 77, &[&back], &a, &[&resident], false).await;
+    forward(&a, 77, &[&resident], &b, &[&back], false).await;
+    let listener = back.listen();
+    assert!(resident.reaches(back.port.address, &listener), "other node again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn networks_with_the_same_subnet_do_not_mix() {
+    let node = Node::new(Ipv4Addr::LOCALHOST);
+    for vni in [77, 78] {
+        node.dataplane.ensure_network(&node.spec(vni, false)).await.unwrap();
+    }
+    let (asking, right) = (node.plug(77, "asking", 5).await, node.plug(77, "right", 6).await);
+    let wrong = node.plug(78, "wrong", 6).await;
+    let (at_right, at_wrong) = (right.listen(), wrong.listen());
+    at_wrong.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    assert!(asking.reaches(right.port.address, &at_right));
+    assert!(!asking.reaches(Ipv4Addr::new(10, 32, 0, 255), &at_wrong), "a broadcast stays in its network");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_resolver_of_the_own_node_answers() {
+    let (a, b) = two_nodes();
+    for node in [&a, &b] {
+        node.dataplane.ensure_network(&node.spec(77, false)).await.unwrap();
+    }
+    let pod = a.plug(77, "pod", 5).await;
+    forward(&a, 77, &[&pod], &b, &[], false).await;
+    forward(&b, 77, &[], &a, &[&pod], false).await;
+    let resolver = |node: &Node| node.dataplane.run_in(77, || udp(SocketAddrV4::new(BRIDGE_ADDRESS, 53))).unwrap();
+    let (own, others) = (resolver(&a), resolver(&b));
+    others.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    let client = pod.inside(|| udp(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0)));
+    client.send_to(b"question", (BRIDGE_ADDRESS, 53)).unwrap();
+    let mut buffer = [0; 20];
+    let (_, from) = own.recv_from(&mut buffer).unwrap();
+    assert_eq!(from.ip(), pod.port.address);
+    own.send_to(b"answer", from).unwrap();
+    let (length, from) = client.recv_from(&mut buffer).unwrap();
+    assert_eq!((&buffer[..length], from.ip()), (&b"answer"[..], BRIDGE_ADDRESS.into()));
+    assert!(others.recv_from(&mut buffer).is_err(), "the other node's resolver must hear nothing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_can_be_done_twice_and_nothing_is_left() {
+    let (a, _b) = two_nodes();
+    let vxlans = || {
+        let enter = format!("--net={}", a.file("host").display());
+        let output = Command::new("nsenter").args([&enter, "ip", "-o", "link", "show"]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().lines().filter(|l| l.contains("vx")).count()
+    };
+    for _ in 0..2 {
+        a.dataplane.ensure_network(&a.spec(77, false)).await.unwrap();
+    }
+    let pod = a.plug(77, "pod", 5).await;
+    // As after a crash in the middle: the address is missing and the port is down.
+    let inside = format!("--net={}", a.file("pod").display());
+    run("nsenter", &[&inside, "ip", "address", "flush", "dev", "eth1"]);
+    run("nsenter", &[&inside, "ip", "link", "set", "eth1", "down"]);
+    let pod = a.plug(77, "pod", pod.port.address.octets()[3]).await;
+    a.dataplane.check_port(&pod.port).await.unwrap();
+    assert_eq!(a.dataplane.ports(77).await.unwrap(), [pod.port.port.clone()]);
+    let second = a.plug(77, "second", 6).await;
+    let listener = second.listen();
+    assert!(pod.reaches(second.port.address, &listener));
+
+    for _ in 0..2 {
+        a.dataplane.remove_port(77, &pod.port.port, pod.port.address).await.unwrap();
+    }
+    assert_eq!(a.dataplane.ports(77).await.unwrap(), [second.port.port.clone()]);
+    assert!(a.dataplane.check_port(&pod.port).await.is_err());
+    assert!(pod.try_inside(|| std::fs::read_to_string("/proc/thread-self/net/dev")).unwrap().find("eth1").is_none());
+
+    assert_eq!(a.dataplane.networks().unwrap(), [77]);
+    for _ in 0..2 {
+        a.dataplane.remove_network(77).await.unwrap();
+    }
+    assert_eq!(a.dataplane.networks().unwrap(), Vec::<u32>::new());
+    assert!(!a.file("portolan-77").exists());
+    assert_eq!(vxlans(), 0);
+    assert!(second.try_inside(|| std::fs::read_to_string("/proc/thread-self/net/dev")).unwrap().find("eth1").is_none());
+    // The VNI is free again.
+    a.dataplane.ensure_network(&a.spec(77, false)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_port_leaves_nothing() {
+    let node = Node::new(Ipv4Addr::LOCALHOST);
+    node.dataplane.ensure_network(&node.spec(77, false)).await.unwrap();
+    let pod = node.plug(77, "pod", 5).await;
+    let mut other = pod.port.clone();
+    other.port = port_name("another", "eth1");
+    other.mac = Mac([2, 0, 0, 0, 0, 9]);
+    let error = node.dataplane.add_port(&other).await.unwrap_err().to_string();
+    assert_eq!(error, "interface eth1 is already there in /run/netns/pod");
+    let mut nowhere = pod.port.clone();
+    nowhere.port = port_name("nowhere", "eth1");
+    nowhere.netns = "/run/netns/nowhere".into();
+    assert!(node.dataplane.add_port(&nowhere).await.is_err());
+    let mut refused = pod.port.clone();
+    refused.port = port_name("refused", "eth1");
+    refused.netns = node.netns("refused");
+    refused.prefix = 33;
+    assert!(node.dataplane.add_port(&refused).await.is_err());
+    assert_eq!(node.dataplane.ports(77).await.unwrap(), [pod.port.port.clone()]);
+    node.dataplane.check_port(&pod.port).await.unwrap();
+}
