@@ -1,4 +1,5 @@
 //! One module a subject. Needs root, zfs-fuse and network namespaces; a test that can't run fails and says why.
 
+mod cni;
 mod house;
 mod net;

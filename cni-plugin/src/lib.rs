@@ -1,1 +1,61 @@
-//! To be written.
+//! The CNI executable (specification 1.1.0), chained after the node's own plugin, and its protocol to the node's agent.
+//!
+//! The executable reads what the container runtime gives it, asks the agent over a Unix socket and passes the previous plugin's
+//! result on unchanged. It keeps no state: an agent that is down makes ADD say "try again later" and lets DEL succeed, because
+//! the agent compares its ports with the pods' namespaces that are still there, and collects the rest by itself.
+
+mod agent;
+mod failure;
+mod input;
+mod protocol;
+
+pub use failure::Failure;
+pub use input::{DEFAULT_SOCKET, Environment, SUPPORTED_VERSIONS};
+pub use protocol::{Answer, Attachment, Command, PodName, Request};
+
+use std::io::{Read, Write};
+
+use serde_json::{Value, json};
+
+use input::Config;
+
+/// Runs one CNI invocation; returns the process's exit code.
+///
+/// The result or the error goes to `stdout` as the specification's JSON.
+pub fn run(environment: &Environment, stdin: &mut dyn Read, stdout: &mut dyn Write) -> u8 {
+    let mut version = input::NEWEST_VERSION.to_owned();
+    let (output, code) = match answer(environment, stdin, &mut version) {
+        Ok(output) => (output, 0),
+        Err(failure) => (Some(failure.to_json(&version)), 1),
+    };
+    match output {
+        // Nobody is left to tell when even this can't be written.
+        Some(value) if writeln!(stdout, "{value}").is_err() => 1,
+        _ => code,
+    }
+}
+
+fn answer(environment: &Environment, stdin: &mut dyn Read, version: &mut String) -> Result<Option<Value>, Failure> {
+    let command = environment.command()?;
+    let config = Config::read(stdin)?;
+    if let Some(given) = &config.cni_version {
+        version.clone_from(given);
+    }
+    if command == Command::Version {
+        return Ok(Some(json!({ "cniVersion": version, "supportedVersions": SUPPORTED_VERSIONS })));
+    }
+    config.check_version()?;
+    let request = environment.request(command, &config)?;
+    let passed_on = match command {
+        Command::Add => Some(config.previous_result()?),
+        Command::Check => config.previous_result().map(|_| None)?,
+        _ => None,
+    };
+    match (command, agent::ask(config.socket(), &request)) {
+        (_, Ok(Answer { error: None })) => Ok(passed_on),
+        (_, Ok(Answer { error: Some(failure) })) => Err(failure),
+        (Command::Delete | Command::Collect, Err(_)) => Ok(None),
+        (Command::Status, Err(e)) => Err(Failure::new(Failure::NOT_AVAILABLE, e.to_string(), agent::HINT)),
+        (_, Err(e)) => Err(Failure::new(Failure::TRY_AGAIN, e.to_string(), agent::HINT)),
+    }
+}

@@ -100,9 +100,7 @@ impl Dataplane {
         let netlink = Netlink::open(&self.underlay()?)?;
         let listed = netlink.handle().address().get().execute().try_collect::<Vec<_>>().await;
         let addresses = listed.map_err(|e| netlink.error("list addresses", e))?;
-        let is_vtep = |a: &AddressAttribute| {
-            matches!(a, AddressAttribute::Local(IpAddr::V4(x)) | AddressAttribute::Address(IpAddr::V4(x)) if *x == vtep)
-        };
+        let is_vtep = |a: &AddressAttribute| matches!(a, AddressAttribute::Local(IpAddr::V4(x)) | AddressAttribute::Address(IpAddr::V4(x)) if *x == vtep);
         let index = addresses.iter().find(|a| a.attributes.iter().any(is_vtep)).map(|a| a.header.index);
         let links = netlink.links().await?;
         let link = links.iter().find(|l| Some(l.header.index) == index).ok_or(Error::NoUnderlay(vtep))?;

@@ -87,7 +87,9 @@ impl Forwarding {
 fn plan(have: &Table, want: &Table) -> Vec<Change> {
     let mut changes = Vec::new();
     let news = |have: Option<&Ipv4Addr>, vtep: &Ipv4Addr| have != Some(vtep);
-    changes.extend(want.tunnels.iter().filter(|(m, v)| news(have.tunnels.get(m), v)).map(|(m, v)| Change::SetTunnel(*m, *v)));
+    changes.extend(
+        want.tunnels.iter().filter(|(m, v)| news(have.tunnels.get(m), v)).map(|(m, v)| Change::SetTunnel(*m, *v)),
+    );
     changes.extend(want.behind.difference(&have.behind).map(|m| Change::AddBehind(*m)));
     changes.extend(want.floods.difference(&have.floods).map(|v| Change::AddFlood(*v)));
     let stale = want.neighbours.iter().filter(|(a, m)| have.neighbours.get(a) != Some(m));
@@ -151,7 +153,9 @@ async fn apply(netlink: &Netlink, tunnel: u32, bridge: u32, change: Change) -> R
     };
     let set = NLM_F_CREATE | NLM_F_REPLACE;
     match change {
-        Change::SetTunnel(mac, vtep) => add(tunnel_entry(tunnel, mac, vtep), set, format!("send {mac} to {vtep}")).await,
+        Change::SetTunnel(mac, vtep) => {
+            add(tunnel_entry(tunnel, mac, vtep), set, format!("send {mac} to {vtep}")).await
+        }
         Change::RemoveTunnel(mac, vtep) => {
             remove(tunnel_entry(tunnel, mac, vtep), format!("send {mac} to {vtep} no more")).await
         }
@@ -274,7 +278,10 @@ mod tests {
         let mut after = before.clone();
         after.peers[0].vtep = vtep(3);
         let changes = plan(&before.wanted(), &after.wanted());
-        assert_eq!(changes, [Change::SetTunnel(mac(2), vtep(3)), Change::AddFlood(vtep(3)), Change::RemoveFlood(vtep(2))]);
+        assert_eq!(
+            changes,
+            [Change::SetTunnel(mac(2), vtep(3)), Change::AddFlood(vtep(3)), Change::RemoveFlood(vtep(2))]
+        );
     }
 
     #[test]

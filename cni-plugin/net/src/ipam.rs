@@ -8,7 +8,9 @@ use ipnet::Ipv4Net;
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum AddressError {
     /// Each block of the subnet belongs to a node.
-    #[error("each of the {blocks} blocks of subnet {subnet} belongs to a node already: no address is left for this one")]
+    #[error(
+        "each of the {blocks} blocks of subnet {subnet} belongs to a node already: no address is left for this one"
+    )]
     SubnetFull {
         /// The subnet.
         subnet: Ipv4Net,
@@ -26,7 +28,11 @@ pub fn block_prefix(subnet: Ipv4Net) -> u8 {
 
 /// The blocks of a subnet that hold at least one address a pod can have, in order.
 pub fn blocks(subnet: Ipv4Net) -> impl Iterator<Item = Ipv4Net> {
-    subnet.subnets(block_prefix(subnet)).into_iter().flatten().filter(move |block| usable(subnet, *block).next().is_some())
+    subnet
+        .subnets(block_prefix(subnet))
+        .into_iter()
+        .flatten()
+        .filter(move |block| usable(subnet, *block).next().is_some())
 }
 
 /// The addresses of a block that a pod can have: not the subnet's own, not its broadcast address.
@@ -71,7 +77,14 @@ mod tests {
 
     #[test]
     fn block_sizes() {
-        let cases = [("10.0.0.0/8", 26), ("10.32.0.0/16", 26), ("10.32.0.0/22", 26), ("10.32.0.0/24", 28), ("10.32.0.0/27", 31), ("10.32.0.0/29", 32)];
+        let cases = [
+            ("10.0.0.0/8", 26),
+            ("10.32.0.0/16", 26),
+            ("10.32.0.0/22", 26),
+            ("10.32.0.0/24", 28),
+            ("10.32.0.0/27", 31),
+            ("10.32.0.0/29", 32),
+        ];
         for (subnet, prefix) in cases {
             assert_eq!(block_prefix(net(subnet)), prefix, "{subnet}");
         }

@@ -75,11 +75,7 @@ impl Namespace {
         if let Some(directory) = target.parent() {
             std::fs::create_dir_all(directory).map_err(|e| fail("make the directory of", e))?;
         }
-        std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&target)
-            .map_err(|e| fail("make the file of", e))?;
+        std::fs::OpenOptions::new().create(true).append(true).open(&target).map_err(|e| fail("make the file of", e))?;
         in_thread(|| {
             // SAFETY: only CLONE_NEWNET; file descriptors stay shared with the other threads.
             unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;

@@ -73,7 +73,13 @@ impl Dataplane {
         result
     }
 
-    async fn ensure_veth(&self, network: &Netlink, pod: &Netlink, namespace: &Namespace, spec: &PortSpec) -> Result<()> {
+    async fn ensure_veth(
+        &self,
+        network: &Netlink,
+        pod: &Netlink,
+        namespace: &Namespace,
+        spec: &PortSpec,
+    ) -> Result<()> {
         let inside = pod.link(&spec.interface).await?;
         let ours = inside.as_ref().is_some_and(|l| link_facts(l).0 == Some(spec.mac.0.as_slice()));
         if network.link(&spec.port).await?.is_some() {
@@ -134,7 +140,8 @@ impl Dataplane {
     pub async fn check_port(&self, spec: &PortSpec) -> Result<()> {
         let network = Netlink::open(&self.namespace(spec.vni)?)?;
         let bridge = network.index(BRIDGE).await?;
-        let missing = |link: &str, place: &Path| Error::NoLink { link: link.to_owned(), place: place.display().to_string() };
+        let missing =
+            |link: &str, place: &Path| Error::NoLink { link: link.to_owned(), place: place.display().to_string() };
         let port = network.link(&spec.port).await?;
         if port.is_none_or(|l| link_facts(&l).2 != Some(bridge)) {
             return Err(missing(&spec.port, Path::new(network.place())));
@@ -157,7 +164,9 @@ async fn plug(network: &Netlink, spec: &PortSpec) -> Result<()> {
     network.set_link(up, format!("plug {} into br0", spec.port)).await?;
     let entry = bridge_entry(index, spec.mac);
     let flags = NLM_F_CREATE | NLM_F_REPLACE;
-    network.send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("forward {} to {}", spec.mac, spec.port)).await?;
+    network
+        .send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("forward {} to {}", spec.mac, spec.port))
+        .await?;
     let entry = neighbour(bridge, spec.address, spec.mac);
     network.send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("add neighbour {}", spec.address)).await
 }

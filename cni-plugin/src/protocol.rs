@@ -1,0 +1,84 @@
+//! What the executable and the agent say to each other: one line of JSON each way per connection.
+//!
+//! An executable of an older release may ask a newer agent: fields are only ever added, with a default.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Failure;
+
+/// What the container runtime asks for (`CNI_COMMAND`).
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub enum Command {
+    /// Plug a pod in.
+    #[serde(rename = "ADD")]
+    Add,
+    /// Unplug a pod.
+    #[serde(rename = "DEL")]
+    Delete,
+    /// Is the pod plugged in as it should be?
+    #[serde(rename = "CHECK")]
+    Check,
+    /// Unplug all but the given attachments.
+    #[serde(rename = "GC")]
+    Collect,
+    /// Can pods be plugged in?
+    #[serde(rename = "STATUS")]
+    Status,
+    /// Which versions are there? Never reaches the agent.
+    #[serde(rename = "VERSION")]
+    Version,
+}
+
+/// A request to the agent.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Request {
+    /// What to do.
+    pub command: Command,
+    /// The container (the pod's sandbox); empty for GC and STATUS.
+    #[serde(default)]
+    pub container: String,
+    /// The pod's network namespace, as the host sees it; may be missing for DEL.
+    #[serde(default)]
+    pub netns: Option<String>,
+    /// The primary interface, `eth0` as a rule.
+    #[serde(default)]
+    pub interface: String,
+    /// The pod, if the runtime told it.
+    #[serde(default)]
+    pub pod: Option<PodName>,
+    /// GC: what is still there, if the runtime told it.
+    #[serde(default)]
+    pub attachments: Option<Vec<Attachment>>,
+}
+
+/// Which pod a container is for.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct PodName {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its UID, if the runtime told it.
+    #[serde(default)]
+    pub uid: Option<String>,
+}
+
+/// A container's attachment to the network, as GC lists it.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Attachment {
+    /// The container.
+    #[serde(rename = "containerID")]
+    pub container: String,
+    /// The primary interface.
+    #[serde(rename = "ifname")]
+    pub interface: String,
+}
+
+/// The agent's answer.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Answer {
+    /// What went wrong; nothing if all went well.
+    #[serde(default)]
+    pub error: Option<Failure>,
+}
