@@ -10,7 +10,7 @@ lane_prepare() {
 lane_bin() { built; }
 lane_name() { echo "node$1"; }
 lane_alive() { box_alive "$1"; }
-lane_exec() { in_box "$@"; }
+lane_exec() { local node=$1; shift; in_box "$node" env PATH="$(built):$PATH" "$@"; }
 
 lane_start() {
   local node=$1 k=$2 link=$1
@@ -38,7 +38,9 @@ lane_import() {
   for tar; do realpath -e "$tar" > /dev/null || die "no archive $tar"; done
   for node in $(nodes); do
     lane_alive "$node" || { say "$node is down: not imported there"; continue; }
-    (for tar; do in_box "$node" "$(built)/ctr" -n k8s.io images import "$(realpath "$tar")" > /dev/null; done) &
+    (for tar; do
+      lane_exec "$node" ctr -n k8s.io images import "$(realpath "$tar")" > /dev/null || die "$node does not import $tar"
+    done) &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid" || die "import failed"; done
