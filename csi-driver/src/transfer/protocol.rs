@@ -1,0 +1,246 @@
+//! What is said on the wire. All numbers are big-endian.
+//!
+//! ```text
+//! target -> source   u32 length, Request as JSON
+//! source -> target   u32 length, Reply as JSON
+//! source -> target   u32 length, payload    (again and again; at most 1 MiB each)
+//! source -> target   u32 0, u64 total length, 32 bytes BLAKE3 of the whole payload
+//! ```
+
+use std::fmt;
+
+use portolan_zfs::{DatasetName, Guid};
+use serde::{Deserialize, Serialize};
+
+/// The one version there is.
+pub const VERSION: u32 = 1;
+/// The longest header in bytes.
+pub const MAX_HEADER: usize = 64 * 1024;
+/// The longest payload of a frame in bytes.
+pub const MAX_FRAME: usize = 1024 * 1024;
+/// The most snapshots that a target may name.
+const MAX_HAVE: usize = 2048;
+
+/// What a target asks for.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// The version of this protocol.
+    pub version: u32,
+    /// The PortableVolume.
+    pub volume: String,
+    /// The epoch that the handoff will establish.
+    pub epoch: i64,
+    /// The short name of the snapshot that is wanted.
+    pub snapshot: String,
+    /// Its GUID.
+    pub guid: Guid,
+    /// The GUIDs of the snapshots that the target has, in any order.
+    #[serde(default)]
+    pub have: Vec<Guid>,
+}
+
+impl Request {
+    /// Asks for a snapshot; what we have is filled in by [`fetch`](super::fetch).
+    pub fn new(volume: impl Into<String>, epoch: i64, snapshot: impl Into<String>, guid: Guid) -> Self {
+        Self { version: VERSION, volume: volume.into(), epoch, snapshot: snapshot.into(), guid, have: Vec::new() }
+    }
+
+    /// Checks what came from a peer.
+    pub fn validate(&self) -> Result<(), InvalidRequest> {
+        let invalid = |field, given: &dyn fmt::Display, allowed| {
+            Err(InvalidRequest { field, given: given.to_string().chars().take(100).collect(), allowed })
+        };
+        // The rules for a component of a dataset's name are those for both names.
+        let is_name = |text: &str| DatasetName::new("pool").is_ok_and(|pool| pool.child(text).is_ok());
+        if self.version != VERSION {
+            return invalid("version", &self.version, "1");
+        }
+        if !is_name(&self.volume) {
+            return invalid("volume", &self.volume, "A-Z a-z 0-9 - _ . :");
+        }
+        if self.epoch < 1 {
+            return invalid("epoch", &self.epoch, "1 and more");
+        }
+        if !is_name(&self.snapshot) {
+            return invalid("snapshot", &self.snapshot, "A-Z a-z 0-9 - _ . :");
+        }
+        if self.have.len() > MAX_HAVE {
+            return invalid("have", &self.have.len(), "up to 2048 GUIDs");
+        }
+        Ok(())
+    }
+}
+
+/// A request that is not valid.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("{field} is {given:?}: allowed is {allowed}")]
+pub struct InvalidRequest {
+    /// Which field.
+    pub field: &'static str,
+    /// What was given.
+    pub given: String,
+    /// What is allowed.
+    pub allowed: &'static str,
+}
+
+/// What the source answers.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Reply {
+    /// Whether a stream follows.
+    pub ok: bool,
+    /// The GUID of the snapshot that the stream starts from; none for a full stream.
+    pub base: Option<Guid>,
+    /// That snapshot's short name at the source.
+    pub base_snapshot: Option<String>,
+    /// Why not, if not.
+    pub error: Option<Refusal>,
+}
+
+impl Reply {
+    pub(crate) fn stream(base: Option<(Guid, String)>) -> Self {
+        let (base, base_snapshot) = base.unzip();
+        Self { ok: true, base, base_snapshot, error: None }
+    }
+
+    pub(crate) fn refusal(refusal: Refusal) -> Self {
+        Self { ok: false, base: None, base_snapshot: None, error: Some(refusal) }
+    }
+}
+
+/// Why a source doesn't send.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize, thiserror::Error)]
+#[error("{code}: {message}")]
+pub struct Refusal {
+    /// For programs.
+    pub code: RefusalCode,
+    /// For people.
+    pub message: String,
+}
+
+impl Refusal {
+    /// A refusal.
+    pub fn new(code: RefusalCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+}
+
+/// The kinds of refusal.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RefusalCode {
+    /// The request is malformed.
+    Invalid,
+    /// This node may not have this volume at this epoch. The source may not have seen the newest handoff yet.
+    NotAuthorised,
+    /// There is no such volume or snapshot here.
+    NotFound,
+    /// Too many transfers are running.
+    Busy,
+    /// The source failed.
+    Failed,
+    /// A word of a later version.
+    #[serde(other)]
+    Unknown,
+}
+
+impl RefusalCode {
+    /// Whether asking again may help.
+    pub fn is_retryable(self) -> bool {
+        matches!(self, Self::NotAuthorised | Self::Busy | Self::Failed)
+    }
+}
+
+impl fmt::Display for RefusalCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Invalid => "invalid request",
+            Self::NotAuthorised => "not authorised",
+            Self::NotFound => "not found",
+            Self::Busy => "busy",
+            Self::Failed => "failed",
+            Self::Unknown => "unknown reason",
+        })
+    }
+}
+
+/// What stands at the end of a whole stream.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Trailer {
+    /// Bytes of payload.
+    pub length: u64,
+    /// BLAKE3 of the payload.
+    pub hash: [u8; 32],
+}
+
+impl Trailer {
+    /// Its length on the wire.
+    pub const LENGTH: usize = 40;
+
+    /// As it is on the wire.
+    pub fn to_bytes(self) -> [u8; Self::LENGTH] {
+        let mut bytes = [0; Self::LENGTH];
+        bytes[..8].copy_from_slice(&self.length.to_be_bytes());
+        bytes[8..].copy_from_slice(&self.hash);
+        bytes
+    }
+
+    /// From the wire.
+    pub fn from_bytes(bytes: &[u8; Self::LENGTH]) -> Self {
+        let (mut length, mut hash) = ([0; 8], [0; 32]);
+        length.copy_from_slice(&bytes[..8]);
+        hash.copy_from_slice(&bytes[8..]);
+        Self { length: u64::from_be_bytes(length), hash }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_request_is_checked_field_by_field() {
+        let good = Request::new("pvc-1", 2, "portolan-2", Guid(7));
+        assert_eq!(good.validate(), Ok(()));
+        let field = |change: fn(&mut Request)| {
+            let mut request = good.clone();
+            change(&mut request);
+            request.validate().unwrap_err().field
+        };
+        assert_eq!(field(|r| r.version = 2), "version");
+        assert_eq!(field(|r| r.volume = "../etc".into()), "volume");
+        assert_eq!(field(|r| r.volume = "a@b".into()), "volume");
+        assert_eq!(field(|r| r.epoch = 0), "epoch");
+        assert_eq!(field(|r| r.snapshot = "a/b".into()), "snapshot");
+        assert_eq!(field(|r| r.have = vec![Guid(1); 3000]), "have");
+    }
+
+    #[test]
+    fn guids_travel_as_text() {
+        let text = serde_json::to_string(&Request::new("v", 1, "s", Guid(u64::MAX))).unwrap();
+        assert!(text.contains("\"guid\":\"18446744073709551615\""), "{text}");
+    }
+
+    #[test]
+    fn a_reply_of_a_later_version_is_understood() {
+        let text = r#"{"ok":false,"base":null,"base_snapshot":null,"error":{"code":"too-warm","message":"m"},"more":1}"#;
+        let reply: Reply = serde_json::from_str(text).unwrap();
+        assert_eq!(reply.error.unwrap().code, RefusalCode::Unknown);
+    }
+
+    proptest! {
+        #[test]
+        fn trailers_survive_the_wire(length: u64, hash: [u8; 32]) {
+            let trailer = Trailer { length, hash };
+            prop_assert_eq!(Trailer::from_bytes(&trailer.to_bytes()), trailer);
+        }
+
+        #[test]
+        fn no_request_makes_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            if let Ok(request) = serde_json::from_slice::<Request>(&bytes) {
+                let _ = request.validate();
+            }
+        }
+    }
+}
