@@ -25,7 +25,8 @@ pub trait Zfs: Send + Sync + 'static {
     fn space(&self, dataset: &DatasetName) -> impl Future<Output = Result<Space>> + Send;
 
     /// Makes a filesystem with all `properties` in one step. Its parent must be there. Not mounted if `canmount=noauto` is among them.
-    fn create_filesystem(&self, name: &DatasetName, properties: &[Property]) -> impl Future<Output = Result<()>> + Send;
+    fn create_filesystem(&self, name: &DatasetName, properties: &[Property])
+    -> impl Future<Output = Result<()>> + Send;
 
     /// A dataset's state.
     fn dataset(&self, name: &DatasetName) -> impl Future<Output = Result<Dataset>> + Send;
@@ -74,9 +75,14 @@ pub trait Zfs: Send + Sync + 'static {
     fn rename(&self, from: &DatasetName, to: &DatasetName) -> impl Future<Output = Result<()>> + Send;
 
     /// Starts the stream of a snapshot: in full, or what came after `base`, an older snapshot of the same dataset. Without properties.
-    fn send(&self, name: &SnapshotName, base: Option<&SnapshotName>) -> impl Future<Output = Result<SendStream>> + Send;
+    fn send(&self, name: &SnapshotName, base: Option<&SnapshotName>)
+    -> impl Future<Output = Result<SendStream>> + Send;
 
     /// Starts to receive a stream into `dataset`: a new one for a full stream, one whose newest snapshot is the base for an incremental one.
     /// Never forced, never mounted. `properties` are set by the receive itself where the userland can (`recv -o`), else right after it.
-    fn receive(&self, dataset: &DatasetName, properties: &[Property]) -> impl Future<Output = Result<ReceiveProcess>> + Send;
+    fn receive(
+        &self,
+        dataset: &DatasetName,
+        properties: &[Property],
+    ) -> impl Future<Output = Result<ReceiveProcess>> + Send;
 }

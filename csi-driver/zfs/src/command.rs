@@ -44,7 +44,11 @@ impl CommandLine {
     async fn missing(&self, about: &DatasetName, error: ZfsError) -> ZfsError {
         match self.pool_state(about.pool()).await {
             Ok(_) => error,
-            Err(pool) => ZfsError { kind: ErrorKind::PoolUnavailable, stderr: format!("{}\n{}", error.stderr.trim_end(), pool.stderr), ..error },
+            Err(pool) => ZfsError {
+                kind: ErrorKind::PoolUnavailable,
+                stderr: format!("{}\n{}", error.stderr.trim_end(), pool.stderr),
+                ..error
+            },
         }
     }
 
@@ -91,9 +95,14 @@ impl CommandLine {
         let (_, usage) = run(&["zfs"]).await?;
         let (words, version) = run(&["zfs", "version"]).await?;
         if version.status == Some(0) {
-            let version = probe::openzfs_version(&version.stdout).ok_or_else(|| odd_output(&["zfs", "version"], &version.stdout))?;
+            let version = probe::openzfs_version(&version.stdout)
+                .ok_or_else(|| odd_output(&["zfs", "version"], &version.stdout))?;
             let implementation = Implementation::OpenZfs;
-            return Ok(Probe { implementation, version, capabilities: probe::capabilities(&usage.stderr, implementation) });
+            return Ok(Probe {
+                implementation,
+                version,
+                capabilities: probe::capabilities(&usage.stderr, implementation),
+            });
         }
         let failed = ZfsError::exited(words.join(" "), version.status, version.stderr);
         if failed.kind == ErrorKind::PoolUnavailable {
@@ -151,7 +160,10 @@ impl Zfs for CommandLine {
     async fn dataset(&self, name: &DatasetName) -> Result<Dataset, ZfsError> {
         let found = self.datasets(name, "0").await?;
         let is_it = |dataset: &Dataset| dataset.name == *name;
-        found.into_iter().find(is_it).ok_or_else(|| ZfsError::new(ErrorKind::Other, format!("zfs get all {name}"), "is not a filesystem"))
+        found
+            .into_iter()
+            .find(is_it)
+            .ok_or_else(|| ZfsError::new(ErrorKind::Other, format!("zfs get all {name}"), "is not a filesystem"))
     }
 
     async fn children(&self, parent: &DatasetName) -> Result<Vec<Dataset>, ZfsError> {
@@ -186,7 +198,8 @@ impl Zfs for CommandLine {
         let full = name.to_string();
         self.run(name.dataset(), &["zfs", "snapshot", &full]).await?;
         let words = ["zfs", "get", "-Hp", "-o", parse::COLUMNS, "guid,createtxg,creation,userrefs", &full];
-        let found = parse::snapshots(name.dataset(), &self.run(name.dataset(), &words).await?).map_err(|why| odd_output(&words, &why))?;
+        let found = parse::snapshots(name.dataset(), &self.run(name.dataset(), &words).await?)
+            .map_err(|why| odd_output(&words, &why))?;
         found.into_iter().next().ok_or_else(|| odd_output(&words, "printed nothing"))
     }
 
@@ -195,6 +208,10 @@ impl Zfs for CommandLine {
     }
 
     async fn destroy_dataset(&self, name: &DatasetName) -> Result<(), ZfsError> {
+        // `zfs destroy` would unmount it.
+        if self.is_mounted(name).await? {
+            return Err(ZfsError::new(ErrorKind::Busy, format!("zfs destroy {name}"), "it is mounted"));
+        }
         self.run_unless_busy(name, &["zfs", "destroy", name.as_str()]).await.map(drop)
     }
 
@@ -205,7 +222,11 @@ impl Zfs for CommandLine {
         }
         let snapshots = self.snapshots(name).await?;
         if let Some(held) = snapshots.iter().find(|snapshot| snapshot.holds > 0) {
-            return Err(ZfsError::new(ErrorKind::Busy, format!("zfs destroy {name}"), format!("{} is held", held.name)));
+            return Err(ZfsError::new(
+                ErrorKind::Busy,
+                format!("zfs destroy {name}"),
+                format!("{} is held", held.name),
+            ));
         }
         self.unmount(name).await?;
         for snapshot in &snapshots {
@@ -278,6 +299,10 @@ fn checked_tag(tag: &str) -> Result<&str, ZfsError> {
         && tag.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b':'));
     match good {
         true => Ok(tag),
-        false => Err(ZfsError::new(ErrorKind::Other, "zfs hold", format!("tag {tag:?} is not valid: allowed is A-Z a-z 0-9 - _ . :, not beginning with a sign"))),
+        false => Err(ZfsError::new(
+            ErrorKind::Other,
+            "zfs hold",
+            format!("tag {tag:?} is not valid: allowed is A-Z a-z 0-9 - _ . :, not beginning with a sign"),
+        )),
     }
 }

@@ -60,7 +60,11 @@ impl ZfsError {
     pub fn is_retryable(&self) -> bool {
         matches!(
             self.kind,
-            ErrorKind::Busy | ErrorKind::NoSpace | ErrorKind::PoolUnavailable | ErrorKind::BrokenStream | ErrorKind::Timeout
+            ErrorKind::Busy
+                | ErrorKind::NoSpace
+                | ErrorKind::PoolUnavailable
+                | ErrorKind::BrokenStream
+                | ErrorKind::Timeout
         )
     }
 
@@ -131,18 +135,30 @@ mod tests {
             ("cannot create 'tank/v1': dataset already exists", ErrorKind::AlreadyExists),
             ("cannot create 'nopool/v1': no such pool 'nopool'", ErrorKind::PoolUnavailable),
             ("cannot open 'tank/nope': dataset does not exist", ErrorKind::NotFound),
-            ("connect: No such file or directory\nPlease make sure that the zfs-fuse daemon is running.", ErrorKind::PoolUnavailable),
-            ("The ZFS modules are not loaded.\nTry running '/sbin/modprobe zfs' as root to load them.", ErrorKind::PoolUnavailable),
+            (
+                "connect: No such file or directory\nPlease make sure that the zfs-fuse daemon is running.",
+                ErrorKind::PoolUnavailable,
+            ),
+            (
+                "The ZFS modules are not loaded.\nTry running '/sbin/modprobe zfs' as root to load them.",
+                ErrorKind::PoolUnavailable,
+            ),
             ("cannot destroy 'tank/v1@a': dataset is busy", ErrorKind::Busy),
             ("umount: /mnt: target is busy.\ncannot unmount '/mnt': umount failed", ErrorKind::Busy),
             ("cannot unmount '/tank/a': pool or dataset is busy", ErrorKind::Busy),
             ("cannot create 'tank/rr': out of space", ErrorKind::NoSpace),
-            ("cannot receive new filesystem stream: destination 'tank/v' exists\nmust specify -F to overwrite it", ErrorKind::AlreadyExists),
+            (
+                "cannot receive new filesystem stream: destination 'tank/v' exists\nmust specify -F to overwrite it",
+                ErrorKind::AlreadyExists,
+            ),
             (
                 "cannot receive incremental stream: most recent snapshot of tank/v does not\nmatch incremental source\nwarning: cannot send 'tank/v@s2': Broken pipe",
                 ErrorKind::Diverged,
             ),
-            ("cannot receive incremental stream: destination tank/v has been modified\nsince most recent snapshot", ErrorKind::Diverged),
+            (
+                "cannot receive incremental stream: destination tank/v has been modified\nsince most recent snapshot",
+                ErrorKind::Diverged,
+            ),
             ("cannot receive new filesystem stream: invalid backup stream", ErrorKind::BrokenStream),
             ("cannot receive: failed to read from stream", ErrorKind::BrokenStream),
             ("cannot receive incremental stream: destination 'tank/w' does not exist", ErrorKind::NotFound),

@@ -8,6 +8,7 @@
 mod api;
 mod command;
 mod error;
+pub mod memory;
 mod model;
 mod name;
 mod parse;

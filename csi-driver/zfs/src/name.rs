@@ -205,7 +205,9 @@ impl Property {
         let (name, value) = (name.into(), value.into());
         let good = name.len() <= LONGEST
             && name.starts_with(|c: char| c.is_ascii_lowercase())
-            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_' | b'.' | b':'));
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_' | b'.' | b':'));
         if !good {
             return Err(InvalidName {
                 what: "property name",
@@ -265,7 +267,10 @@ mod tests {
         for good in ["tank", "tank/a", "tank/pvc-1.2_3:4/b", "t/-x"] {
             assert!(DatasetName::new(good).is_ok(), "{good}");
         }
-        for bad in ["", "/", "tank/", "/tank", "tank//a", "tank/..", "tank/.", "-tank", "1tank", "tank/a@b", "tank/a b", "tank/ä", "tank/a%b"] {
+        for bad in [
+            "", "/", "tank/", "/tank", "tank//a", "tank/..", "tank/.", "-tank", "1tank", "tank/a@b", "tank/a b",
+            "tank/ä", "tank/a%b",
+        ] {
             assert!(DatasetName::new(bad).is_err(), "{bad}");
         }
         assert!(DatasetName::new("t".repeat(255)).is_ok());

@@ -16,7 +16,9 @@ pub(crate) fn table(text: &str) -> Vec<(String, Properties)> {
     let mut rows: Vec<(String, Properties)> = Vec::new();
     for line in text.lines() {
         let mut columns = line.split('\t');
-        let (Some(name), Some(property), Some(value)) = (columns.next(), columns.next(), columns.next()) else { continue };
+        let (Some(name), Some(property), Some(value)) = (columns.next(), columns.next(), columns.next()) else {
+            continue;
+        };
         let source = columns.next().unwrap_or("-");
         if rows.last().is_none_or(|(last, _)| last != name) {
             rows.push((name.to_owned(), Properties::new()));

@@ -77,7 +77,11 @@ impl Capabilities {
 /// From the output of `zfs version`, which only OpenZFS has: `zfs-2.1.11-1` and `zfs-kmod-2.1.11-1`, a line each.
 /// The kernel's version counts: it decides what a pool can do.
 pub(crate) fn openzfs_version(output: &str) -> Option<String> {
-    let of = |prefix| output.lines().find_map(|line| line.trim().strip_prefix(prefix).filter(|rest| rest.starts_with(|c: char| c.is_ascii_digit())));
+    let of = |prefix| {
+        output.lines().find_map(|line| {
+            line.trim().strip_prefix(prefix).filter(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+        })
+    };
     let version = of("zfs-kmod-").or_else(|| of("zfs-"))?;
     Some(version.split('-').next().unwrap_or(version).to_owned())
 }
@@ -92,12 +96,19 @@ pub(crate) fn pool_version(output: &str) -> Option<u32> {
 pub(crate) fn capabilities(usage: &str, implementation: Implementation) -> Capabilities {
     let lines = |command: &str| {
         let command = format!("{command} ");
-        usage.lines().map(str::trim).filter(move |line| line.starts_with(&command)).map(str::to_owned).collect::<Vec<_>>()
+        usage
+            .lines()
+            .map(str::trim)
+            .filter(move |line| line.starts_with(&command))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
     };
     // A flag is a letter of the first bracket: `receive [-vMnsFhu] [-o <property>=<value>] ...`.
     let flag = |command: &str, letter: char| {
         lines(command).iter().any(|line| {
-            line.split_once("[-").and_then(|(_, rest)| rest.split([']', ' ']).next()).is_some_and(|letters| letters.contains(letter))
+            line.split_once("[-")
+                .and_then(|(_, rest)| rest.split([']', ' ']).next())
+                .is_some_and(|letters| letters.contains(letter))
         })
     };
     Capabilities {

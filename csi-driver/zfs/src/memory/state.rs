@@ -1,0 +1,216 @@
+//! What the pool in memory holds, and what each operation does to it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Fault, Result};
+use crate::error::{ErrorKind, ZfsError};
+use crate::model::{Dataset, PoolHealth, Snapshot};
+use crate::name::{DatasetName, Guid, Property, SnapshotName};
+
+/// What a dataset that holds nothing uses, in bytes.
+const EMPTY: u64 = 1024;
+
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) pool: String,
+    pub(super) capacity: u64,
+    pub(super) health: PoolHealth,
+    pub(super) imported: bool,
+    pub(super) last: u64,
+    pub(super) datasets: BTreeMap<DatasetName, Entry>,
+    pub(super) faults: Vec<(&'static str, u32, Fault)>,
+    pub(super) calls: Vec<String>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct Entry {
+    pub(super) guid: u64,
+    pub(super) properties: BTreeMap<String, String>,
+    pub(super) mounted: bool,
+    pub(super) open: bool,
+    pub(super) data: Vec<u8>,
+    pub(super) modified: bool,
+    pub(super) snapshots: Vec<Taken>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Taken {
+    pub(super) short: String,
+    pub(super) guid: u64,
+    pub(super) txg: u64,
+    pub(super) holds: Vec<String>,
+    pub(super) data: Vec<u8>,
+}
+
+/// A stream: a snapshot's data in full, whatever its base, and a word at the end by which it is known to be whole.
+#[derive(Deserialize, Serialize)]
+pub(super) struct Stream {
+    pub(super) base: Option<u64>,
+    pub(super) short: String,
+    pub(super) guid: u64,
+    pub(super) data: Vec<u8>,
+    pub(super) end: String,
+}
+
+impl State {
+    pub(super) fn fault(&mut self, operation: &str) -> Option<Fault> {
+        let mut due = None;
+        for (index, (of, nth, fault)) in self.faults.iter_mut().enumerate() {
+            if *of == operation {
+                *nth = nth.saturating_sub(1);
+                if *nth == 0 && due.is_none() {
+                    due = Some((index, *fault));
+                }
+            }
+        }
+        let (index, fault) = due?;
+        self.faults.remove(index);
+        Some(fault)
+    }
+
+    /// A number that none of the earlier ones equals.
+    pub(super) fn next(&mut self) -> u64 {
+        self.last += 1;
+        self.last
+    }
+
+    pub(super) fn entry(&mut self, name: &DatasetName, operation: &str) -> Result<&mut Entry> {
+        if name.pool() != self.pool {
+            return Err(failure(ErrorKind::PoolUnavailable, operation, name, "no such pool"));
+        }
+        self.datasets
+            .get_mut(name)
+            .ok_or_else(|| failure(ErrorKind::NotFound, operation, name, "dataset does not exist"))
+    }
+
+    pub(super) fn taken(&mut self, name: &SnapshotName, operation: &str) -> Result<&mut Taken> {
+        let snapshots = &mut self.entry(name.dataset(), operation)?.snapshots;
+        let found = snapshots.iter_mut().find(|taken| taken.short == name.short());
+        found.ok_or_else(|| failure(ErrorKind::NotFound, operation, name, "snapshot does not exist"))
+    }
+
+    pub(super) fn used(&self) -> u64 {
+        self.datasets.values().map(Entry::used).sum()
+    }
+
+    pub(super) fn has_children(&self, name: &DatasetName) -> bool {
+        let below = format!("{name}/");
+        self.datasets.keys().any(|other| other.as_str().starts_with(&below))
+    }
+
+    pub(super) fn create(&mut self, name: &DatasetName, operation: &str) -> Result<&mut Entry> {
+        if self.datasets.contains_key(name) {
+            return Err(failure(ErrorKind::AlreadyExists, operation, name, "dataset already exists"));
+        }
+        let parent = name.as_str().rsplit_once('/').and_then(|(parent, _)| DatasetName::new(parent).ok());
+        let parent = parent.ok_or_else(|| failure(ErrorKind::PoolUnavailable, operation, name, "no such pool"))?;
+        self.entry(&parent, operation)?;
+        let guid = self.next();
+        Ok(self.datasets.entry(name.clone()).or_insert(Entry { guid, ..Entry::default() }))
+    }
+
+    pub(super) fn dataset(&self, name: &DatasetName, entry: &Entry) -> Dataset {
+        let available = self.capacity.saturating_sub(self.used());
+        let refquota = entry.get("refquota").and_then(|text| text.parse().ok());
+        Dataset {
+            name: name.clone(),
+            guid: Guid(entry.guid),
+            used: entry.used(),
+            available: refquota.map_or(available, |quota: u64| available.min(quota.saturating_sub(entry.referenced()))),
+            referenced: entry.referenced(),
+            refquota,
+            readonly: entry.get("readonly") == Some("on"),
+            mounted: entry.mounted,
+            mountpoint: entry.get("mountpoint").filter(|path| path.starts_with('/')).map(Into::into),
+            origin: None,
+            user: entry
+                .properties
+                .iter()
+                .filter(|(name, _)| name.contains(':'))
+                .map(|(n, v)| (n.clone(), v.clone()))
+                .collect(),
+        }
+    }
+
+    pub(super) fn destroy(&mut self, name: &DatasetName) -> Result<()> {
+        let children = self.has_children(name);
+        let entry = self.entry(name, "destroy")?;
+        if entry.mounted {
+            return Err(failure(ErrorKind::Busy, "destroy", name, "dataset is busy: it is mounted"));
+        }
+        if children || !entry.snapshots.is_empty() {
+            return Err(failure(ErrorKind::Other, "destroy", name, "filesystem has children"));
+        }
+        self.datasets.remove(name);
+        Ok(())
+    }
+
+    pub(super) fn unmount(&mut self, name: &DatasetName) -> Result<()> {
+        let entry = self.entry(name, "unmount")?;
+        if entry.mounted && entry.open {
+            return Err(failure(ErrorKind::Busy, "unmount", name, "dataset is busy"));
+        }
+        entry.mounted = false;
+        Ok(())
+    }
+
+    pub(super) fn receive(&mut self, name: &DatasetName, bytes: &[u8], properties: &[Property]) -> Result<()> {
+        let broken = || failure(ErrorKind::BrokenStream, "receive", name, "invalid backup stream");
+        let stream: Stream = serde_json::from_slice(bytes).map_err(|_| broken())?;
+        if stream.end != "END" {
+            return Err(broken());
+        }
+        let txg = self.next();
+        let entry = match stream.base {
+            None => self.create(name, "receive")?,
+            Some(base) => {
+                let entry = self.entry(name, "receive")?;
+                let matches = entry.snapshots.last().is_some_and(|newest| newest.guid == base);
+                if !matches || entry.modified {
+                    return Err(failure(ErrorKind::Diverged, "receive", name, "destination has been modified"));
+                }
+                entry
+            }
+        };
+        entry.data.clone_from(&stream.data);
+        entry.snapshots.push(Taken {
+            short: stream.short,
+            guid: stream.guid,
+            txg,
+            holds: Vec::new(),
+            data: stream.data,
+        });
+        for property in properties {
+            entry.properties.insert(property.name().to_owned(), property.value().to_owned());
+        }
+        Ok(())
+    }
+}
+
+impl Entry {
+    pub(super) fn get(&self, property: &str) -> Option<&str> {
+        self.properties.get(property).map(String::as_str)
+    }
+
+    pub(super) fn referenced(&self) -> u64 {
+        EMPTY + self.data.len() as u64
+    }
+
+    pub(super) fn used(&self) -> u64 {
+        self.referenced() + self.snapshots.iter().map(|taken| taken.data.len() as u64).sum::<u64>()
+    }
+}
+
+impl Taken {
+    pub(super) fn snapshot(&self, of: &DatasetName) -> Result<Snapshot> {
+        let name =
+            of.snapshot(&self.short).map_err(|error| failure(ErrorKind::Other, "snapshot", of, &error.to_string()))?;
+        Ok(Snapshot { name, guid: Guid(self.guid), created_txg: self.txg, created: 0, holds: self.holds.len() as u64 })
+    }
+}
+
+pub(super) fn failure(kind: ErrorKind, operation: &str, about: &impl ToString, why: &str) -> ZfsError {
+    ZfsError::new(kind, format!("{operation} {}", about.to_string()), why)
+}
