@@ -1,1 +1,8 @@
-//! To be written.
+//! The operator: validates ContainerNetworks and gives them their VNI, signs the node agents' certificates, tells annotated
+//! pods where names are answered, and clears away what nobody owns any more.
+
+pub mod authority;
+pub mod garbage;
+pub mod metrics;
+pub mod network;
+pub mod webhook;

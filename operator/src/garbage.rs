@@ -1,0 +1,151 @@
+//! Clears away what nobody owns any more: sticky addresses of pods that won't come back, and what nodes that are gone had claimed.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt::Debug;
+use std::time::Duration;
+
+use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::api::ListParams;
+use kube::{Api, Client, Resource, ResourceExt};
+use portolan_crds::{IPBlock, IPClaim, NetworkNodeSlice};
+use serde::de::DeserializeOwned;
+use tokio_util::sync::CancellationToken;
+
+use crate::network::apply::{Error, delete};
+
+/// How often is looked.
+const EVERY: Duration = Duration::from_secs(30);
+
+/// Collects until `stop` is cancelled.
+pub async fn run(client: Client, stop: CancellationToken) {
+    let mut suspects = BTreeSet::new();
+    loop {
+        if let Err(error) = claims(&client).await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "collecting IPClaims failed");
+        }
+        if let Err(error) = nodes(&client, &mut suspects).await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "collecting what gone nodes left failed");
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(EVERY) => {}
+        }
+    }
+}
+
+async fn list<K>(client: &Client, what: &'static str) -> Result<Vec<K>, Error>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned,
+{
+    let list = Api::<K>::all(client.clone()).list(&ListParams::default()).await;
+    list.map(|list| list.items).map_err(|source| Error::Read { what, source })
+}
+
+/// What becomes of a claim.
+#[derive(Debug, Eq, PartialEq)]
+enum Verdict {
+    /// Its StatefulSet has a place for the pod.
+    Keep,
+    /// The StatefulSet is gone.
+    Delete,
+    /// The StatefulSet was scaled down: the claim goes when the pod is gone.
+    DeleteWithoutPod,
+}
+
+fn judge(claim: &IPClaim, owner: Option<&StatefulSet>) -> Verdict {
+    let Some(owner) = owner else { return Verdict::Delete };
+    let spec = owner.spec.as_ref();
+    let first = spec.and_then(|spec| spec.ordinals.as_ref()).and_then(|ordinals| ordinals.start).unwrap_or(0);
+    let last = first.saturating_add(spec.and_then(|spec| spec.replicas).unwrap_or(1));
+    let ordinal = claim.spec.pod.strip_prefix(&format!("{}-", claim.spec.owner)).and_then(|text| text.parse::<i32>().ok());
+    match ordinal {
+        Some(ordinal) if ordinal < first || ordinal >= last => Verdict::DeleteWithoutPod,
+        _ => Verdict::Keep,
+    }
+}
+
+async fn claims(client: &Client) -> Result<(), Error> {
+    // Claims first: whoever made one of these was there then, so a StatefulSet that the second list lacks is gone for good.
+    let claims: Vec<IPClaim> = list(client, "IPClaims").await?;
+    if claims.is_empty() {
+        return Ok(());
+    }
+    let owners: Vec<StatefulSet> = list(client, "StatefulSets").await?;
+    let owners: HashMap<String, StatefulSet> =
+        owners.into_iter().filter_map(|owner| owner.uid().map(|uid| (uid, owner))).collect();
+    for claim in claims {
+        let gone = match judge(&claim, owners.get(&claim.spec.owner_uid)) {
+            Verdict::Keep => false,
+            Verdict::Delete => true,
+            Verdict::DeleteWithoutPod => is_abandoned(client, &claim).await?,
+        };
+        if gone && delete(client, &claim).await? {
+            tracing::info!(claim = claim.name_any(), address = claim.spec.address, "a sticky address is free again");
+        }
+    }
+    Ok(())
+}
+
+/// True if there is no pod, and after that look still no place for one: the order keeps a scale-up from losing its address.
+async fn is_abandoned(client: &Client, claim: &IPClaim) -> Result<bool, Error> {
+    let pods = Api::<Pod>::namespaced(client.clone(), &claim.spec.namespace);
+    let pod = pods.get_metadata_opt(&claim.spec.pod).await.map_err(|source| Error::Read { what: "a Pod", source })?;
+    if pod.is_some() {
+        return Ok(false);
+    }
+    let owners = Api::<StatefulSet>::namespaced(client.clone(), &claim.spec.namespace);
+    let owner = owners.get_opt(&claim.spec.owner).await;
+    let owner = owner.map_err(|source| Error::Read { what: "a StatefulSet", source })?;
+    let same = owner.filter(|owner| owner.uid().as_ref() == Some(&claim.spec.owner_uid));
+    Ok(judge(claim, same.as_ref()) != Verdict::Keep)
+}
+
+/// Deletes blocks and slices of nodes whose Node object is gone: now, and already at the last look (a node may register anew).
+async fn nodes(client: &Client, suspects: &mut BTreeSet<String>) -> Result<(), Error> {
+    let blocks: Vec<IPBlock> = list(client, "IPBlocks").await?;
+    let slices: Vec<NetworkNodeSlice> = list(client, "NetworkNodeSlices").await?;
+    let nodes = Api::<Node>::all(client.clone()).list_metadata(&ListParams::default()).await;
+    let nodes = nodes.map_err(|source| Error::Read { what: "Nodes", source })?;
+    let present: BTreeSet<String> = nodes.items.iter().map(ResourceExt::name_any).collect();
+
+    let mentioned = blocks.iter().map(|it| &it.spec.node).chain(slices.iter().map(|it| &it.spec.node));
+    let missing: BTreeSet<String> = mentioned.filter(|node| !present.contains(*node)).cloned().collect();
+    let gone: BTreeSet<String> = missing.intersection(suspects).cloned().collect();
+    for slice in slices.iter().filter(|slice| gone.contains(&slice.spec.node)) {
+        delete(client, slice).await?;
+        tracing::info!(slice = slice.name_any(), "deleted: its node is gone");
+    }
+    for block in blocks.iter().filter(|block| gone.contains(&block.spec.node)) {
+        delete(client, block).await?;
+        tracing::info!(block = block.name_any(), "deleted: its node is gone");
+    }
+    *suspects = missing;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use portolan_crds::IPClaimSpec;
+    use serde_json::json;
+
+    fn claim(pod: &str) -> IPClaim {
+        IPClaim::new("c", IPClaimSpec { pod: pod.to_owned(), owner: "db".to_owned(), ..Default::default() })
+    }
+
+    fn owner(replicas: i32, start: i32) -> StatefulSet {
+        let spec = json!({"replicas": replicas, "ordinals": {"start": start}, "selector": {}, "template": {}, "serviceName": ""});
+        serde_json::from_value(json!({"metadata": {"name": "db"}, "spec": spec})).unwrap()
+    }
+
+    #[test]
+    fn a_claim_lives_as_long_as_its_pods_place() {
+        assert_eq!(judge(&claim("db-0"), None), Verdict::Delete);
+        assert_eq!(judge(&claim("db-2"), Some(&owner(3, 0))), Verdict::Keep);
+        assert_eq!(judge(&claim("db-3"), Some(&owner(3, 0))), Verdict::DeleteWithoutPod);
+        assert_eq!(judge(&claim("db-12"), Some(&owner(3, 10))), Verdict::Keep);
+        assert_eq!(judge(&claim("db-0"), Some(&owner(3, 10))), Verdict::DeleteWithoutPod);
+        assert_eq!(judge(&claim("other"), Some(&owner(0, 0))), Verdict::Keep, "what isn't understood is kept");
+    }
+}

@@ -1,0 +1,128 @@
+//! `portolan-operator`: see the library.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Parser;
+use kube::Client;
+use portolan_operator::authority::{self, Authority};
+use portolan_operator::metrics::Metrics;
+use portolan_operator::{garbage, network, webhook};
+use portolan_runtime::events::Events;
+use portolan_runtime::http::Health;
+use portolan_runtime::leader;
+use prometheus_client::registry::Registry;
+use tokio_util::sync::CancellationToken;
+
+const COMPONENT: &str = "portolan-operator";
+
+/// Validates ContainerNetworks, signs node certificates, and gives annotated pods their DNS settings.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Port of the webhook (HTTPS).
+    #[arg(long, env = "WEBHOOK_PORT", default_value_t = 9443)]
+    webhook_port: u16,
+    /// Port of /healthz, /readyz and /metrics.
+    #[arg(long, env = "HTTP_PORT", default_value_t = 8080)]
+    http_port: u16,
+    /// Name of the Service in front of the webhook.
+    #[arg(long, env = "WEBHOOK_SERVICE", default_value = "portolan-webhook")]
+    webhook_service: String,
+    /// Name of the MutatingWebhookConfiguration that this operator keeps its authority in.
+    #[arg(long, env = "WEBHOOK_CONFIGURATION", default_value = "portolan")]
+    webhook_configuration: String,
+    /// The user who may ask for node certificates; the service account portolan-storage of this namespace by default.
+    #[arg(long, env = "NODE_SERVICE_ACCOUNT")]
+    node_service_account: Option<String>,
+    /// Address of the cluster's DNS server; that of Service kube-system/kube-dns by default.
+    #[arg(long, env = "CLUSTER_DNS")]
+    cluster_dns: Option<IpAddr>,
+    /// The cluster's domain.
+    #[arg(long, env = "CLUSTER_DOMAIN", default_value = "cluster.local")]
+    cluster_domain: String,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    portolan_runtime::init_logging(COMPONENT);
+    let stop = portolan_runtime::shutdown();
+    let namespace = portolan_runtime::namespace();
+    let client = Client::try_default().await.context("can't find out how to reach the Kubernetes API")?;
+
+    let mut registry = Registry::default();
+    let metrics = Metrics::register(&mut registry);
+    let health = Health::new();
+    let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+    let http = portolan_runtime::http::serve(any(arguments.http_port), health.clone(), Arc::new(registry), stop.clone());
+
+    let work = async {
+        let authority = tokio::select! {
+            authority = authority::load_or_create(&client, &namespace) => Arc::new(authority?),
+            () = stop.cancelled() => return Ok(()),
+        };
+        let listening = CancellationToken::new();
+        let settings = webhook_settings(&arguments, &namespace, any(arguments.webhook_port));
+        let webhook = webhook::run(
+            client.clone(),
+            Arc::clone(&authority),
+            settings,
+            metrics.clone(),
+            listening.clone(),
+            stop.clone(),
+        );
+        let registration = async {
+            listening.cancelled().await;
+            let name = &arguments.webhook_configuration;
+            let tell = |registered| health.set_ready(registered);
+            webhook::keep_registered(client.clone(), name, authority.certificate(), tell).await;
+        };
+        tokio::select! {
+            result = webhook => result.map_err(anyhow::Error::from),
+            result = lead(&arguments, &client, &namespace, &authority, &metrics, &stop) => result,
+            () = registration => Ok(()),
+        }
+    };
+    tokio::select! {
+        result = work => result,
+        result = http => result.map_err(anyhow::Error::from),
+    }
+}
+
+fn webhook_settings(arguments: &Arguments, namespace: &str, address: SocketAddr) -> webhook::Settings {
+    let service = format!("{}.{namespace}", arguments.webhook_service);
+    webhook::Settings {
+        address,
+        names: vec![format!("{service}.svc"), format!("{service}.svc.{}", arguments.cluster_domain)],
+        cluster_dns: arguments.cluster_dns,
+        cluster_domain: arguments.cluster_domain.clone(),
+    }
+}
+
+/// The work of which there must be one at a time.
+async fn lead(
+    arguments: &Arguments,
+    client: &Client,
+    namespace: &str,
+    authority: &Arc<Authority>,
+    metrics: &Metrics,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let identity = std::env::var("POD_NAME").unwrap_or_else(|_| format!("{COMPONENT}-{}", std::process::id()));
+    let account = arguments
+        .node_service_account
+        .clone()
+        .unwrap_or_else(|| format!("system:serviceaccount:{namespace}:portolan-storage"));
+    let events = Events::new(client.clone(), COMPONENT);
+    leader::run(client.clone(), namespace, COMPONENT, &identity, stop.clone(), |leading| async move {
+        tokio::join!(
+            network::run(client.clone(), events.clone(), metrics.clone(), leading.clone()),
+            authority::run(client.clone(), Arc::clone(authority), account, events, metrics.clone(), leading.clone()),
+            garbage::run(client.clone(), leading),
+        );
+    })
+    .await?;
+    Ok(())
+}

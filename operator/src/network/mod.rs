@@ -1,0 +1,128 @@
+//! The ContainerNetwork controller: read, validate, plan, apply, status; all networks in one pass.
+//!
+//! One pass for all because they bear on each other (VNIs), and because there are few of them.
+
+pub(crate) mod apply;
+mod plan;
+mod validate;
+mod vni;
+
+use std::time::Duration;
+
+use futures::{Stream, StreamExt};
+use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
+use kube::api::ListParams;
+use kube::runtime::reflector::{self, Store};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client};
+use portolan_crds::{ContainerNetwork, NetworkNodeSlice};
+use portolan_runtime::events::Events;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::metrics::{Decision, Metrics};
+use plan::World;
+
+/// How long changes are gathered before a pass.
+const GATHER: Duration = Duration::from_millis(200);
+/// A pass is made at least this often.
+const RESYNC: Duration = Duration::from_secs(60);
+/// After a failed pass.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Runs the controller until `stop` is cancelled.
+pub async fn run(client: Client, events: Events, metrics: Metrics, stop: CancellationToken) {
+    let (changed, mut changes) = mpsc::channel(1);
+    let (nodes, node_writer) = reflector::store::<Node>();
+    let (slices, slice_writer) = reflector::store::<NetworkNodeSlice>();
+    let node_events = watcher(Api::<Node>::all(client.clone()), watcher::Config::default())
+        .modify(lighten)
+        .default_backoff()
+        .reflect(node_writer);
+    let slice_events = watcher(Api::<NetworkNodeSlice>::all(client.clone()), watcher::Config::default())
+        .default_backoff()
+        .reflect(slice_writer);
+    let network_events =
+        watcher(Api::<ContainerNetwork>::all(client.clone()), watcher::Config::default()).default_backoff();
+
+    let work = async {
+        // Before the first list is complete, a pass would take pods for gone.
+        if nodes.wait_until_ready().await.is_err() || slices.wait_until_ready().await.is_err() {
+            return;
+        }
+        loop {
+            let result = pass(&client, &nodes, &slices, &events).await;
+            metrics.network_pass(if result.is_ok() { Decision::Granted } else { Decision::Failed });
+            let wait = match result {
+                Ok(()) => RESYNC,
+                Err(error) => {
+                    tracing::warn!(error = %error, cause = ?error, "a pass over the networks failed");
+                    RETRY
+                }
+            };
+            let _ = tokio::time::timeout(wait, changes.recv()).await;
+            tokio::time::sleep(GATHER).await;
+            while changes.try_recv().is_ok() {}
+        }
+    };
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = work => {}
+        () = tell(node_events, &changed) => {}
+        () = tell(slice_events, &changed) => {}
+        () = tell(network_events, &changed) => {}
+    }
+}
+
+/// Says on `changed` that something changed; a full channel says so already.
+async fn tell<K>(events: impl Stream<Item = Result<watcher::Event<K>, watcher::Error>>, changed: &mpsc::Sender<()>) {
+    let mut events = std::pin::pin!(events);
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(_) => _ = changed.try_send(()),
+            Err(error) => tracing::warn!(%error, "a watch was interrupted"),
+        }
+    }
+}
+
+/// Drops what a pass doesn't look at.
+fn lighten(node: &mut Node) {
+    node.metadata.managed_fields = None;
+    node.metadata.annotations = None;
+    if let Some(status) = &mut node.status {
+        status.images = None;
+        status.conditions = None;
+    }
+}
+
+async fn pass(
+    client: &Client,
+    nodes: &Store<Node>,
+    slices: &Store<NetworkNodeSlice>,
+    events: &Events,
+) -> Result<(), apply::Error> {
+    let world = read(client, nodes, slices).await?;
+    // One network's failure shall not keep the others waiting.
+    let steps = futures::stream::iter(plan::plan(&world));
+    let results: Vec<_> = steps.then(|step| apply::apply(client, events, step)).collect().await;
+    results.into_iter().collect()
+}
+
+async fn read(client: &Client, nodes: &Store<Node>, slices: &Store<NetworkNodeSlice>) -> Result<World, apply::Error> {
+    // Not from a watch: a VNI that was given out a moment ago must be seen.
+    let networks = Api::<ContainerNetwork>::all(client.clone());
+    let networks = networks.list(&ListParams::default()).await.map_err(apply::Error::reading("ContainerNetworks"))?;
+    let service_cidrs = match Api::<ServiceCIDR>::all(client.clone()).list(&ListParams::default()).await {
+        Ok(list) => list.items,
+        // Served from Kubernetes 1.33 on; before, nothing tells the range.
+        Err(kube::Error::Api(status)) if status.is_not_found() => Vec::new(),
+        Err(error) => return Err(apply::Error::reading("ServiceCIDRs")(error)),
+    };
+    Ok(World {
+        networks: networks.items,
+        nodes: nodes.state().iter().map(|node| Node::clone(node)).collect(),
+        slices: slices.state().iter().map(|slice| NetworkNodeSlice::clone(slice)).collect(),
+        service_cidrs,
+    })
+}
