@@ -10,5 +10,5 @@ pub mod node;
 pub mod parameters;
 pub mod proto;
 pub mod quantity;
-//pub mod transfer;
+pub mod transfer;
 pub mod volume;

@@ -125,7 +125,12 @@ pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>) -> Vec<Act
         return delete(volume, recorded, local);
     }
     if let Some(local) = local.filter(|local| !is_copy(volume, local)) {
-        return foreign(me, volume, local);
+        // A copy that isn't one is nobody's concern while the owner has its own.
+        return match (&status.owner, &status.handoff) {
+            (Some(owner), None) if owner != me && recorded => vec![Action::ForgetReplica],
+            (Some(owner), None) if owner != me => Vec::new(),
+            _ => foreign(me, volume, local),
+        };
     }
     if let Some(handoff) = &status.handoff {
         if handoff.from == me && handoff.phase < HandoffPhase::Activating {

@@ -105,8 +105,13 @@ fn a_dataset_that_is_not_ours_is_left_alone() {
     for local in [other, unmarked] {
         for volume in [volume(|_| {}), owned(|_| {}), moving(HandoffPhase::Quiescing), moving(HandoffPhase::FinalSync)] {
             assert_eq!(reason(&plan("a", &volume, Some(&local))), Some("DatasetConflict"));
+        }
+        for volume in [moving(HandoffPhase::Quiescing), moving(HandoffPhase::FinalSync)] {
             assert_eq!(reason(&plan("b", &volume, Some(&local))), Some("DatasetConflict"));
         }
+        let replicated = owned(|status| status.replicas.push(replica("b", Some("portolan-3"))));
+        assert_eq!(plan("b", &replicated, Some(&local)), [Action::ForgetReplica]);
+        assert_eq!(plan("b", &owned(|_| {}), Some(&local)), []);
         let mut deleted = owned(|_| {});
         deleted.metadata.deletion_timestamp = Some(Time(jiff::Timestamp::UNIX_EPOCH));
         assert_eq!(plan("a", &deleted, Some(&local)), [Action::ForgetReplica]);

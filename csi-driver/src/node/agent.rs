@@ -1,0 +1,202 @@
+//! The loop that brings each volume one step further whenever its object changes or the node has news of it.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::StreamExt;
+use kube::runtime::controller::Action as Requeue;
+use kube::runtime::reflector::ObjectRef;
+use kube::runtime::{Controller, watcher};
+use kube::{Api, ResourceExt};
+use portolan_crds::{PortableVolume, condition};
+use portolan_runtime::conditions;
+use portolan_zfs::Zfs;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+use super::steps::{StepError, Steps};
+use super::{Node, disk, write};
+use crate::handoff::{self, Action};
+use crate::transfer::TransferError;
+use crate::volume;
+
+/// How soon a volume is looked at again that waits for something on this node.
+const WAIT: Duration = Duration::from_secs(1);
+/// How often the owner looks at what its copy uses.
+const OWNED: Duration = Duration::from_secs(15);
+/// How often all else is looked at, in case an event was missed.
+const RESYNC: Duration = Duration::from_secs(300);
+/// How soon what is wrong is looked at again: only somebody's hand will mend it.
+const REPORTED: Duration = Duration::from_secs(15);
+/// The pause after a failure: doubles from this one ...
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// ... to this one.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Plans in a row for one volume before others of its events are looked at.
+const PLANS: usize = 32;
+
+/// Watches all volumes, and looks at those that `nudged` names.
+pub(super) fn controller(
+    volumes: Api<PortableVolume>,
+    nudged: UnboundedReceiver<ObjectRef<PortableVolume>>,
+) -> Controller<PortableVolume> {
+    Controller::new(volumes, watcher::Config::default()).reconcile_on(UnboundedReceiverStream::new(nudged))
+}
+
+struct Agent<Z> {
+    node: Arc<Node<Z>>,
+    /// Failures in a row, by volume, and the newest one's text.
+    failures: Mutex<HashMap<String, (u32, String)>>,
+}
+
+/// Runs until `shutdown`. A step that is under way is dropped: it is taken again after the next start.
+pub(super) async fn run<Z: Zfs>(controller: Controller<PortableVolume>, node: Arc<Node<Z>>, shutdown: CancellationToken) {
+    let agent = Arc::new(Agent { node, failures: Mutex::default() });
+    let never = |_: Arc<PortableVolume>, _: &Infallible, _: Arc<Agent<Z>>| Requeue::await_change();
+    let work = controller.run(reconcile, never, agent).for_each(|done| async {
+        if let Err(error) = done {
+            tracing::debug!(%error, "watching volumes");
+        }
+    });
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        () = work => {}
+    }
+}
+
+async fn reconcile<Z: Zfs>(volume: Arc<PortableVolume>, agent: Arc<Agent<Z>>) -> Result<Requeue, Infallible> {
+    let node = &agent.node;
+    if !handoff::concerns(&node.name, &volume) {
+        return Ok(Requeue::await_change());
+    }
+    let name = volume.name_any();
+    let _lock = node.locks.lock(&name).await;
+    let dataset = match volume::dataset(&node.pool, &name) {
+        Ok(dataset) => dataset,
+        Err(error) => {
+            tracing::error!(volume = name, %error, "this volume can't be on any pool");
+            return Ok(Requeue::await_change());
+        }
+    };
+    let mut steps = Steps { node, dataset, volume: volume.as_ref().clone(), progress: None };
+    Ok(match drive(&mut steps).await {
+        Ok(pause) => {
+            agent.failures().remove(&name);
+            Requeue::requeue(pause)
+        }
+        // Somebody else has written: their write is an event of its own, but it may have come already.
+        Err(StepError::Api(error)) if write::is_conflict(&error) => Requeue::requeue(Duration::from_millis(20)),
+        Err(StepError::Deleted) => Requeue::requeue(Duration::ZERO),
+        Err(error) => agent.failed(&steps, error).await,
+    })
+}
+
+/// Plans and acts until there is nothing more to do; says when to look again.
+async fn drive<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<Duration, StepError> {
+    let node = steps.node;
+    let mut fresh = false;
+    for _ in 0..PLANS {
+        let local = disk::read(node.zfs.as_ref(), &node.mounts, &steps.dataset).await?;
+        let mut actions = handoff::plan(&node.name, &steps.volume, local.as_ref());
+        if !fresh && !actions.is_empty() {
+            // The watch may be behind: what is done is decided on the object as it is now.
+            let Some(now) = node.volumes.get_opt(&steps.volume.name_any()).await? else { return Ok(RESYNC) };
+            steps.volume = now;
+            fresh = true;
+            actions = handoff::plan(&node.name, &steps.volume, local.as_ref());
+        }
+        if actions.is_empty() {
+            let owned = volume::status(&steps.volume).owner.as_ref() == Some(&node.name);
+            return Ok(if owned { OWNED } else { RESYNC });
+        }
+        for action in actions {
+            match action {
+                Action::Wait(why) => return wait(steps, &why).await,
+                Action::Report { reason, message } => return report(steps, reason, &message).await,
+                action => {
+                    tracing::debug!(volume = steps.volume.name_any(), ?action, "step");
+                    steps.apply(action).await?;
+                }
+            }
+        }
+    }
+    Ok(Duration::ZERO)
+}
+
+async fn wait<Z: Zfs>(steps: &mut Steps<'_, Z>, why: &str) -> Result<Duration, StepError> {
+    let reason = if steps.volume.metadata.deletion_timestamp.is_some() { "Deleting" } else { "Moving" };
+    condition(steps, reason, why, false).await?;
+    Ok(WAIT)
+}
+
+async fn report<Z: Zfs>(steps: &mut Steps<'_, Z>, reason: &'static str, message: &str) -> Result<Duration, StepError> {
+    if condition(steps, reason, message, true).await? {
+        tracing::warn!(volume = steps.volume.name_any(), reason, message);
+        steps.node.events.warning(&volume::reference(&steps.volume), reason, "Check", message).await;
+    }
+    Ok(REPORTED)
+}
+
+/// Says in the status why the volume is not ready. False if it said so already.
+async fn condition<Z: Zfs>(steps: &mut Steps<'_, Z>, reason: &str, message: &str, error: bool) -> Result<bool, StepError> {
+    let mut status = volume::status(&steps.volume);
+    let mut changed = write::not_ready(&mut status, reason, message);
+    if let Some(handoff) = status.handoff.as_mut().filter(|_| error) {
+        changed |= handoff.last_error.as_deref() != Some(message);
+        handoff.last_error = Some(message.to_owned());
+    }
+    if changed {
+        steps.volume = write::status(&steps.node.volumes, &steps.volume, |now| *now = status).await?;
+    }
+    Ok(changed)
+}
+
+impl<Z: Zfs> Agent<Z> {
+    fn failures(&self) -> std::sync::MutexGuard<'_, HashMap<String, (u32, String)>> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a failure known, once for each different text, and says when to try again.
+    async fn failed(&self, steps: &Steps<'_, Z>, error: StepError) -> Requeue {
+        let (name, message) = (steps.volume.name_any(), error.to_string());
+        let (count, repeated) = {
+            let mut failures = self.failures();
+            let (count, text) = failures.entry(name.clone()).or_default();
+            let repeated = *count > 0 && *text == message;
+            *count += 1;
+            *text = message.clone();
+            (*count, repeated)
+        };
+        self.node.metrics.failures.inc();
+        let pause = FIRST_PAUSE.saturating_mul(1 << (count - 1).min(5)).min(LONGEST_PAUSE);
+        tracing::warn!(volume = name, error = message, attempt = count, ?pause, "a step failed");
+        if !repeated {
+            let diverged = matches!(error, StepError::Transfer(TransferError::Diverged { .. }));
+            if let Err(error) = self.note(&name, &message, diverged).await {
+                tracing::debug!(volume = name, %error, "could not write the failure");
+            }
+            let reason = if diverged { write::DIVERGED } else { "StepFailed" };
+            self.node.events.warning(&volume::reference(&steps.volume), reason, "Retry", &message).await;
+        }
+        Requeue::requeue(pause)
+    }
+
+    async fn note(&self, name: &str, message: &str, diverged: bool) -> kube::Result<()> {
+        let volume = self.node.volumes.get(name).await?;
+        let mut status = volume::status(&volume);
+        match &mut status.handoff {
+            Some(handoff) => handoff.last_error = Some(message.to_owned()),
+            // The owner of a volume that is in use and well isn't unwell because a look at it failed.
+            None if status.owner.is_some() && volume.metadata.deletion_timestamp.is_none() => return Ok(()),
+            None => _ = write::not_ready(&mut status, "StepFailed", message),
+        }
+        if diverged {
+            conditions::set(&mut status.conditions, write::DIVERGED, condition::TRUE, "NotFromHistory", message, None);
+        }
+        write::status(&self.node.volumes, &volume, |now| *now = status).await?;
+        Ok(())
+    }
+}

@@ -1,0 +1,42 @@
+//! Reading a volume's copy from the pool.
+
+use portolan_zfs::{DatasetName, ErrorKind, Zfs, ZfsError};
+
+use super::mounts::{MountError, Mounts};
+use crate::handoff::{Known, Local};
+use crate::volume::{EPOCH_PROPERTY, UID_PROPERTY};
+
+/// The copy could not be read; nothing is known of it.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// ZFS said no.
+    #[error(transparent)]
+    Zfs(#[from] ZfsError),
+    /// The mount table could not be read.
+    #[error(transparent)]
+    Mounts(#[from] MountError),
+}
+
+/// The copy in `dataset`; none if its pool is there and has no such dataset.
+///
+/// # Errors
+/// When the pool or the mount table can't be read: then nothing is known.
+pub async fn read(zfs: &impl Zfs, mounts: &Mounts, dataset: &DatasetName) -> Result<Option<Local>, ReadError> {
+    let (found, snapshots) = tokio::join!(zfs.dataset(dataset), zfs.snapshots(dataset));
+    let found = match found {
+        Err(error) if error.kind == ErrorKind::NotFound => return Ok(None),
+        found => found?,
+    };
+    let snapshots = snapshots?
+        .into_iter()
+        .map(|snapshot| Known { name: snapshot.name.short().to_owned(), guid: snapshot.guid.to_string() })
+        .collect();
+    Ok(Some(Local {
+        uid: found.user.get(UID_PROPERTY).cloned(),
+        epoch: found.user.get(EPOCH_PROPERTY).and_then(|epoch| epoch.parse().ok()),
+        readonly: found.readonly,
+        mounted: found.mounted || !mounts.of(dataset.as_str())?.is_empty(),
+        used: i64::try_from(found.used).unwrap_or(i64::MAX),
+        snapshots,
+    }))
+}

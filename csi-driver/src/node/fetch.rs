@@ -1,0 +1,119 @@
+//! The target's part of the transfer: fetch a snapshot from the handoff's source, and tell how far it is.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use kube::ResourceExt;
+use kube::runtime::reflector::ObjectRef;
+use portolan_crds::Handoff;
+use portolan_zfs::Zfs;
+
+use super::steps::{StepError, Steps};
+use super::write;
+use crate::handoff::Known;
+use crate::transfer::{self, Fetch, Limits, Received, RefusalCode, Request, TransferError};
+use crate::volume;
+
+/// How often the bytes in the status are brought up to date.
+const REPORT_EVERY: Duration = Duration::from_secs(2);
+/// How long a fetch waits for this node's certificate before it counts as failed.
+const CERTIFICATE_WITHIN: Duration = Duration::from_secs(5);
+
+/// What an attempt has received.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Progress {
+    bytes: u64,
+    base: Option<String>,
+}
+
+impl Progress {
+    /// Writes it into a handoff.
+    pub(super) fn record(self, handoff: &mut Handoff) {
+        handoff.bytes = i64::try_from(self.bytes).unwrap_or(i64::MAX);
+        handoff.base = self.base;
+    }
+}
+
+/// Fetches `snapshot`; an optional one that the source hasn't got is left out.
+pub(super) async fn run<Z: Zfs>(steps: &mut Steps<'_, Z>, snapshot: Known, optional: bool) -> Result<(), StepError> {
+    let Some(handoff) = volume::status(&steps.volume).handoff else { return Ok(()) };
+    let name = steps.volume.name_any();
+    let identity = certificate(steps).await?;
+    let fetch = Fetch {
+        address: address_of(steps, &handoff.from).await?,
+        node: handoff.from.clone(),
+        request: Request::new(name.as_str(), handoff.epoch, snapshot.name.as_str(), snapshot.guid.parse()?),
+        target: steps.dataset.clone(),
+        properties: steps.received_properties()?,
+    };
+    let before = steps.progress.clone();
+    let so_far = before.as_ref().map_or(0, |progress| progress.bytes);
+    let bytes = AtomicU64::new(so_far);
+    let zfs = steps.node.zfs.clone();
+    let fetched = {
+        let report = |received| bytes.store(so_far + received, Ordering::Relaxed);
+        let transfer = transfer::fetch(&identity, zfs.as_ref(), Limits::default(), fetch, report);
+        let mut transfer = std::pin::pin!(transfer);
+        let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + REPORT_EVERY, REPORT_EVERY);
+        loop {
+            tokio::select! {
+                fetched = &mut transfer => break fetched,
+                _ = tick.tick() => tell(steps, bytes.load(Ordering::Relaxed)).await?,
+            }
+        }
+    };
+    match fetched {
+        Ok(Received { bytes, base, .. }) => {
+            let progress = steps.progress.get_or_insert_default();
+            progress.bytes = so_far + bytes;
+            if before.is_none() {
+                progress.base = base.map(|base| base.short().to_owned());
+            }
+            tracing::info!(volume = name, snapshot = snapshot.name, bytes, from = handoff.from, "received");
+            Ok(())
+        }
+        Err(TransferError::Refused { refusal, .. }) if optional && refusal.code == RefusalCode::NotFound => {
+            tracing::info!(volume = name, snapshot = snapshot.name, "the source does not have this one any more");
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+async fn certificate<Z: Zfs>(steps: &Steps<'_, Z>) -> Result<std::sync::Arc<transfer::Identity>, StepError> {
+    let mut identity = steps.node.identity.clone();
+    let ready = tokio::time::timeout(CERTIFICATE_WITHIN, identity.wait_for(Option::is_some)).await;
+    let found = ready.ok().and_then(|ready| ready.ok().and_then(|identity| identity.clone()));
+    found.ok_or_else(|| StepError::NoCertificate(steps.node.name.clone()))
+}
+
+async fn address_of<Z: Zfs>(steps: &Steps<'_, Z>, node: &str) -> Result<SocketAddr, StepError> {
+    let found = steps.node.storage_nodes.get_opt(node).await?;
+    let address = found.and_then(|found| found.status).and_then(|status| status.transfer_address);
+    address.and_then(|address| address.parse().ok()).ok_or_else(|| StepError::NoAddress(node.to_owned()))
+}
+
+/// Writes the bytes so far; ends the transfer if the volume is being deleted. A write that fails is left to the next.
+async fn tell<Z: Zfs>(steps: &mut Steps<'_, Z>, bytes: u64) -> Result<(), StepError> {
+    let name = steps.volume.name_any();
+    let seen = steps.node.seen.get(&ObjectRef::new(&name));
+    if seen.is_none_or(|seen| seen.metadata.deletion_timestamp.is_some()) {
+        return Err(StepError::Deleted);
+    }
+    let written = write::status(&steps.node.volumes, &steps.volume, |status| {
+        if let Some(handoff) = &mut status.handoff {
+            handoff.bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        }
+    });
+    match written.await {
+        Ok(now) => steps.volume = now,
+        Err(error) if write::is_conflict(&error) => {
+            if let Ok(now) = steps.node.volumes.get(&name).await {
+                steps.volume = now;
+            }
+        }
+        Err(error) => tracing::debug!(volume = name, %error, "could not write the progress"),
+    }
+    Ok(())
+}

@@ -1,0 +1,230 @@
+//! Doing what the plan says, one action at a time. Each may be done again after any failure.
+
+use std::path::PathBuf;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use kube::ResourceExt;
+use portolan_crds::{HandoffPhase, PortableVolume};
+use portolan_zfs::{DatasetName, ErrorKind, InvalidName, Property, Zfs, ZfsError};
+
+use super::disk::{self, ReadError};
+use super::fetch::{self, Progress};
+use super::mounts::MountError;
+use super::{Node, write};
+use crate::handoff::{Action, Known};
+use crate::transfer::TransferError;
+use crate::volume;
+
+/// A step that failed. The text is for people: it goes into the volume's status and an Event.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// ZFS failed.
+    #[error(transparent)]
+    Zfs(#[from] ZfsError),
+    /// A mount operation failed.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// The API failed or refused.
+    #[error("the Kubernetes API: {0}")]
+    Api(#[from] kube::Error),
+    /// The stream did not come, or not whole.
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
+    /// A name that ZFS doesn't take.
+    #[error(transparent)]
+    Name(#[from] InvalidName),
+    /// Something has mounted the dataset since the plan was made.
+    #[error("dataset {dataset} is mounted at {}", at.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", "))]
+    NotQuiet {
+        /// The dataset.
+        dataset: DatasetName,
+        /// Where.
+        at: Vec<PathBuf>,
+    },
+    /// The operator has not signed our certificate yet.
+    #[error("node {0} has no certificate yet: is portolan-operator running?")]
+    NoCertificate(String),
+    /// The source has not said where it can be reached.
+    #[error("StorageNode {0} has no status.transferAddress yet: is its storage agent running?")]
+    NoAddress(String),
+    /// The volume is being deleted, so that the transfer is of no use.
+    #[error("the volume is being deleted")]
+    Deleted,
+}
+
+impl From<ReadError> for StepError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Zfs(error) => error.into(),
+            ReadError::Mounts(error) => error.into(),
+        }
+    }
+}
+
+/// One volume, its lock held.
+pub(super) struct Steps<'a, Z> {
+    pub(super) node: &'a Node<Z>,
+    pub(super) dataset: DatasetName,
+    /// As it was read, or as our last write left it.
+    pub(super) volume: PortableVolume,
+    /// What has been received since the handoff's owner changed last, not yet in the status.
+    pub(super) progress: Option<Progress>,
+}
+
+impl<Z: Zfs> Steps<'_, Z> {
+    /// Does one action of a plan.
+    pub(super) async fn apply(&mut self, action: Action) -> Result<(), StepError> {
+        let me = self.node.name.clone();
+        let zfs = self.node.zfs.as_ref();
+        match action {
+            // The caller's.
+            Action::Wait(_) | Action::Report { .. } => {}
+            Action::RecordReplica => self.write(|status| write::replica(status, &me, None)).await?,
+            Action::ForgetReplica => {
+                self.write(|status| status.replicas.retain(|replica| replica.node != me)).await?;
+            }
+            Action::RecordSnapshot(snapshot) => {
+                self.write(|status| write::replica(status, &me, Some(snapshot))).await?;
+            }
+            Action::RecordUsed(bytes) => {
+                self.write(|status| {
+                    write::used(status, bytes);
+                    write::ready(status);
+                })
+                .await?;
+            }
+            Action::Create => self.create().await?,
+            Action::Own => self.write(|status| write::own(status, &me)).await?,
+            Action::SetReadonly(on) => zfs.set_readonly(&self.dataset, on).await?,
+            Action::CheckQuiet => self.check_quiet().await?,
+            Action::PublishFinal(name) => self.publish(&name).await?,
+            Action::Fetch { snapshot, optional } => fetch::run(self, snapshot, optional).await?,
+            Action::Adopt => self.adopt().await?,
+            Action::TakeOver => {
+                let progress = self.progress.take();
+                self.write(|status| {
+                    if let (Some(progress), Some(handoff)) = (progress, &mut status.handoff) {
+                        progress.record(handoff);
+                    }
+                    write::taken_over(status, &me);
+                })
+                .await?;
+            }
+            Action::Stamp(epoch) => zfs.set_property(&self.dataset, &volume::epoch_property(epoch)?).await?,
+            Action::Finish => self.finish().await?,
+            Action::Destroy => self.destroy().await?,
+            Action::DestroySnapshot(snapshot) => {
+                ignore_missing(zfs.destroy_snapshot(&self.dataset.snapshot(&snapshot.name)?).await)?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn write(&mut self, change: impl FnOnce(&mut portolan_crds::PortableVolumeStatus)) -> kube::Result<()> {
+        self.volume = write::status(&self.node.volumes, &self.volume, change).await?;
+        Ok(())
+    }
+
+    /// What a received dataset is given, the mark that it is ours last.
+    pub(super) fn received_properties(&self) -> Result<Vec<Property>, StepError> {
+        let mountpoint = volume::mountpoint(&self.node.kubelet_dir, &self.volume.name_any());
+        let mut properties = vec![Property::readonly(true)];
+        properties.extend(volume::properties(&self.volume, &mountpoint)?);
+        Ok(properties)
+    }
+
+    async fn create(&self) -> Result<(), StepError> {
+        let mountpoint = volume::mountpoint(&self.node.kubelet_dir, &self.volume.name_any());
+        let mut properties = volume::properties(&self.volume, &mountpoint)?;
+        properties.push(volume::epoch_property(1)?);
+        self.node.zfs.create_filesystem(&self.dataset, &properties).await?;
+        tracing::info!(dataset = %self.dataset, "made the dataset of a new volume");
+        Ok(())
+    }
+
+    async fn check_quiet(&self) -> Result<(), StepError> {
+        let at = self.node.mounts.of(self.dataset.as_str())?;
+        if at.is_empty() && !self.node.zfs.is_mounted(&self.dataset).await? {
+            return Ok(());
+        }
+        Err(StepError::NotQuiet { dataset: self.dataset.clone(), at })
+    }
+
+    /// Takes the final snapshot and writes it. Whoever else writes meanwhile doesn't cost another snapshot: the lock is held, so
+    /// the dataset stays as it is.
+    async fn publish(&mut self, name: &str) -> Result<(), StepError> {
+        let snapshot = self.node.zfs.snapshot(&self.dataset.snapshot(name)?).await?;
+        let volume = self.volume.name_any();
+        let quiesced_at = self.node.unstaged_at(&volume).map_or_else(write::now, MicroTime);
+        let known = Known { name: name.to_owned(), guid: snapshot.guid.to_string() };
+        let epoch = quiescing(&self.volume);
+        loop {
+            let (me, known, quiesced_at) = (self.node.name.clone(), known.clone(), quiesced_at.clone());
+            match self.write(|status| write::published(status, &me, known, quiesced_at)).await {
+                Err(error) if write::is_conflict(&error) => {
+                    let now = self.node.volumes.get(&volume).await?;
+                    if quiescing(&now).is_none() || quiescing(&now) != epoch {
+                        return Err(error.into());
+                    }
+                    self.volume = now;
+                }
+                result => return Ok(result?),
+            }
+        }
+    }
+
+    /// Sets what a received dataset lacks. One without the mark may lack anything; one with it has all.
+    async fn adopt(&self) -> Result<(), StepError> {
+        let found = disk::read(self.node.zfs.as_ref(), &self.node.mounts, &self.dataset).await?;
+        if found.is_none_or(|local| local.uid.is_some()) {
+            return Ok(());
+        }
+        for property in self.received_properties()? {
+            self.node.zfs.set_property(&self.dataset, &property).await?;
+        }
+        Ok(())
+    }
+
+    async fn finish(&mut self) -> Result<(), StepError> {
+        self.write(|status| write::finished(status, write::now())).await?;
+        let Some(report) = volume::status(&self.volume).last_handoff else { return Ok(()) };
+        let metrics = &self.node.metrics;
+        metrics.handoffs.inc();
+        metrics.received.inc_by(u64::try_from(report.bytes).unwrap_or_default());
+        metrics.downtime.observe(report.downtime_milliseconds as f64 / 1000.0);
+        let how = report.base.map_or("in full".to_owned(), |base| format!("as a delta of {base}"));
+        let message = format!(
+            "moved from node {} to {}: {} bytes {how}, {} ms from unmounted there to writable here",
+            report.from, report.to, report.bytes, report.downtime_milliseconds
+        );
+        tracing::info!(volume = self.volume.name_any(), message, "handoff finished");
+        // Nothing waits for an Event.
+        let (events, about) = (self.node.events.clone(), volume::reference(&self.volume));
+        tokio::spawn(async move { events.normal(&about, "Moved", "Handoff", &message).await });
+        Ok(())
+    }
+
+    async fn destroy(&self) -> Result<(), StepError> {
+        ignore_missing(self.node.zfs.destroy_with_snapshots(&self.dataset).await)?;
+        tracing::info!(dataset = %self.dataset, "destroyed the dataset");
+        let mountpoint = volume::mountpoint(&self.node.kubelet_dir, &self.volume.name_any());
+        if let Err(error) = self.node.mounts.remove_directory(&mountpoint) {
+            tracing::warn!(%error, "a mountpoint stays behind");
+        }
+        Ok(())
+    }
+}
+
+/// The epoch of the handoff that waits for its source, if one does.
+fn quiescing(volume: &PortableVolume) -> Option<i64> {
+    let handoff = volume.status.as_ref()?.handoff.as_ref()?;
+    let waits = handoff.phase == HandoffPhase::Quiescing && volume.metadata.deletion_timestamp.is_none();
+    waits.then_some(handoff.epoch)
+}
+
+fn ignore_missing(result: Result<(), ZfsError>) -> Result<(), ZfsError> {
+    match result {
+        Err(error) if error.kind == ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
