@@ -3,3 +3,5 @@
 mod cni;
 mod house;
 mod net;
+mod transfer;
+mod zfs;

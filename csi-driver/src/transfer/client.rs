@@ -99,7 +99,8 @@ async fn connect(identity: &Identity, limits: Limits, what: &Fetch) -> Result<St
     let name = server_name(&what.node).map_err(|error| {
         TransferError::Protocol(format!("node name {:?} is not valid: allowed is a DNS name: {error}", what.node))
     })?;
-    let socket = within(limits.handshake, "connecting", TcpStream::connect(what.address)).await.map_err(failed("connecting"))?;
+    let socket =
+        within(limits.handshake, "connecting", TcpStream::connect(what.address)).await.map_err(failed("connecting"))?;
     prepare(&socket).map_err(failed("preparing the socket"))?;
     let handshake = TlsConnector::from(identity.client()).connect(name, socket);
     let stream = within(limits.handshake, "TLS handshake", handshake).await.map_err(failed("TLS handshake"))?;
@@ -138,8 +139,12 @@ fn base_of(what: &Fetch, ours: Option<&[Snapshot]>, base: Option<Guid>) -> Resul
     };
     match (ours.last(), base) {
         (Some(newest), Some(guid)) if newest.guid == guid => Ok(Some(newest.name.clone())),
-        (Some(newest), Some(guid)) => diverged(format!("{} is newer than the newest common snapshot ({guid})", newest.name)),
-        (Some(newest), None) => diverged(format!("the source has none of its snapshots, the newest of which is {}", newest.name)),
+        (Some(newest), Some(guid)) => {
+            diverged(format!("{} is newer than the newest common snapshot ({guid})", newest.name))
+        }
+        (Some(newest), None) => {
+            diverged(format!("the source has none of its snapshots, the newest of which is {}", newest.name))
+        }
         (None, _) => diverged("it has no snapshot at all".into()),
     }
 }

@@ -54,7 +54,8 @@ impl Identity {
     /// Reads a certificate chain (own certificate first), its key, and the authorities to trust, all in PEM.
     pub fn new(cert_chain_pem: &[u8], key_pem: &[u8], ca_pem: &[u8]) -> Result<Self, IdentityError> {
         let chain = certificates("certificate chain", cert_chain_pem)?;
-        let key = PrivateKeyDer::from_pem_slice(key_pem).map_err(|source| IdentityError::Pem { what: "key", source })?;
+        let key =
+            PrivateKeyDer::from_pem_slice(key_pem).map_err(|source| IdentityError::Pem { what: "key", source })?;
         let mut roots = RootCertStore::empty();
         for authority in certificates("authorities", ca_pem)? {
             roots.add(authority)?;
@@ -73,11 +74,13 @@ impl Identity {
         &self.node
     }
 
-    pub(super) fn client(&self) -> Arc<ClientConfig> {
+    /// What it connects with: TLS 1.3 only, presents its certificate, demands one of the server.
+    pub fn client(&self) -> Arc<ClientConfig> {
         self.client.clone()
     }
 
-    pub(super) fn server(&self) -> Arc<ServerConfig> {
+    /// What it serves with: TLS 1.3 only, demands a certificate of the client.
+    pub fn server(&self) -> Arc<ServerConfig> {
         self.server.clone()
     }
 }

@@ -224,7 +224,8 @@ mod tests {
 
     #[test]
     fn a_reply_of_a_later_version_is_understood() {
-        let text = r#"{"ok":false,"base":null,"base_snapshot":null,"error":{"code":"too-warm","message":"m"},"more":1}"#;
+        let text =
+            r#"{"ok":false,"base":null,"base_snapshot":null,"error":{"code":"too-warm","message":"m"},"more":1}"#;
         let reply: Reply = serde_json::from_str(text).unwrap();
         assert_eq!(reply.error.unwrap().code, RefusalCode::Unknown);
     }

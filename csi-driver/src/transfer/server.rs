@@ -25,7 +25,11 @@ const CHUNK: usize = 256 * 1024;
 pub trait Authorise: Send + Sync + 'static {
     /// The dataset to send from, or why not. `peer_node` is from the peer's verified certificate; `request` has been validated, but is
     /// otherwise only what the peer says.
-    fn authorise(&self, peer_node: &str, request: &Request) -> impl Future<Output = Result<DatasetName, Refusal>> + Send;
+    fn authorise(
+        &self,
+        peer_node: &str,
+        request: &Request,
+    ) -> impl Future<Output = Result<DatasetName, Refusal>> + Send;
 }
 
 struct Server<A, Z> {
@@ -132,7 +136,8 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
             Refusal::new(RefusalCode::NotFound, message)
         })?;
         let base = newest_common(&snapshots, wanted, &request.have);
-        let source = self.zfs.send(&wanted.name, base.map(|base| &base.name)).await.map_err(|error| refusal_of(&error))?;
+        let source =
+            self.zfs.send(&wanted.name, base.map(|base| &base.name)).await.map_err(|error| refusal_of(&error))?;
         Ok((permit, base.map(|base| (base.guid, base.name.short().to_owned())), source))
     }
 
@@ -162,7 +167,11 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
 
 /// The newest snapshot older than `wanted` that the target has too. `snapshots` are in the order of their making.
 fn newest_common<'a>(snapshots: &'a [Snapshot], wanted: &Snapshot, have: &[Guid]) -> Option<&'a Snapshot> {
-    snapshots.iter().take_while(|snapshot| snapshot.guid != wanted.guid).filter(|snapshot| have.contains(&snapshot.guid)).last()
+    snapshots
+        .iter()
+        .take_while(|snapshot| snapshot.guid != wanted.guid)
+        .filter(|snapshot| have.contains(&snapshot.guid))
+        .last()
 }
 
 fn refusal_of(error: &ZfsError) -> Refusal {

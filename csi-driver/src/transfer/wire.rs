@@ -57,7 +57,10 @@ pub(super) fn prepare(socket: &TcpStream) -> io::Result<()> {
 pub(super) async fn write_header(to: &mut (impl AsyncWrite + Unpin), header: &impl Serialize) -> io::Result<()> {
     let bytes = serde_json::to_vec(header)?;
     let length = u32::try_from(bytes.len()).ok().filter(|_| bytes.len() <= MAX_HEADER).ok_or_else(|| {
-        io::Error::new(io::ErrorKind::InvalidData, format!("a header of {} bytes: allowed are {MAX_HEADER}", bytes.len()))
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("a header of {} bytes: allowed are {MAX_HEADER}", bytes.len()),
+        )
     })?;
     to.write_all(&length.to_be_bytes()).await?;
     to.write_all(&bytes).await?;

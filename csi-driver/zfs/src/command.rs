@@ -18,7 +18,7 @@ const BUSY_TRIES: u32 = 8;
 const BUSY_PAUSE: Duration = Duration::from_millis(100);
 
 /// The host's own ZFS.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct CommandLine {
     runner: Runner,
     probed: OnceCell<Probe>,

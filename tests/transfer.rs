@@ -1,0 +1,344 @@
+//! Streams between two agents: over real TLS on loopback, between two real pools.
+
+mod rogue;
+mod setup;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use portolan_csi::transfer::{Limits, RefusalCode, TransferError};
+use portolan_zfs::memory::{Fault, Memory};
+use portolan_zfs::{DatasetName, ErrorKind, Property, Zfs};
+
+use crate::zfs::contract::{Node, create, noise, write_and_snapshot};
+use rogue::{Lie, Rogue};
+use setup::{Authority, Server, cut_after, fetching};
+
+fn memory() -> Memory {
+    Memory::new(&DatasetName::new("tank").unwrap(), 1 << 30)
+}
+
+/// Nothing of the volume is on the target.
+async fn assert_nothing(target: &impl Node, volume: &str) {
+    let dataset = target.pool().child(volume).unwrap();
+    assert_eq!(target.zfs().dataset(&dataset).await.unwrap_err().kind, ErrorKind::NotFound);
+}
+
+/// The whole way there, a delta after it, and the way back as a delta.
+async fn there_and_back(a: &(impl Node<Zfs: Clone> + Sync), b: &(impl Node<Zfs: Clone> + Sync)) {
+    let ca = Authority::new();
+    let (at_a, at_b) = (ca.identity("node-a"), ca.identity("node-b"));
+    let volume = create(a, "pvc-1").await;
+    let data = noise(3 << 20);
+    let one = write_and_snapshot(a, &volume, &data, "portolan-1").await;
+    let server_a = Server::start(&at_a, a, "node-b").await;
+    let server_b = Server::start(&at_b, b, "node-a").await;
+
+    let progress = AtomicU64::new(0);
+    let mut what = fetching(server_a.address, "node-a", &one, b);
+    what.properties = vec![Property::canmount_noauto(), b.mountpoint("pvc-1"), Property::readonly(true)];
+    let tell = |bytes| progress.store(bytes, Ordering::Relaxed);
+    let full = portolan_csi::transfer::fetch(&at_b, b.zfs(), Limits::default(), what.clone(), tell).await.unwrap();
+    assert_eq!((full.snapshot.guid, full.base.clone()), (one.guid, None));
+    assert!(full.bytes > 3 << 20, "{}", full.bytes);
+    assert_eq!(progress.load(Ordering::Relaxed), full.bytes);
+    let copy = b.zfs().dataset(&what.target).await.unwrap();
+    assert!(copy.readonly && !copy.mounted);
+
+    let again = portolan_csi::transfer::fetch(&at_b, b.zfs(), Limits::default(), what, |_| {}).await.unwrap();
+    assert_eq!((again.bytes, again.snapshot.guid), (0, one.guid), "what is there is not sent again");
+
+    // B becomes the owner, writes a little, and A takes it back.
+    b.zfs().set_readonly(&volume, false).await.unwrap();
+    b.zfs().mount(&volume).await.unwrap();
+    assert_eq!(b.read(&volume), data);
+    b.zfs().unmount(&volume).await.unwrap();
+    a.zfs().set_readonly(&volume, true).await.unwrap();
+    let two = write_and_snapshot(b, &volume, b"after", "portolan-2").await;
+    let what = fetching(server_b.address, "node-b", &two, a);
+    let delta = portolan_csi::transfer::fetch(&at_a, a.zfs(), Limits::default(), what, |_| {}).await.unwrap();
+    assert_eq!((delta.snapshot.guid, delta.base.unwrap().short()), (two.guid, "portolan-1"));
+    assert!(delta.bytes < 200_000, "a delta of a few bytes took {}", delta.bytes);
+    a.zfs().mount(&volume).await.unwrap();
+    assert_eq!(a.read(&volume), b"after");
+    a.zfs().unmount(&volume).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_volume_goes_there_and_comes_back_as_a_delta() {
+    there_and_back(&setup::real(), &setup::real()).await;
+}
+
+#[tokio::test]
+async fn a_volume_in_memory_goes_there_and_comes_back() {
+    there_and_back(&memory(), &memory()).await;
+}
+
+#[tokio::test]
+async fn strangers_are_refused() {
+    let (ca, other) = (Authority::new(), Authority::new());
+    let (a, b) = (memory(), memory());
+    let one = source(&a).await;
+    let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
+    let what = fetching(server.address, "node-a", &one, &b);
+    let try_as = async |identity| {
+        portolan_csi::transfer::fetch(&identity, b.zfs(), Limits::default(), what.clone(), |_| {}).await
+    };
+
+    let error = try_as(other.identity("node-b")).await.unwrap_err();
+    assert!(matches!(error, TransferError::Connection { .. }), "another authority: {error}");
+    // The client trusts the server's authority, but its own certificate is from another: the server must be the one to refuse.
+    let error = try_as(other.identity_trusting("node-b", &ca)).await.unwrap_err();
+    assert!(matches!(error, TransferError::Connection { .. } | TransferError::Truncated { .. }), "{error}");
+    assert_eq!(server.asked(), 0, "nobody without a certificate gets as far as asking");
+
+    let error = try_as(ca.identity("node-c")).await.unwrap_err();
+    assert!(
+        matches!(&error, TransferError::Refused { refusal, .. } if refusal.code == RefusalCode::NotAuthorised),
+        "{error}"
+    );
+    assert!(error.to_string().contains("node-c"), "{error}");
+    assert!(!a.calls().iter().any(|call| call.starts_with("send ")), "nothing was sent");
+
+    // A server with a good certificate, but another node's.
+    let mut wrong = what.clone();
+    wrong.node = "node-x".into();
+    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), wrong, |_| {})
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("node-x"), "{error}");
+    assert_eq!(server.asked(), 1, "a server that isn't the one we mean gets no request");
+    assert_nothing(&b, "pvc-1").await;
+    try_as(ca.identity("node-b")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_certificate_that_names_no_node_is_no_identity() {
+    let ca = Authority::new();
+    let error = ca.try_identity("webhook", "node-a").unwrap_err();
+    assert!(error.to_string().contains("node:<name>"), "{error}");
+    // One with another node's DNS name, as a careless authority might issue: the common name must fit, too.
+    let (a, b) = (memory(), memory());
+    let one = source(&a).await;
+    let server = Server::start(&ca.try_identity("node:node-z", "node-a").unwrap(), &a, "node-b").await;
+    let what = fetching(server.address, "node-a", &one, &b);
+    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {})
+        .await
+        .unwrap_err();
+    assert!(matches!(error, TransferError::WrongPeer { .. }), "{error}");
+    assert_eq!(server.asked(), 0);
+}
+
+#[tokio::test]
+async fn a_cut_connection_leaves_nothing() {
+    let (a, b, ca) = (setup::real(), setup::real(), Authority::new());
+    let volume = create(&a, "pvc-1").await;
+    let one = write_and_snapshot(&a, &volume, &noise(6 << 20), "portolan-1").await;
+    let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
+    for bytes in [2_000, 100_000, 3 << 20, 6 << 20] {
+        let address = cut_after(server.address, bytes).await;
+        let what = fetching(address, "node-a", &one, &b);
+        let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {})
+            .await
+            .unwrap_err();
+        let expected = matches!(error, TransferError::Truncated { .. } | TransferError::Connection { .. });
+        assert!(expected && error.is_retryable(), "cut after {bytes}: {error}");
+        assert_nothing(&b, "pvc-1").await;
+    }
+    let what = fetching(server.address, "node-a", &one, &b);
+    portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {}).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_source_that_dies_in_the_middle_leaves_nothing() {
+    let (a, b, ca) = (setup::real(), setup::real(), Authority::new());
+    let volume = create(&a, "pvc-1").await;
+    let one = write_and_snapshot(&a, &volume, &noise(24 << 20), "portolan-1").await;
+    let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
+    let what = fetching(server.address, "node-a", &one, &b);
+    let kill = |bytes| {
+        if bytes > 4 << 20 {
+            a.node.signal("KILL");
+        }
+    };
+    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, kill)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, TransferError::Truncated { .. }), "{error}");
+    assert_nothing(&b, "pvc-1").await;
+}
+
+#[tokio::test]
+async fn a_server_that_is_shut_down_in_the_middle_leaves_nothing() {
+    let (a, b, ca) = (setup::real(), setup::real(), Authority::new());
+    let volume = create(&a, "pvc-1").await;
+    let one = write_and_snapshot(&a, &volume, &noise(24 << 20), "portolan-1").await;
+    let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
+    let what = fetching(server.address, "node-a", &one, &b);
+    let stop = |bytes| {
+        if bytes > 2 << 20 {
+            server.shutdown.cancel();
+        }
+    };
+    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, stop)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, TransferError::Truncated { .. } | TransferError::Connection { .. }), "{error}");
+    assert_nothing(&b, "pvc-1").await;
+}
+
+#[tokio::test]
+async fn a_send_that_fails_gets_no_trailer() {
+    let (a, b, ca) = (memory(), memory(), Authority::new());
+    let one = source(&a).await;
+    a.inject("send_end", 1, Fault::Fail(ErrorKind::Other));
+    let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
+    let what = fetching(server.address, "node-a", &one, &b);
+    let fetch = async || {
+        portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what.clone(), |_| {}).await
+    };
+    let error = fetch().await.unwrap_err();
+    assert!(matches!(error, TransferError::Truncated { .. }), "{error}");
+    assert_nothing(&b, "pvc-1").await;
+    fetch().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_stream_without_its_right_trailer_leaves_nothing() {
+    let (a, b, ca) = (setup::real(), setup::real(), Authority::new());
+    let volume = create(&a, "pvc-1").await;
+    let one = write_and_snapshot(&a, &volume, &noise(2 << 20), "portolan-1").await;
+    for lie in [Lie::WrongHash, Lie::WrongLength, Lie::NoTrailer, Lie::HugeFrame] {
+        let rogue = Rogue::start(&ca.identity("node-a"), a.zfs(), &one.name, lie).await;
+        let what = fetching(rogue.address, "node-a", &one, &b);
+        let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {})
+            .await
+            .unwrap_err();
+        match lie {
+            Lie::WrongHash | Lie::WrongLength => {
+                assert!(matches!(error, TransferError::Damaged { .. }), "{lie:?}: {error}")
+            }
+            Lie::NoTrailer => assert!(matches!(error, TransferError::Truncated { .. }), "{lie:?}: {error}"),
+            _ => assert!(matches!(error, TransferError::Protocol(_)), "{lie:?}: {error}"),
+        }
+        assert_nothing(&b, "pvc-1").await;
+    }
+}
+
+#[tokio::test]
+async fn another_snapshot_than_the_one_asked_for_is_reported() {
+    let (a, b, ca) = (memory(), memory(), Authority::new());
+    let one = source(&a).await;
+    let rogue = Rogue::start(&ca.identity("node-a"), a.zfs(), &one.name, Lie::None).await;
+    let mut what = fetching(rogue.address, "node-a", &one, &b);
+    what.request.guid.0 += 1;
+    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {})
+        .await
+        .unwrap_err();
+    assert!(matches!(error, TransferError::WrongGuid { .. }), "{error}");
+    // An honest server says that it has no such snapshot.
+    let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
+    let mut what = fetching(server.address, "node-a", &one, &memory());
+    what.request.guid.0 += 1;
+    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), &memory(), Limits::default(), what, |_| {})
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, TransferError::Refused { refusal, .. } if refusal.code == RefusalCode::NotFound),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn silence_ends_a_transfer() {
+    let (a, b, ca) = (setup::real(), setup::real(), Authority::new());
+    let volume = create(&a, "pvc-1").await;
+    let one = write_and_snapshot(&a, &volume, &noise(1 << 20), "portolan-1").await;
+    let rogue = Rogue::start(&ca.identity("node-a"), a.zfs(), &one.name, Lie::Silence).await;
+    let limits = Limits { idle: Duration::from_millis(500), ..Limits::default() };
+    let what = fetching(rogue.address, "node-a", &one, &b);
+    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), limits, what, |_| {}).await.unwrap_err();
+    assert!(matches!(error, TransferError::Idle { .. }), "{error}");
+    assert_nothing(&b, "pvc-1").await;
+}
+
+#[tokio::test]
+async fn a_copy_that_was_written_is_neither_overwritten_nor_rolled_back() {
+    let (a, b, ca) = (setup::real(), setup::real(), Authority::new());
+    let volume = create(&a, "pvc-1").await;
+    let one = write_and_snapshot(&a, &volume, b"one", "portolan-1").await;
+    let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
+    let fetch = async |snapshot| {
+        let mut what = fetching(server.address, "node-a", snapshot, &b);
+        what.properties = vec![Property::canmount_noauto(), b.mountpoint("pvc-1")];
+        portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {}).await
+    };
+    fetch(&one).await.unwrap();
+    b.zfs().mount(&volume).await.unwrap();
+    b.write(&volume, b"mine");
+    b.zfs().unmount(&volume).await.unwrap();
+    let two = write_and_snapshot(&a, &volume, &noise(1 << 20), "portolan-2").await;
+    let error = fetch(&two).await.unwrap_err();
+    assert!(matches!(error, TransferError::Diverged { .. }) && !error.is_retryable(), "{error}");
+    b.zfs().snapshot(&volume.snapshot("own").unwrap()).await.unwrap();
+    let error = fetch(&two).await.unwrap_err();
+    assert!(matches!(error, TransferError::Diverged { .. }) && error.to_string().contains("own"), "{error}");
+    b.zfs().mount(&volume).await.unwrap();
+    assert_eq!(b.read(&volume), b"mine");
+    b.zfs().unmount(&volume).await.unwrap();
+
+    // A dataset of that name that has nothing in common with the source's.
+    let stranger = setup::real();
+    create(&stranger, "pvc-1").await;
+    let what = fetching(server.address, "node-a", &two, &stranger);
+    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), stranger.zfs(), Limits::default(), what, |_| {})
+        .await
+        .unwrap_err();
+    assert!(matches!(error, TransferError::Diverged { .. }), "{error}");
+    assert!(stranger.zfs().dataset(&volume).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_new_certificate_counts_from_the_next_connection() {
+    let (a, b) = (memory(), memory());
+    let one = source(&a).await;
+    let (old, new) = (Authority::new(), Authority::new());
+    let server = Server::start(&old.identity("node-a"), &a, "node-b").await;
+    let what = fetching(server.address, "node-a", &one, &b);
+    let fetch = async |ca: &Authority| {
+        portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what.clone(), |_| {}).await
+    };
+    assert!(fetch(&new).await.is_err());
+    server.identity.send_replace(new.identity("node-a").into());
+    fetch(&new).await.unwrap();
+}
+
+#[tokio::test]
+async fn more_streams_than_allowed_are_told_to_come_back() {
+    let (a, ca) = (memory(), Authority::new());
+    let one = source(&a).await;
+    a.inject("send_end", 1, Fault::Hang);
+    let limits = Limits { streams: 1, ..Limits::default() };
+    let server = Server::start_with(&ca.identity("node-a"), &a, "node-b", limits).await;
+    let identity = ca.identity("node-b");
+    let (b, c) = (memory(), memory());
+    let what = fetching(server.address, "node-a", &one, &b);
+    let begun = tokio::sync::Notify::new();
+    let slow = portolan_csi::transfer::fetch(&identity, &b, Limits::default(), what.clone(), |_| begun.notify_one());
+    let second = async {
+        begun.notified().await;
+        portolan_csi::transfer::fetch(&identity, &c, Limits::default(), what.clone(), |_| {}).await
+    };
+    let error = tokio::select! {
+        _ = slow => panic!("it hangs"),
+        result = second => result.unwrap_err(),
+    };
+    assert!(matches!(&error, TransferError::Refused { refusal, .. } if refusal.code == RefusalCode::Busy), "{error}");
+    assert!(error.is_retryable());
+}
+
+/// A volume with a snapshot.
+async fn source(node: &Memory) -> portolan_zfs::Snapshot {
+    let volume = create(node, "pvc-1").await;
+    write_and_snapshot(node, &volume, b"content", "portolan-1").await
+}

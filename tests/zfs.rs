@@ -1,0 +1,205 @@
+//! portolan-zfs on real pools, and the implementation in memory held to the same behaviour.
+
+pub mod contract;
+pub mod node;
+
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use portolan_zfs::memory::{Fault, Memory};
+use portolan_zfs::{CommandLine, DatasetName, ErrorKind, Implementation, PoolHealth, Property, Zfs, ZfsError};
+
+use contract::{Node, truncated_stream};
+use node::ZfsFuseNode;
+
+/// A node of the contract on a real pool.
+pub struct Real {
+    pub node: ZfsFuseNode,
+    zfs: CommandLine,
+    open: Mutex<Option<std::fs::File>>,
+}
+
+impl Real {
+    pub fn start() -> Self {
+        let node = ZfsFuseNode::start(256);
+        let zfs = node.zfs();
+        Self { node, zfs, open: Mutex::new(None) }
+    }
+
+    fn file(&self, dataset: &DatasetName) -> std::path::PathBuf {
+        self.node.files(dataset.short()).join("content")
+    }
+}
+
+impl Node for Real {
+    type Zfs = CommandLine;
+
+    fn zfs(&self) -> &CommandLine {
+        &self.zfs
+    }
+
+    fn pool(&self) -> DatasetName {
+        self.node.pool()
+    }
+
+    fn mountpoint(&self, volume: &str) -> Property {
+        Property::new("mountpoint", self.node.mountpoint(volume).to_str().unwrap()).unwrap()
+    }
+
+    fn write(&self, dataset: &DatasetName, content: &[u8]) {
+        std::fs::write(self.file(dataset), content).unwrap();
+    }
+
+    fn read(&self, dataset: &DatasetName) -> Vec<u8> {
+        std::fs::read(self.file(dataset)).unwrap()
+    }
+
+    fn set_open(&self, dataset: &DatasetName, open: bool) {
+        *self.open.lock().unwrap() = open.then(|| std::fs::File::open(self.file(dataset)).unwrap());
+    }
+}
+
+impl Node for Memory {
+    type Zfs = Self;
+
+    fn zfs(&self) -> &Self {
+        self
+    }
+
+    fn pool(&self) -> DatasetName {
+        DatasetName::new("tank").unwrap()
+    }
+
+    fn mountpoint(&self, volume: &str) -> Property {
+        Property::new("mountpoint", format!("/mnt/{volume}")).unwrap()
+    }
+
+    fn write(&self, dataset: &DatasetName, content: &[u8]) {
+        Memory::write(self, dataset, content).unwrap();
+    }
+
+    fn read(&self, dataset: &DatasetName) -> Vec<u8> {
+        Memory::read(self, dataset).unwrap()
+    }
+
+    fn set_open(&self, dataset: &DatasetName, open: bool) {
+        Memory::set_open(self, dataset, open).unwrap();
+    }
+}
+
+fn memory() -> Memory {
+    Memory::new(&DatasetName::new("tank").unwrap(), 256 << 20)
+}
+
+fn kind<T>(result: Result<T, ZfsError>) -> ErrorKind {
+    result.err().expect("must fail").kind
+}
+
+#[tokio::test]
+async fn memory_keeps_the_contract() {
+    contract::holds(&memory(), &memory()).await;
+}
+
+#[tokio::test]
+async fn zfs_fuse_keeps_the_contract() {
+    let (a, b) = (Real::start(), Real::start());
+    contract::holds(&a, &b).await;
+}
+
+#[tokio::test]
+async fn a_probe_says_which_zfs_it_is() {
+    let node = ZfsFuseNode::start(128);
+    let probe = node.zfs().probe().await.unwrap();
+    assert_eq!((probe.implementation, probe.to_string().as_str()), (Implementation::ZfsFuse, "zfs-fuse 0.7.0"));
+    assert!(probe.capabilities.names().is_empty(), "{:?}", probe.capabilities);
+    assert_eq!(node.zfs().pool_health(&node.pool()).await.unwrap(), PoolHealth::Online);
+    let space = node.zfs().space(&node.pool()).await.unwrap();
+    assert!((64 << 20..128 << 20).contains(&space.capacity()), "{space:?}");
+}
+
+#[tokio::test]
+async fn a_pool_that_is_gone_is_not_empty() {
+    let node = ZfsFuseNode::start(128);
+    let (zfs, volume) = (node.zfs(), node.pool().child("v").unwrap());
+    zfs.create_filesystem(&volume, &[Property::canmount_noauto()]).await.unwrap();
+    node.run(&["zpool", "export", "tank"]);
+    for kind in [
+        kind(zfs.dataset(&volume).await),
+        kind(zfs.children(&node.pool()).await),
+        kind(zfs.snapshots(&volume).await),
+        kind(zfs.destroy_with_snapshots(&volume).await),
+        kind(zfs.create_filesystem(&volume, &[]).await),
+        kind(zfs.pool_health(&volume).await),
+    ] {
+        assert_eq!(kind, ErrorKind::PoolUnavailable);
+    }
+    node.signal("KILL");
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(kind(zfs.dataset(&volume).await), ErrorKind::PoolUnavailable);
+}
+
+#[tokio::test]
+async fn a_daemon_that_hangs_is_a_timeout_and_holds_nobody_up() {
+    let node = ZfsFuseNode::start(128);
+    let zfs = CommandLine::new(node.runner().with_deadline(Duration::from_millis(300)));
+    let volume = node.pool().child("v").unwrap();
+    node.signal("STOP");
+    let begin = Instant::now();
+    let (one, two) = tokio::join!(zfs.dataset(&volume), zfs.children(&volume));
+    assert_eq!((kind(one), kind(two)), (ErrorKind::Timeout, ErrorKind::Timeout));
+    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    node.signal("CONT");
+    assert_eq!(kind(node.zfs().dataset(&volume).await), ErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn destroying_right_after_unmounting_works_every_time() {
+    let node = ZfsFuseNode::start(256);
+    let zfs = node.zfs();
+    for round in 0..8 {
+        let volume = node.pool().child(&format!("v{round}")).unwrap();
+        let mountpoint = Property::new("mountpoint", node.mountpoint(volume.short()).to_str().unwrap()).unwrap();
+        zfs.create_filesystem(&volume, &[Property::canmount_noauto(), mountpoint]).await.unwrap();
+        zfs.mount(&volume).await.unwrap();
+        std::fs::write(node.files(volume.short()).join("f"), "x").unwrap();
+        zfs.snapshot(&volume.snapshot("s").unwrap()).await.unwrap();
+        zfs.destroy_with_snapshots(&volume).await.unwrap();
+        assert_eq!(kind(zfs.dataset(&volume).await), ErrorKind::NotFound);
+    }
+}
+
+#[tokio::test]
+async fn a_killed_receive_leaves_nothing() {
+    let (a, b) = (Real::start(), Real::start());
+    let (stream, target) = (truncated_stream(&a).await, b.pool().child("v").unwrap());
+    // The future is dropped, and with it the process: nobody closes the stream in an orderly way.
+    let mut receive = b.zfs().receive(&target, &[]).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut receive, &stream).await.unwrap();
+    drop(receive);
+    let begin = Instant::now();
+    while b.node.run(&["ps", "-o", "args=", "-e"]).contains(&format!("zfs recv -u {target}")) {
+        assert!(begin.elapsed() < Duration::from_secs(10));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(kind(b.zfs().dataset(&target).await), ErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn faults_come_where_they_were_asked_for() {
+    let zfs = memory();
+    let name = |short: &str| DatasetName::new(format!("tank/{short}")).unwrap();
+    zfs.inject("create_filesystem", 2, Fault::Fail(ErrorKind::NoSpace));
+    zfs.inject("snapshot", 1, Fault::FailAfter(ErrorKind::Timeout));
+    zfs.inject("mount", 1, Fault::Hang);
+    zfs.create_filesystem(&name("a"), &[]).await.unwrap();
+    assert_eq!(kind(zfs.create_filesystem(&name("b"), &[]).await), ErrorKind::NoSpace);
+    assert_eq!(kind(zfs.dataset(&name("b")).await), ErrorKind::NotFound);
+    zfs.create_filesystem(&name("b"), &[]).await.unwrap();
+    assert_eq!(kind(zfs.snapshot(&name("a").snapshot("s").unwrap()).await), ErrorKind::Timeout);
+    assert_eq!(zfs.snapshots(&name("a")).await.unwrap().len(), 1);
+    let hung = tokio::time::timeout(Duration::from_millis(50), zfs.mount(&name("a"))).await;
+    assert!(hung.is_err());
+    zfs.set_imported(false);
+    assert_eq!(kind(zfs.dataset(&name("a")).await), ErrorKind::PoolUnavailable);
+}
