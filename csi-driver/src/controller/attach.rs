@@ -1,0 +1,166 @@
+//! VolumeAttachments: answered when the node may write the volume, which may need a move first.
+//!
+//! Detaching proves nothing about the node that had the volume and asks nothing of it: the proof that it writes no more is its
+//! own agent's, in the handoff.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::PersistentVolume;
+use k8s_openapi::api::storage::v1::VolumeAttachment;
+use kube::api::{Patch, PatchParams, PostParams};
+use kube::runtime::controller::Action;
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::runtime::{Controller, watcher};
+use kube::{Api, ResourceExt};
+use portolan_crds::{ATTACH_FINALIZER, DRIVER, PortableVolume, StorageNode, condition};
+use portolan_runtime::conditions;
+use serde_json::json;
+
+use super::decide::{self, Decision};
+use super::{Hub, RESYNC, exhaust, retry, set_finalizer};
+use crate::volume;
+
+/// How soon an attachment is looked at again that can't be answered yet: events come first.
+const WAITING: std::time::Duration = std::time::Duration::from_secs(5);
+
+pub(super) async fn run(hub: Arc<Hub>) {
+    let controller = Controller::new(hub.attachments.clone(), watcher::Config::default());
+    let (of_volume, of_siblings) = (controller.store(), controller.store());
+    // The name of a volume that Portolan has provisioned is its PersistentVolume's.
+    let stream = controller
+        .watches(hub.volumes.clone(), watcher::Config::default(), move |volume: PortableVolume| {
+            attachments_of(&of_volume, &volume.name_any())
+        })
+        .watches(hub.attachments.clone(), watcher::Config::default(), move |attachment: VolumeAttachment| {
+            attachment.spec.source.persistent_volume_name.map(|pv| attachments_of(&of_siblings, &pv)).unwrap_or_default()
+        })
+        .run(reconcile, retry, hub.clone());
+    exhaust("volume attachments", stream).await;
+}
+
+fn attachments_of(store: &Store<VolumeAttachment>, pv: &str) -> Vec<ObjectRef<VolumeAttachment>> {
+    let of_pv = |attachment: &VolumeAttachment| {
+        attachment.spec.attacher == DRIVER && attachment.spec.source.persistent_volume_name.as_deref() == Some(pv)
+    };
+    store.state().iter().filter(|attachment| of_pv(attachment)).map(|attachment| ObjectRef::from_obj(attachment.as_ref())).collect()
+}
+
+async fn reconcile(attachment: Arc<VolumeAttachment>, hub: Arc<Hub>) -> kube::Result<Action> {
+    if attachment.spec.attacher != DRIVER {
+        return Ok(Action::await_change());
+    }
+    if attachment.metadata.deletion_timestamp.is_some() {
+        set_finalizer(&hub.attachments, attachment.as_ref(), ATTACH_FINALIZER, false).await?;
+        return Ok(Action::await_change());
+    }
+    if attachment.status.as_ref().is_some_and(|status| status.attached) {
+        return Ok(Action::requeue(RESYNC));
+    }
+    let volume = match find(&hub, &attachment).await? {
+        Ok(volume) => volume,
+        Err(why) => return refuse(&hub, &attachment, &why).await,
+    };
+    let node = &attachment.spec.node_name;
+    let mut decision = decide::decide(&volume, node, &[]);
+    if decision == Decision::Move {
+        // Only then does it matter who else has it; asking is a list.
+        decision = decide::decide(&volume, node, &attached_elsewhere(&hub, &attachment).await?);
+    }
+    tracing::debug!(volume = volume.name_any(), node, ?decision, "attachment");
+    match decision {
+        Decision::Attached => {
+            set_finalizer(&hub.attachments, attachment.as_ref(), ATTACH_FINALIZER, true).await?;
+            let patch = json!({ "status": { "attached": true, "attachError": null } });
+            hub.attachments.patch_status(&attachment.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await?;
+            tracing::info!(volume = volume.name_any(), node, "attached");
+            place(&hub, &volume, node).await?;
+            Ok(Action::requeue(RESYNC))
+        }
+        Decision::Move => start_move(&hub, &attachment, &volume).await,
+        Decision::Wait => Ok(Action::requeue(WAITING)),
+        Decision::Refuse(why) => refuse(&hub, &attachment, &format!("volume {}: {why}", volume.name_any())).await,
+    }
+}
+
+async fn find(hub: &Hub, attachment: &VolumeAttachment) -> kube::Result<Result<PortableVolume, String>> {
+    let Some(name) = &attachment.spec.source.persistent_volume_name else {
+        return Ok(Err("the attachment names no PersistentVolume: inline volumes are not possible".to_owned()));
+    };
+    // Nearly always the volume's name: one look-up instead of two.
+    if let Some(volume) = hub.volumes.get_opt(name).await? {
+        return Ok(Ok(volume));
+    }
+    let pv: Option<PersistentVolume> = hub.pvs.get_opt(name).await?;
+    let Some(handle) = pv.and_then(|pv| pv.spec?.csi).map(|csi| csi.volume_handle) else {
+        return Ok(Err(format!("there is no PersistentVolume {name} with a CSI volume")));
+    };
+    let volume = hub.volumes.get_opt(&handle).await?;
+    Ok(volume.ok_or_else(|| format!("there is no PortableVolume {handle}")))
+}
+
+/// The other nodes that the same PersistentVolume is attached to, asked of the API: a watch may be behind.
+async fn attached_elsewhere(hub: &Hub, attachment: &VolumeAttachment) -> kube::Result<Vec<String>> {
+    let all = hub.attachments.list(&Default::default()).await?;
+    let source = &attachment.spec.source.persistent_volume_name;
+    let other = |it: &VolumeAttachment| {
+        it.spec.attacher == DRIVER
+            && it.spec.source.persistent_volume_name == *source
+            && it.spec.node_name != attachment.spec.node_name
+            && it.status.as_ref().is_some_and(|status| status.attached)
+    };
+    Ok(all.items.into_iter().filter(other).map(|it| it.spec.node_name).collect())
+}
+
+async fn start_move(hub: &Hub, attachment: &VolumeAttachment, volume: &PortableVolume) -> kube::Result<Action> {
+    let (name, node) = (volume.name_any(), &attachment.spec.node_name);
+    if let Some(why) = no_pool(&hub.storage_nodes, node).await? {
+        return refuse(hub, attachment, &why).await;
+    }
+    let mut next = volume.clone();
+    let mut status = volume::status(volume);
+    decide::start(&mut status, node, Timestamp::now());
+    let from = status.owner.clone().unwrap_or_default();
+    next.status = Some(status);
+    hub.volumes.replace_status(&name, &PostParams::default(), &next).await?;
+    hub.moves.inc();
+    tracing::info!(volume = name, from, to = node, "asked for a move");
+    // The move goes on without what follows; what fails here is done when it has ended.
+    place(hub, volume, node).await?;
+    set_finalizer(&hub.attachments, attachment, ATTACH_FINALIZER, true).await?;
+    Ok(Action::requeue(WAITING))
+}
+
+/// Says where the volume is wanted now.
+async fn place(hub: &Hub, volume: &PortableVolume, node: &str) -> kube::Result<()> {
+    if volume.spec.placement.node == node {
+        return Ok(());
+    }
+    let patch = Patch::Merge(json!({ "spec": { "placement": { "node": node } } }));
+    hub.volumes.patch(&volume.name_any(), &PatchParams::default(), &patch).await?;
+    Ok(())
+}
+
+/// Why a node can't take a volume, if it can't.
+pub(super) async fn no_pool(storage_nodes: &Api<StorageNode>, node: &str) -> kube::Result<Option<String>> {
+    let Some(found) = storage_nodes.get_opt(node).await? else {
+        return Ok(Some(format!("node {node} has no StorageNode: the storage agent has not run there")));
+    };
+    let ready = found.status.as_ref().and_then(|status| conditions::find(&status.conditions, condition::READY));
+    Ok(match ready {
+        Some(ready) if ready.status == condition::TRUE => None,
+        Some(ready) => Some(format!("StorageNode {node} is not ready: {}: {}", ready.reason, ready.message)),
+        None => Some(format!("StorageNode {node} does not say whether it is ready")),
+    })
+}
+
+async fn refuse(hub: &Hub, attachment: &VolumeAttachment, why: &str) -> kube::Result<Action> {
+    let said = attachment.status.as_ref().and_then(|status| status.attach_error.as_ref()?.message.as_deref());
+    if said != Some(why) {
+        tracing::warn!(attachment = attachment.name_any(), node = attachment.spec.node_name, why, "can't attach");
+        let error = json!({ "message": why, "time": Timestamp::now().to_string() });
+        let patch = json!({ "status": { "attached": false, "attachError": error } });
+        hub.attachments.patch_status(&attachment.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await?;
+    }
+    Ok(Action::requeue(WAITING))
+}

@@ -1,0 +1,300 @@
+//! PersistentVolumeClaims that want a volume: check what they ask for, make a PortableVolume, then its PersistentVolume.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{
+    CSIPersistentVolumeSource, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, ObjectReference, PersistentVolume,
+    PersistentVolumeClaim, PersistentVolumeClaimSpec, PersistentVolumeSpec, VolumeNodeAffinity,
+};
+use k8s_openapi::api::storage::v1::StorageClass;
+use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
+use kube::runtime::controller::Action;
+use kube::runtime::reflector::ObjectRef;
+use kube::runtime::{Controller, watcher};
+use kube::{Api, Resource, ResourceExt};
+use portolan_crds::{
+    DRIVER, PV_FINALIZER, Placement, PortableVolume, PortableVolumeSpec, TOPOLOGY_KEY, VOLUME_FINALIZER, VolumeParameters,
+    VolumePhase, condition,
+};
+use portolan_runtime::conditions;
+use serde_json::json;
+
+use super::attach::no_pool;
+use super::volumes::{self, name_of};
+use super::{Hub, PROVISIONED_BY, RESYNC, exhaust, retry};
+use crate::parameters::{self, Refusal};
+use crate::{quantity, volume};
+
+/// Annotation of a claim: the node that the scheduler has chosen for its first pod.
+const SELECTED_NODE: &str = "volume.kubernetes.io/selected-node";
+/// Annotations of a claim: who shall provision it. Set by Kubernetes when it is time; the second is the older name.
+const PROVISIONERS: [&str; 2] = ["volume.kubernetes.io/storage-provisioner", "volume.beta.kubernetes.io/storage-provisioner"];
+const WAITING: std::time::Duration = std::time::Duration::from_secs(15);
+
+pub(super) async fn run(hub: Arc<Hub>) {
+    let claims: Api<PersistentVolumeClaim> = Api::all(hub.claims.clone());
+    let stream = Controller::new(claims, watcher::Config::default())
+        .watches(hub.volumes.clone(), watcher::Config::default(), |volume: PortableVolume| {
+            let claim = volume.spec.claim.split_once('/');
+            claim.map(|(namespace, name)| ObjectRef::new(name).within(namespace))
+        })
+        .run(reconcile, retry, hub.clone());
+    exhaust("claims", stream).await;
+}
+
+/// What a claim asks for, checked.
+struct Wish {
+    size: String,
+    size_bytes: i64,
+    parameters: VolumeParameters,
+}
+
+fn check(spec: &PersistentVolumeClaimSpec, class: &StorageClass) -> Result<Wish, Refusal> {
+    parameters::check_volume_mode(spec.volume_mode.as_deref())?;
+    parameters::check_access_modes(spec.access_modes.as_deref().unwrap_or_default())?;
+    if let Some(source) = &spec.data_source {
+        return Err(Refusal::DataSource { given: format!("{} {}", source.kind, source.name) });
+    }
+    if let Some(source) = &spec.data_source_ref {
+        return Err(Refusal::DataSource { given: format!("{} {}", source.kind, source.name) });
+    }
+    let parameters = parameters::parse(class.parameters.as_ref().unwrap_or(&BTreeMap::new()))?;
+    let requests = spec.resources.as_ref().and_then(|resources| resources.requests.as_ref());
+    let size = requests.and_then(|requests| requests.get("storage")).map(|size| size.0.clone()).unwrap_or_default();
+    let size_bytes = quantity::bytes(&size)?;
+    Ok(Wish { size, size_bytes, parameters })
+}
+
+async fn reconcile(claim: Arc<PersistentVolumeClaim>, hub: Arc<Hub>) -> kube::Result<Action> {
+    let Some(spec) = &claim.spec else { return Ok(Action::await_change()) };
+    let ours = PROVISIONERS.iter().any(|key| claim.annotations().get(*key).is_some_and(|who| who == DRIVER));
+    let bound = spec.volume_name.as_ref().is_some_and(|name| !name.is_empty());
+    if !ours || bound || claim.metadata.deletion_timestamp.is_some() {
+        return Ok(Action::await_change());
+    }
+    let Some(class) = spec.storage_class_name.as_deref().filter(|name| !name.is_empty()) else {
+        return Ok(Action::await_change());
+    };
+    let Some(class) = hub.classes.get_opt(class).await? else { return Ok(Action::requeue(WAITING)) };
+    if class.provisioner != DRIVER {
+        return Ok(Action::await_change());
+    }
+    match check(spec, &class) {
+        Ok(wish) => provision(&claim, &class, wish, &hub).await,
+        Err(refusal) => {
+            let message = format!("can't provision with StorageClass {}: {refusal}", class.name_any());
+            failed(&hub, &claim, &message).await;
+            Ok(Action::requeue(RESYNC))
+        }
+    }
+}
+
+async fn failed(hub: &Hub, claim: &PersistentVolumeClaim, message: &str) {
+    tracing::warn!(claim = format!("{}/{}", claim.namespace().unwrap_or_default(), claim.name_any()), message);
+    hub.events.warning(&claim.object_ref(&()), "ProvisioningFailed", "Provision", message).await;
+}
+
+async fn provision(claim: &PersistentVolumeClaim, class: &StorageClass, wish: Wish, hub: &Hub) -> kube::Result<Action> {
+    let Some(name) = name_of(claim) else { return Ok(Action::await_change()) };
+    let present = hub.volumes.get_opt(&name).await?;
+    if let Some(volume) = &present {
+        let status = volume::status(volume);
+        if volume.metadata.deletion_timestamp.is_some() {
+            return Ok(Action::requeue(WAITING));
+        }
+        if status.owner.is_some() && status.phase == VolumePhase::Ready {
+            return bind(claim, class, volume, hub).await;
+        }
+    }
+    let Some(node) = choose(claim, class, present.as_ref(), hub).await? else { return Ok(Action::requeue(WAITING)) };
+    if let Some(why) = no_pool(&hub.storage_nodes, &node).await? {
+        failed(hub, claim, &format!("no volume can be made on the chosen node: {why}")).await;
+        give_back(claim, hub).await?;
+        return Ok(Action::requeue(WAITING));
+    }
+    match present {
+        None => create(claim, &name, node, wish, hub).await?,
+        Some(volume) if volume.spec.placement.node != node => {
+            // Nobody owns it yet, and the scheduler has thought again.
+            let patch = json!({
+                "metadata": { "resourceVersion": volume.resource_version() },
+                "spec": { "placement": { "node": node } },
+            });
+            hub.volumes.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await?;
+        }
+        Some(_) => {}
+    }
+    Ok(Action::requeue(WAITING))
+}
+
+/// The node for a new volume: the scheduler's choice, or for a class that binds at once the one with the most room.
+async fn choose(
+    claim: &PersistentVolumeClaim,
+    class: &StorageClass,
+    present: Option<&PortableVolume>,
+    hub: &Hub,
+) -> kube::Result<Option<String>> {
+    if let Some(node) = claim.annotations().get(SELECTED_NODE) {
+        return Ok(Some(node.clone()));
+    }
+    if class.volume_binding_mode.as_deref() == Some("WaitForFirstConsumer") {
+        return Ok(None);
+    }
+    if let Some(volume) = present {
+        return Ok(Some(volume.spec.placement.node.clone()));
+    }
+    let all = hub.storage_nodes.list(&Default::default()).await?;
+    let room = |node: &portolan_crds::StorageNode| {
+        let status = node.status.as_ref()?;
+        let ready = conditions::find(&status.conditions, condition::READY)?.status == condition::TRUE;
+        ready.then_some((status.available_bytes?, node.name_any()))
+    };
+    let best = all.items.iter().filter_map(room).max();
+    if best.is_none() {
+        failed(hub, claim, "no StorageNode is ready: see `kubectl get storagenodes`").await;
+    }
+    Ok(best.map(|(_, node)| node))
+}
+
+/// Takes the scheduler's choice back, so that it makes another.
+async fn give_back(claim: &PersistentVolumeClaim, hub: &Hub) -> kube::Result<()> {
+    if !claim.annotations().contains_key(SELECTED_NODE) {
+        return Ok(());
+    }
+    let patch = json!({ "metadata": { "annotations": { SELECTED_NODE: null }, "resourceVersion": claim.resource_version() } });
+    let claims = hub.claims(&claim.namespace().unwrap_or_default());
+    claims.patch(&claim.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await?;
+    Ok(())
+}
+
+async fn create(claim: &PersistentVolumeClaim, name: &str, node: String, wish: Wish, hub: &Hub) -> kube::Result<()> {
+    let message = format!("making volume {name} on node {node}");
+    let volume = PortableVolume {
+        metadata: ObjectMeta {
+            name: Some(name.to_owned()),
+            finalizers: Some(vec![VOLUME_FINALIZER.to_owned()]),
+            ..ObjectMeta::default()
+        },
+        spec: PortableVolumeSpec {
+            size: wish.size,
+            size_bytes: wish.size_bytes,
+            claim: format!("{}/{}", claim.namespace().unwrap_or_default(), claim.name_any()),
+            claim_uid: claim.uid().unwrap_or_default(),
+            parameters: wish.parameters,
+            placement: Placement { node },
+        },
+        status: None,
+    };
+    match hub.volumes.create(&PostParams::default(), &volume).await {
+        Err(kube::Error::Api(status)) if status.is_already_exists() => return Ok(()),
+        result => result?,
+    };
+    tracing::info!(volume = name, message);
+    hub.events.normal(&claim.object_ref(&()), "Provisioning", "Provision", &message).await;
+    Ok(())
+}
+
+async fn bind(claim: &PersistentVolumeClaim, class: &StorageClass, volume: &PortableVolume, hub: &Hub) -> kube::Result<Action> {
+    let pv = persistent_volume(claim, class, volume, &hub.zone);
+    match hub.pvs.create(&PostParams::default(), &pv).await {
+        Err(kube::Error::Api(status)) if status.is_already_exists() => {}
+        result => {
+            result?;
+            hub.provisioned.inc();
+            let message = format!("made volume {} on node {}", volume.name_any(), volume.spec.placement.node);
+            tracing::info!(volume = volume.name_any(), message);
+            hub.events.normal(&claim.object_ref(&()), "ProvisioningSucceeded", "Provision", &message).await;
+        }
+    }
+    volumes::mark(volume, hub).await?;
+    Ok(Action::requeue(RESYNC))
+}
+
+fn persistent_volume(claim: &PersistentVolumeClaim, class: &StorageClass, volume: &PortableVolume, zone: &str) -> PersistentVolume {
+    let name = volume.name_any();
+    let asked = claim.spec.as_ref();
+    let here = NodeSelectorRequirement {
+        key: TOPOLOGY_KEY.to_owned(),
+        operator: "In".to_owned(),
+        values: Some(vec![zone.to_owned()]),
+    };
+    let term = NodeSelectorTerm { match_expressions: Some(vec![here]), match_fields: None };
+    let capacity = k8s_openapi::apimachinery::pkg::api::resource::Quantity(volume.spec.size.clone());
+    PersistentVolume {
+        metadata: ObjectMeta {
+            name: Some(name.clone()),
+            annotations: Some(BTreeMap::from([(PROVISIONED_BY.to_owned(), DRIVER.to_owned())])),
+            finalizers: Some(vec![PV_FINALIZER.to_owned()]),
+            ..ObjectMeta::default()
+        },
+        spec: Some(PersistentVolumeSpec {
+            access_modes: asked.and_then(|spec| spec.access_modes.clone()),
+            capacity: Some(BTreeMap::from([("storage".to_owned(), capacity)])),
+            claim_ref: Some(ObjectReference { resource_version: None, ..claim.object_ref(&()) }),
+            csi: Some(CSIPersistentVolumeSource {
+                driver: DRIVER.to_owned(),
+                volume_handle: name,
+                ..CSIPersistentVolumeSource::default()
+            }),
+            mount_options: class.mount_options.clone(),
+            node_affinity: Some(VolumeNodeAffinity { required: Some(NodeSelector { node_selector_terms: vec![term] }) }),
+            persistent_volume_reclaim_policy: Some(class.reclaim_policy.clone().unwrap_or_else(|| "Delete".to_owned())),
+            storage_class_name: Some(class.name_any()),
+            volume_mode: Some("Filesystem".to_owned()),
+            ..PersistentVolumeSpec::default()
+        }),
+        status: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn claim(change: serde_json::Value) -> PersistentVolumeClaim {
+        let mut claim = json!({
+            "metadata": { "name": "db", "namespace": "shop", "uid": "u1" },
+            "spec": { "accessModes": ["ReadWriteOnce"], "resources": { "requests": { "storage": "1Gi" } } },
+        });
+        for (key, value) in change.as_object().into_iter().flatten() {
+            claim["spec"][key] = value.clone();
+        }
+        serde_json::from_value(claim).unwrap()
+    }
+
+    fn class(parameters: serde_json::Value) -> StorageClass {
+        serde_json::from_value(json!({
+            "metadata": { "name": "fast" }, "provisioner": DRIVER, "parameters": parameters, "mountOptions": ["noatime"],
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_claim_is_checked_field_by_field() {
+        let refused = |change, parameters| check(&claim(change).spec.unwrap(), &class(parameters)).err().map(|refusal| refusal.to_string());
+        assert_eq!(refused(json!({}), json!({ "recordsize": "16K" })), None);
+        for (change, parameters, named) in [
+            (json!({}), json!({ "recordsize": "17K" }), "recordsize"),
+            (json!({ "volumeMode": "Block" }), json!({}), "volumeMode"),
+            (json!({ "accessModes": ["ReadWriteMany"] }), json!({}), "ReadWriteMany"),
+            (json!({ "dataSource": { "kind": "PersistentVolumeClaim", "name": "old" } }), json!({}), "dataSource"),
+            (json!({ "resources": {} }), json!({}), "requests.storage"),
+        ] {
+            assert!(refused(change, parameters).unwrap().contains(named), "{named}");
+        }
+    }
+
+    #[test]
+    fn the_persistent_volume_can_go_wherever_such_a_pool_is() {
+        let spec = PortableVolumeSpec { size: "1Gi".into(), ..PortableVolumeSpec::default() };
+        let pv = persistent_volume(&claim(json!({})), &class(json!({})), &PortableVolume::new("pvc-u1", spec), "default");
+        let text = serde_json::to_value(&pv).unwrap();
+        assert_eq!(text["spec"]["csi"], json!({ "driver": "portolan.dev", "volumeHandle": "pvc-u1" }));
+        let term = &text["spec"]["nodeAffinity"]["required"]["nodeSelectorTerms"][0]["matchExpressions"];
+        assert_eq!(*term, json!([{ "key": TOPOLOGY_KEY, "operator": "In", "values": ["default"] }]));
+        assert_eq!(text["spec"]["claimRef"]["uid"], "u1");
+        assert_eq!(text["spec"]["persistentVolumeReclaimPolicy"], "Delete");
+        assert_eq!(text["metadata"]["finalizers"], json!([PV_FINALIZER]));
+    }
+}
