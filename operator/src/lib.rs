@@ -5,4 +5,5 @@ pub mod authority;
 pub mod garbage;
 pub mod metrics;
 pub mod network;
+pub mod uninstall;
 pub mod webhook;

@@ -4,11 +4,11 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use kube::Client;
 use portolan_operator::authority::{self, Authority};
 use portolan_operator::metrics::Metrics;
-use portolan_operator::{garbage, network, webhook};
+use portolan_operator::{garbage, network, uninstall, webhook};
 use portolan_runtime::events::Events;
 use portolan_runtime::http::Health;
 use portolan_runtime::leader;
@@ -21,6 +21,8 @@ const COMPONENT: &str = "portolan-operator";
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Port of the webhook (HTTPS).
     #[arg(long, env = "WEBHOOK_PORT", default_value_t = 9443)]
     webhook_port: u16,
@@ -44,6 +46,12 @@ struct Arguments {
     cluster_domain: String,
 }
 
+#[derive(Subcommand)]
+enum Command {
+    /// Take Portolan out of every node's container runtime, then end. The chart runs this before it is uninstalled.
+    Uninstall,
+}
+
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
@@ -51,6 +59,9 @@ async fn main() -> anyhow::Result<()> {
     let stop = portolan_runtime::shutdown();
     let namespace = portolan_runtime::namespace();
     let client = Client::try_default().await.context("can't find out how to reach the Kubernetes API")?;
+    if let Some(Command::Uninstall) = arguments.command {
+        return uninstall::run(client, &namespace).await.map_err(anyhow::Error::from);
+    }
 
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
