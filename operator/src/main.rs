@@ -75,11 +75,10 @@ async fn main() -> anyhow::Result<()> {
             () = stop.cancelled() => return Ok(()),
         };
         let listening = CancellationToken::new();
-        let settings = webhook_settings(&arguments, &namespace, any(arguments.webhook_port));
         let webhook = webhook::run(
             client.clone(),
             Arc::clone(&authority),
-            settings,
+            webhook_settings(&arguments, &namespace, any(arguments.webhook_port)),
             metrics.clone(),
             listening.clone(),
             stop.clone(),
@@ -90,16 +89,17 @@ async fn main() -> anyhow::Result<()> {
             let tell = |registered| health.set_ready(registered);
             webhook::keep_registered(client.clone(), name, authority.certificate(), tell).await;
         };
-        tokio::select! {
-            result = webhook => result.map_err(anyhow::Error::from),
-            result = lead(&arguments, &client, &namespace, &authority, &metrics, &stop) => result,
-            () = registration => Ok(()),
-        }
+        let registration = async {
+            stop.run_until_cancelled(registration).await;
+            anyhow::Ok(())
+        };
+        let webhook = async { webhook.await.map_err(anyhow::Error::from) };
+        let lead = lead(&arguments, &client, &namespace, &authority, &metrics, &stop);
+        tokio::try_join!(webhook, lead, registration).map(|_| ())
     };
-    tokio::select! {
-        result = work => result,
-        result = http => result.map_err(anyhow::Error::from),
-    }
+    // Each ends by itself when asked to: the leader gives its Lease back. A failure of one ends all.
+    let http = async { http.await.map_err(anyhow::Error::from) };
+    tokio::try_join!(work, http).map(|_| ())
 }
 
 fn webhook_settings(arguments: &Arguments, namespace: &str, address: SocketAddr) -> webhook::Settings {
