@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
-use portolan_net::{BRIDGE_ADDRESS, Dataplane, Forwarding, Mac, Namespace, NetworkSpec, Peer, PortSpec, endpoint_mac, port_name};
+use portolan_net::{
+    BRIDGE_ADDRESS, Dataplane, Forwarding, Mac, Namespace, NetworkSpec, Peer, PortSpec, endpoint_mac, port_name,
+};
 
 const PATIENCE: Duration = Duration::from_secs(3);
 const ECHO: u16 = 7;
@@ -138,7 +140,14 @@ fn two_nodes() -> (Node, Node) {
     (a, b)
 }
 
-async fn forward(node: &Node, vni: u32, local: &[&Pod<'_>], peer: &Node, remote: &[&Pod<'_>], suppression: bool) -> usize {
+async fn forward(
+    node: &Node,
+    vni: u32,
+    local: &[&Pod<'_>],
+    peer: &Node,
+    remote: &[&Pod<'_>],
+    suppression: bool,
+) -> usize {
     let endpoints = |pods: &[&Pod<'_>]| pods.iter().map(|p| p.endpoint()).collect::<Vec<_>>();
     let peers = vec![Peer { vtep: peer.vtep, endpoints: endpoints(remote) }];
     node.dataplane.forward(vni, &Forwarding { local: endpoints(local), peers, suppression }).await.unwrap()
@@ -158,7 +167,10 @@ async fn pods_reach_each_other_across_nodes() {
         let (at_one, at_two) = (one.listen(), two.listen());
         assert!(one.reaches(two.port.address, &at_two), "unicast, suppression {suppression}");
         assert!(two.reaches(one.port.address, &at_one), "and back, suppression {suppression}");
-        assert!(one.reaches(Ipv4Addr::new(10, 32, 0, 255), &at_two), "the subnet's broadcast, suppression {suppression}");
+        assert!(
+            one.reaches(Ipv4Addr::new(10, 32, 0, 255), &at_two),
+            "the subnet's broadcast, suppression {suppression}"
+        );
 
         let server = two.inside(|| TcpListener::bind((two.port.address, 80)));
         one.inside(|| TcpStream::connect_timeout(&(two.port.address, 80).into(), PATIENCE));
@@ -181,12 +193,12 @@ async fn a_moved_pod_is_reached_at_its_new_node() {
     assert!(resident.reaches(moving.port.address, &there));
 
     // To the resident's own node, and away again.
-    b.dataplane.remove_port(77, &moving.port.port, moving.port.address).await.unwrap();
+    b.dataplane.remove_port(77, &moving.port.port, Some(moving.port.address)).await.unwrap();
     let here = a.plug(77, "moved", 21).await;
     forward(&a, 77, &[&resident, &here], &b, &[], false).await;
     let listener = here.listen();
     assert!(resident.reaches(here.port.address, &listener), "same node");
-    a.dataplane.remove_port(77, &here.port.port, here.port.address).await.unwrap();
+    a.dataplane.remove_port(77, &here.port.port, Some(here.port.address)).await.unwrap();
     let back = b.plug(77, "back", 21).await;
     forward(&b, 77, &[&back], &a, &[&resident], false).await;
     forward(&a, 77, &[&resident], &b, &[&back], false).await;
@@ -255,7 +267,7 @@ async fn everything_can_be_done_twice_and_nothing_is_left() {
     assert!(pod.reaches(second.port.address, &listener));
 
     for _ in 0..2 {
-        a.dataplane.remove_port(77, &pod.port.port, pod.port.address).await.unwrap();
+        a.dataplane.remove_port(77, &pod.port.port, Some(pod.port.address)).await.unwrap();
     }
     assert_eq!(a.dataplane.ports(77).await.unwrap(), [second.port.port.clone()]);
     assert!(a.dataplane.check_port(&pod.port).await.is_err());

@@ -1,1 +1,29 @@
-//! To be written.
+//! The network agent of one node: it plugs pods into ContainerNetworks, tells the other nodes by NetworkNodeSlices, and answers
+//! names.
+//!
+//! What it holds on a node is in three places: the journal on disk (which pods are plugged in), the kernel (ports and
+//! forwarding), and the API (blocks, claims, slices). The journal is the truth about local pods; the kernel and the slices are
+//! made to follow it, so that the agent may be killed between any two steps.
+
+pub mod annotation;
+pub mod conflist;
+pub mod journal;
+pub mod view;
+
+mod addresses;
+mod agent;
+mod cluster;
+mod collect;
+mod error;
+mod metrics;
+mod network;
+mod plug;
+mod pod;
+mod resolver;
+mod server;
+mod settings;
+mod slices;
+mod sync;
+
+pub use agent::{AgentError, run};
+pub use settings::{Settings, UninstallSettings, uninstall};

@@ -105,19 +105,22 @@ impl Dataplane {
         network.add_link(veth, action).await
     }
 
-    /// Unplugs a port, from the network's side only: the pod's namespace may be gone.
+    /// Unplugs a port, from the network's side only: the pod's namespace may be gone. Without an address its neighbour is
+    /// left to [`Dataplane::forward`].
     ///
     /// # Errors
     /// What the kernel refuses. A network or a port that isn't there is no error.
-    pub async fn remove_port(&self, vni: u32, port: &str, address: Ipv4Addr) -> Result<()> {
+    pub async fn remove_port(&self, vni: u32, port: &str, address: Option<Ipv4Addr>) -> Result<()> {
         let namespace = match self.namespace(vni) {
             Err(Error::NoNetwork { .. }) => return Ok(()),
             other => other?,
         };
         let network = Netlink::open(&namespace)?;
         network.remove_link(port).await?;
-        let Some(bridge) = network.link(BRIDGE).await? else { return Ok(()) };
-        remove_neighbour(&network, bridge.header.index, address).await
+        match (network.link(BRIDGE).await?, address) {
+            (Some(bridge), Some(address)) => remove_neighbour(&network, bridge.header.index, address).await,
+            _ => Ok(()),
+        }
     }
 
     /// The names of a network's ports; none if it isn't set up here.

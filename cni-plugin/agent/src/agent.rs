@@ -1,0 +1,197 @@
+//! The agent as a whole.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use portolan_net::{Dataplane, VXLAN_OVERHEAD};
+use portolan_runtime::{
+    events::Events,
+    http::{self, Health, ServeError},
+};
+use tokio::sync::{Mutex, Notify};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    addresses::Addresses,
+    cluster::Cluster,
+    collect,
+    conflist::{self, ConflistError},
+    journal::{Journal, JournalError},
+    metrics::Metrics,
+    network::Underlay,
+    resolver::Resolvers,
+    server,
+    settings::{SOCKET, Settings},
+    sync::{self, Applied},
+};
+
+/// How often the container runtime's directory is looked at.
+const CONFLIST_INTERVAL: Duration = Duration::from_secs(5);
+/// How long the API server may take to tell the cluster's DNS address; without it only our own names are answered.
+const DNS_LOOKUPS: usize = 5;
+
+/// What makes the agent end.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The journal can't be read.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The underlay isn't as it should be.
+    #[error(transparent)]
+    Net(#[from] portolan_net::Error),
+    /// The plugin can't be installed.
+    #[error(transparent)]
+    Conflist(#[from] ConflistError),
+    /// There is no way to the API server.
+    #[error("no Kubernetes client: {0}")]
+    Client(Box<kube::Error>),
+    /// The CNI socket can't be served.
+    #[error("CNI socket {path}: {source}")]
+    Socket {
+        /// Its path here.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Health and metrics can't be served.
+    #[error(transparent)]
+    Http(#[from] ServeError),
+    /// The watches ended.
+    #[error("the watches of the API server ended")]
+    Watch,
+}
+
+/// What all parts of the agent share.
+pub(crate) struct Agent {
+    pub cluster: Arc<Cluster>,
+    pub dataplane: Dataplane,
+    pub underlay: Underlay,
+    pub journal: Arc<Journal>,
+    pub addresses: Addresses,
+    pub events: Events,
+    pub metrics: Metrics,
+    /// Told whenever there may be something to do.
+    pub changed: Arc<Notify>,
+    /// The right to change networks and ports.
+    pub applied: Mutex<Applied>,
+    synced: AtomicBool,
+}
+
+impl Agent {
+    /// Whether everything has been heard from the API server once.
+    pub fn is_synced(&self) -> bool {
+        self.synced.load(Ordering::Relaxed)
+    }
+}
+
+/// Runs the agent until `shutdown`. Networks and pods stay as they are: forwarding goes on without the agent.
+///
+/// # Errors
+/// What the agent can't work without.
+pub async fn run(settings: Settings, shutdown: CancellationToken) -> Result<(), AgentError> {
+    let client = kube::Client::try_default().await.map_err(|e| AgentError::Client(Box::new(e)))?;
+    let (metrics, registry) = Metrics::new();
+    let health = Health::new();
+    let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.http_port));
+    let web = tokio::spawn(http::serve(address, health.clone(), registry, shutdown.clone()));
+
+    let agent = Arc::new(prepare(&settings, client, metrics, &shutdown).await?);
+    let socket = settings.socket();
+    let listener = server::listen(&socket).map_err(|source| AgentError::Socket { path: socket, source })?;
+    let mut tasks = vec![
+        tokio::spawn(server::run(Arc::clone(&agent), listener, shutdown.clone())),
+        tokio::spawn(collect::run(Arc::clone(&agent), shutdown.clone())),
+        // Only now: a runtime that finds the plugin also finds the agent.
+        tokio::spawn(keep_conflist(settings.clone(), shutdown.clone())),
+    ];
+    tokio::select! {
+        synced = agent.cluster.wait_until_synced() => synced.map_err(|_| AgentError::Watch)?,
+        () = shutdown.cancelled() => return Ok(()),
+    }
+    agent.synced.store(true, Ordering::Relaxed);
+    health.set_ready(true);
+    tracing::info!(node = agent.cluster.node, "ready");
+    let resolvers = Resolvers::new(upstream(&agent, &settings).await);
+    tasks.push(tokio::spawn(sync::run(agent, resolvers, shutdown.clone())));
+    let served = web.await;
+    shutdown.cancel();
+    for task in tasks {
+        if let Err(error) = task.await {
+            tracing::error!(%error, "a part of the agent did not end well");
+        }
+    }
+    served.unwrap_or(Ok(())).map_err(Into::into)
+}
+
+async fn prepare(
+    settings: &Settings,
+    client: kube::Client,
+    metrics: Metrics,
+    shutdown: &CancellationToken,
+) -> Result<Agent, AgentError> {
+    let dataplane = Dataplane::new(&settings.host_root);
+    let mtu = dataplane.underlay_mtu(settings.host_ip).await?.saturating_sub(VXLAN_OVERHEAD);
+    let underlay = Underlay { vtep: settings.host_ip, port: settings.vxlan_port, mtu };
+    let journal = Arc::new(Journal::open(settings.journal())?);
+    conflist::install_plugin(&settings.cni_plugin, &settings.on_host(&settings.cni_bin_dir))?;
+    let changed = Arc::new(Notify::new());
+    let cluster = Arc::new(Cluster::watch(client.clone(), &settings.node_name, &changed, shutdown));
+    Ok(Agent {
+        addresses: Addresses::new(Arc::clone(&cluster), Arc::clone(&journal)),
+        cluster,
+        dataplane,
+        underlay,
+        journal,
+        events: Events::new(client, "portolan-agent"),
+        metrics,
+        changed,
+        applied: Mutex::default(),
+        synced: AtomicBool::new(false),
+    })
+}
+
+/// Where names go that aren't ours.
+async fn upstream(agent: &Agent, settings: &Settings) -> Vec<SocketAddr> {
+    if let Some(address) = settings.cluster_dns {
+        return vec![SocketAddr::new(address, 53)];
+    }
+    for attempt in 1..=DNS_LOOKUPS {
+        match agent.cluster.cluster_dns().await {
+            Ok(Some(address)) => return vec![SocketAddr::new(address, 53)],
+            Ok(None) => {
+                tracing::warn!(
+                    "Service kube-system/kube-dns has no address: only names of networks are answered (see --cluster-dns)"
+                );
+                return Vec::new();
+            }
+            Err(error) => tracing::warn!(%error, attempt, "the cluster's DNS address is not known"),
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    Vec::new()
+}
+
+async fn keep_conflist(settings: Settings, shutdown: CancellationToken) {
+    let directory = settings.on_host(&settings.cni_conf_dir);
+    loop {
+        match conflist::update(&directory, SOCKET) {
+            Ok(true) => {
+                tracing::info!(directory = %directory.display(), "{} follows the node's own configuration", conflist::FILE)
+            }
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "the container runtime's configuration stays as it is"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(CONFLIST_INTERVAL) => {}
+            () = shutdown.cancelled() => return,
+        }
+    }
+}

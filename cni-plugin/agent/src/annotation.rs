@@ -1,0 +1,130 @@
+//! The pod annotation `portolan.dev/networks`: `backend`, or `backend, frontend@eth2`.
+
+use std::collections::BTreeSet;
+
+use portolan_crds::NETWORKS_ANNOTATION;
+
+/// What an interface may be called (the kernel's IFNAMSIZ less one).
+const INTERFACE_LIMIT: usize = 15;
+/// More interfaces than any pod needs; each is a device in the kernel.
+const NETWORKS_LIMIT: usize = 16;
+
+/// One network that a pod wants to be plugged into.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Wish {
+    /// The network.
+    pub network: String,
+    /// The interface's name in the pod.
+    pub interface: String,
+}
+
+/// An annotation that can't be followed.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("annotation {NETWORKS_ANNOTATION}: {given:?} was given; allowed: {allowed}")]
+pub struct AnnotationError {
+    given: String,
+    allowed: &'static str,
+}
+
+/// Reads the annotation. Interfaces that aren't named are `eth1`, `eth2`, … in order.
+///
+/// # Errors
+/// When a part is not `network` or `network@interface`, or a network or interface comes twice.
+pub fn parse(text: &str) -> Result<Vec<Wish>, AnnotationError> {
+    let refuse = |given: &str, allowed| AnnotationError { given: given.to_owned(), allowed };
+    let parts: Vec<&str> = text.split(',').map(str::trim).collect();
+    if parts.len() > NETWORKS_LIMIT {
+        return Err(refuse(text, "at most 16 networks"));
+    }
+    let mut wishes = Vec::new();
+    for (position, part) in parts.into_iter().enumerate() {
+        let (network, interface) = match part.split_once('@') {
+            Some((network, interface)) => (network.trim_end(), interface.trim_start().to_owned()),
+            None => (part, format!("eth{}", position + 1)),
+        };
+        if !is_network_name(network) {
+            return Err(refuse(
+                part,
+                "names of ContainerNetworks, separated by commas, such as \"backend, frontend@eth2\"",
+            ));
+        }
+        if !is_interface_name(&interface) {
+            return Err(refuse(
+                part,
+                "after '@' an interface's name: 1 to 15 letters, digits, '_', '.' or '-', neither eth0 nor lo",
+            ));
+        }
+        wishes.push(Wish { network: network.to_owned(), interface });
+    }
+    let networks: BTreeSet<&str> = wishes.iter().map(|w| w.network.as_str()).collect();
+    if networks.len() < wishes.len() {
+        return Err(refuse(text, "each network once"));
+    }
+    let interfaces: BTreeSet<&str> = wishes.iter().map(|w| w.interface.as_str()).collect();
+    if interfaces.len() < wishes.len() {
+        return Err(refuse(text, "each interface once (those without a name are eth1, eth2, … by their position)"));
+    }
+    Ok(wishes)
+}
+
+/// A Kubernetes object name (RFC 1123 subdomain).
+fn is_network_name(name: &str) -> bool {
+    let label = |l: &str| {
+        let fine = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+        l.bytes().all(|b| fine(b) || b == b'-')
+            && l.bytes().next().is_some_and(fine)
+            && l.bytes().last().is_some_and(fine)
+    };
+    name.len() <= 253 && name.split('.').all(label)
+}
+
+fn is_interface_name(name: &str) -> bool {
+    let fine = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-');
+    (1..=INTERFACE_LIMIT).contains(&name.len())
+        && name.bytes().all(fine)
+        && !name.starts_with('.')
+        && !matches!(name, "lo" | "eth0")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_understood() {
+        let cases = [
+            ("backend", vec![("backend", "eth1")]),
+            ("backend, frontend@eth2", vec![("backend", "eth1"), ("frontend", "eth2")]),
+            (" backend ,frontend ", vec![("backend", "eth1"), ("frontend", "eth2")]),
+            ("backend@db0", vec![("backend", "db0")]),
+            ("a.b@net-1,c", vec![("a.b", "net-1"), ("c", "eth2")]),
+        ];
+        for (text, wanted) in cases {
+            let got = parse(text).unwrap();
+            let got: Vec<(&str, &str)> = got.iter().map(|w| (w.network.as_str(), w.interface.as_str())).collect();
+            assert_eq!(got, wanted, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_refused_and_why() {
+        let cases = [
+            ("", "\"\" was given; allowed: names of"),
+            ("backend,", "\"\" was given"),
+            ("Backend", "\"Backend\" was given"),
+            ("back end", "names of ContainerNetworks"),
+            ("backend@", "after '@'"),
+            ("backend@eth0", "neither eth0"),
+            ("backend@a/b", "after '@'"),
+            ("backend@sixteen-letters0", "1 to 15"),
+            ("backend,backend", "each network once"),
+            ("backend@eth2,frontend", "each interface once"),
+            ("-a", "names of"),
+        ];
+        for (text, named) in cases {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.starts_with("annotation portolan.dev/networks: "), "{error}");
+            assert!(error.contains(named), "{text:?}: {error} should say {named}");
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Why a pod can't be plugged in, and what the container runtime is told.
+
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+use portolan_cni::Failure;
+use portolan_crds::NETWORKS_ANNOTATION;
+use portolan_net::AddressError;
+
+use crate::{annotation::AnnotationError, journal::JournalError};
+
+/// A request of the API server that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{action}: {source}")]
+pub(crate) struct ApiError {
+    pub action: String,
+    pub source: Box<kube::Error>,
+}
+
+impl ApiError {
+    pub fn new(action: impl Into<String>, source: kube::Error) -> Self {
+        Self { action: action.into(), source: Box::new(source) }
+    }
+}
+
+/// Why a pod can't be plugged in.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PlugError {
+    #[error(transparent)]
+    Annotation(#[from] AnnotationError),
+    #[error("annotation {NETWORKS_ANNOTATION} names {given:?}: no such ContainerNetwork (there are: {known})")]
+    NoSuchNetwork { given: String, known: String },
+    #[error("ContainerNetwork {network} is not ready: {reason}")]
+    NotReady { network: String, reason: String },
+    #[error("ContainerNetwork {network}: {source}")]
+    NoAddress { network: String, source: AddressError },
+    #[error("IPClaim {claim} holds {address}, which is not in {subnet}: delete the IPClaim to get another address")]
+    ForeignClaim { claim: String, address: String, subnet: Ipv4Net },
+    #[error("address {address} of ContainerNetwork {network} is still in use here by pod {holder}")]
+    AddressInUse { network: String, address: Ipv4Addr, holder: String },
+    #[error("pod {0} is not in the API (yet, or any more)")]
+    NoPod(String),
+    #[error("the agent has not heard from the API server yet")]
+    NotSynced,
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    #[error(transparent)]
+    Net(#[from] portolan_net::Error),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+impl PlugError {
+    fn code(&self) -> u32 {
+        match self {
+            Self::Annotation(_) | Self::NoSuchNetwork { .. } => Failure::ANNOTATION,
+            Self::NoAddress { .. } | Self::ForeignClaim { .. } => Failure::NO_ADDRESS,
+            Self::NotReady { .. } | Self::AddressInUse { .. } | Self::NoPod(_) | Self::NotSynced | Self::Api(_) => {
+                Failure::TRY_AGAIN
+            }
+            Self::Net(_) | Self::Journal(_) => Failure::SETUP,
+        }
+    }
+
+    pub fn failure(&self) -> Failure {
+        Failure::new(self.code(), self.to_string(), "")
+    }
+}

@@ -1,0 +1,198 @@
+//! ADD, DEL, CHECK, GC and STATUS.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::{Resource, ResourceExt};
+use portolan_cni::{Answer, Attachment, Command, Failure, Request};
+use portolan_crds::NETWORKS_ANNOTATION;
+use portolan_net::endpoint_mac;
+
+use crate::{
+    addresses::{Holder, Reservation},
+    agent::Agent,
+    annotation::{self, Wish},
+    error::PlugError,
+    journal::Endpoint,
+    network::Network,
+    pod,
+};
+
+impl Agent {
+    /// Answers one request of the CNI plugin.
+    pub(crate) async fn answer(&self, request: Request) -> Answer {
+        let started = Instant::now();
+        let result = match request.command {
+            Command::Add => self.add(&request).await,
+            Command::Delete => self.unplug_container(&request.container).await,
+            Command::Check => self.check(&request.container).await,
+            Command::Collect => self.collect_unlisted(request.attachments.as_deref()).await,
+            Command::Status | Command::Version => self.status(),
+        };
+        if request.command == Command::Add {
+            self.metrics.cni_add.observe(started.elapsed().as_secs_f64());
+        }
+        if let Err(failure) = &result {
+            tracing::warn!(command = ?request.command, container = request.container, code = failure.code, msg = failure.msg, "refused");
+        }
+        Answer { error: result.err() }
+    }
+
+    async fn add(&self, request: &Request) -> Result<(), Failure> {
+        let (Some(name), Some(netns)) = (&request.pod, &request.netns) else {
+            let msg = "the request names no pod or no network namespace";
+            return Err(Failure::new(Failure::INVALID_ENVIRONMENT, msg, ""));
+        };
+        let pod = self.cluster.pod(name).await.map_err(|e| e.failure())?;
+        let Some(text) = pod.annotations().get(NETWORKS_ANNOTATION) else { return Ok(()) };
+        match self.plug(&request.container, netns.into(), &pod, text).await {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                self.events.warning(&pod.object_ref(&()), "NotPlugged", "Plug", &error.to_string()).await;
+                Err(error.failure())
+            }
+        }
+    }
+
+    async fn plug(&self, container: &str, netns: PathBuf, pod: &Pod, text: &str) -> Result<(), PlugError> {
+        if !self.is_synced() {
+            return Err(PlugError::NotSynced);
+        }
+        let wishes = annotation::parse(text)?;
+        let mut plans = Vec::new();
+        // All networks and addresses first: the frequent mistakes cost nothing.
+        for (position, wish) in wishes.iter().enumerate() {
+            let network = self.cluster.network(&wish.network).await?;
+            let (endpoint, reservation) = self.plan(container, &netns, pod, wish, &network, position == 0).await?;
+            plans.push((network, endpoint, reservation));
+        }
+        for (index, (network, endpoint, _)) in plans.iter().enumerate() {
+            if let Err(error) = self.plug_one(network, endpoint).await {
+                for (_, made, _) in plans.iter().take(index + 1) {
+                    if let Err(second) = self.unplug(made).await {
+                        tracing::warn!(error = %second, pod = made.pod, "what was made of a refused pod stays for the collection");
+                    }
+                }
+                return Err(error);
+            }
+        }
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    async fn plan(
+        &self,
+        container: &str,
+        netns: &Path,
+        pod: &Pod,
+        wish: &Wish,
+        network: &Network,
+        resolver: bool,
+    ) -> Result<(Endpoint, Option<Reservation>), PlugError> {
+        let same =
+            |e: &Endpoint| e.container == container && e.interface == wish.interface && e.network == network.name;
+        // The runtime asks again: the same answer.
+        let (address, reservation) = match self.journal.select(same).first() {
+            Some(before) => (before.address, None),
+            None => {
+                let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
+                let set = pod::stateful_set(pod);
+                let holder = Holder { namespace: &namespace, pod: &name, stateful_set: set.as_ref() };
+                let reservation = self.addresses.acquire(network, &holder).await?;
+                (reservation.address, Some(reservation))
+            }
+        };
+        let endpoint = Endpoint {
+            container: container.to_owned(),
+            netns: netns.to_path_buf(),
+            interface: wish.interface.clone(),
+            network: network.name.clone(),
+            vni: network.vni,
+            address,
+            prefix: network.subnet.prefix_len(),
+            mac: endpoint_mac(&network.name, address),
+            mtu: network.mtu(self.underlay),
+            resolver,
+            namespace: pod.namespace().unwrap_or_default(),
+            pod: pod.name_any(),
+            uid: pod.uid().unwrap_or_default(),
+            owner: pod::owner(pod).map(|o| o.name),
+        };
+        Ok((endpoint, reservation))
+    }
+
+    async fn plug_one(&self, network: &Network, endpoint: &Endpoint) -> Result<(), PlugError> {
+        self.evict(endpoint).await?;
+        // First on disk: a port that the journal doesn't know is taken for a leftover.
+        self.journal.put(endpoint.clone())?;
+        let mut applied = self.applied.lock().await;
+        self.ensure_network(&mut applied, network.spec(self.underlay)).await?;
+        self.dataplane.add_port(&endpoint.port()).await?;
+        Ok(())
+    }
+
+    /// An earlier sandbox of the same pod may still have the address. Another pod's is never taken.
+    async fn evict(&self, endpoint: &Endpoint) -> Result<(), PlugError> {
+        let same_address = |e: &Endpoint| {
+            e.network == endpoint.network && e.address == endpoint.address && e.container != endpoint.container
+        };
+        for before in self.journal.select(same_address) {
+            if (&before.namespace, &before.pod) != (&endpoint.namespace, &endpoint.pod) {
+                return Err(PlugError::AddressInUse {
+                    network: endpoint.network.clone(),
+                    address: endpoint.address,
+                    holder: format!("{}/{}", before.namespace, before.pod),
+                });
+            }
+            self.unplug(&before).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes a port and then its entry in the journal: killed in between, this is done again.
+    pub(crate) async fn unplug(&self, endpoint: &Endpoint) -> Result<(), PlugError> {
+        let port = endpoint.port();
+        {
+            let _right = self.applied.lock().await;
+            self.dataplane.remove_port(port.vni, &port.port, Some(port.address)).await?;
+        }
+        self.journal.remove(&endpoint.id())?;
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    async fn unplug_container(&self, container: &str) -> Result<(), Failure> {
+        for endpoint in self.journal.select(|e| e.container == container) {
+            self.unplug(&endpoint).await.map_err(|e| e.failure())?;
+        }
+        Ok(())
+    }
+
+    async fn check(&self, container: &str) -> Result<(), Failure> {
+        for endpoint in self.journal.select(|e| e.container == container) {
+            let checked = self.dataplane.check_port(&endpoint.port()).await;
+            checked.map_err(|e| Failure::new(Failure::NOT_PLUGGED, e.to_string(), ""))?;
+        }
+        Ok(())
+    }
+
+    /// GC: what the runtime doesn't list is gone. Without a list, nothing is.
+    async fn collect_unlisted(&self, attachments: Option<&[Attachment]>) -> Result<(), Failure> {
+        let Some(listed) = attachments else { return Ok(()) };
+        let unlisted = |e: &Endpoint| listed.iter().all(|a| a.container != e.container);
+        for endpoint in self.journal.select(unlisted) {
+            self.unplug(&endpoint).await.map_err(|e| e.failure())?;
+        }
+        Ok(())
+    }
+
+    fn status(&self) -> Result<(), Failure> {
+        if self.is_synced() {
+            return Ok(());
+        }
+        Err(Failure::new(Failure::NOT_AVAILABLE, PlugError::NotSynced.to_string(), ""))
+    }
+}

@@ -1,0 +1,67 @@
+//! The DNS servers: one a network, with its sockets in the network's namespace.
+
+use std::{
+    collections::BTreeMap,
+    net::{SocketAddr, TcpListener, UdpSocket},
+};
+
+use portolan_dns::{Upstream, Zone, ZoneHandle};
+use portolan_net::{BRIDGE_ADDRESS, Dataplane};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// The DNS port.
+const PORT: u16 = 53;
+
+/// This node's DNS servers.
+pub(crate) struct Resolvers {
+    zone: ZoneHandle,
+    upstream: Vec<SocketAddr>,
+    running: BTreeMap<u32, Running>,
+}
+
+struct Running {
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Resolvers {
+    /// No servers yet. Names that aren't ours go to `upstream`.
+    pub fn new(upstream: Vec<SocketAddr>) -> Self {
+        Self { zone: ZoneHandle::new(Zone::default()), upstream, running: BTreeMap::new() }
+    }
+
+    /// What all servers answer from.
+    pub fn set_zone(&self, zone: Zone) {
+        self.zone.replace(zone);
+    }
+
+    /// Sees to it that a network's server runs.
+    pub fn ensure(&mut self, dataplane: &Dataplane, network: &str, vni: u32) -> Result<(), portolan_net::Error> {
+        if self.running.get(&vni).is_some_and(|r| !r.task.is_finished()) {
+            return Ok(());
+        }
+        let at = (BRIDGE_ADDRESS, PORT);
+        let (udp, tcp) = dataplane.run_in(vni, || Ok((UdpSocket::bind(at)?, TcpListener::bind(at)?)))?;
+        let stop = CancellationToken::new();
+        let (name, zone) = (network.to_owned(), self.zone.clone());
+        let (upstream, stopped) = (Upstream { servers: self.upstream.clone() }, stop.clone().cancelled_owned());
+        let task = tokio::spawn(async move {
+            if let Err(error) = portolan_dns::run(udp, tcp, name.clone(), zone, upstream, stopped).await {
+                tracing::error!(network = name, error = %error, "DNS server ended");
+            }
+        });
+        self.running.insert(vni, Running { stop, task });
+        Ok(())
+    }
+
+    /// Ends a network's server. Its sockets are closed when this returns: they would keep the namespace alive.
+    pub async fn stop(&mut self, vni: u32) {
+        if let Some(Running { stop, task }) = self.running.remove(&vni) {
+            stop.cancel();
+            if let Err(error) = task.await {
+                tracing::error!(vni, %error, "DNS server did not end well");
+            }
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! What the agent is told when it starts.
+
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    path::PathBuf,
+};
+
+use crate::conflist::{self, ConflistError};
+
+/// Where the CNI plugin finds the agent, as the host sees it.
+pub(crate) const SOCKET: &str = "/run/portolan/cni.sock";
+/// Where the journal is, as the host sees it.
+const JOURNAL: &str = "/var/lib/portolan/network/endpoints";
+
+/// How the agent runs.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Settings {
+    /// This node's name.
+    #[arg(long, env = "NODE_NAME")]
+    pub node_name: String,
+    /// This node's address on the underlay: the tunnels' endpoint.
+    #[arg(long, env = "HOST_IP")]
+    pub host_ip: Ipv4Addr,
+    /// Where the host's root directory is seen.
+    #[arg(long, default_value = "/host")]
+    pub host_root: PathBuf,
+    /// The container runtime's configurations, as the host sees them.
+    #[arg(long, default_value = "/etc/cni/net.d")]
+    pub cni_conf_dir: PathBuf,
+    /// The container runtime's plugins, as the host sees them.
+    #[arg(long, default_value = "/opt/cni/bin")]
+    pub cni_bin_dir: PathBuf,
+    /// The CNI plugin to install, in this image.
+    #[arg(long, default_value = "/portolan-cni")]
+    pub cni_plugin: PathBuf,
+    /// UDP port of the tunnels, the same on all nodes.
+    #[arg(long, default_value_t = 7789)]
+    pub vxlan_port: u16,
+    /// TCP port for health and metrics.
+    #[arg(long, default_value_t = 7793)]
+    pub http_port: u16,
+    /// The cluster's DNS server; that of Service kube-system/kube-dns if not given.
+    #[arg(long)]
+    pub cluster_dns: Option<IpAddr>,
+}
+
+impl Settings {
+    /// A path of the host as this process sees it.
+    pub(crate) fn on_host(&self, path: impl AsRef<std::path::Path>) -> PathBuf {
+        let path = path.as_ref();
+        self.host_root.join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    pub(crate) fn journal(&self) -> PathBuf {
+        self.on_host(JOURNAL)
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.on_host(SOCKET)
+    }
+}
+
+/// What `uninstall` needs to know.
+#[derive(Clone, Debug, clap::Args)]
+pub struct UninstallSettings {
+    /// Where the host's root directory is seen.
+    #[arg(long, default_value = "/host")]
+    pub host_root: PathBuf,
+    /// The container runtime's configurations, as the host sees them.
+    #[arg(long, default_value = "/etc/cni/net.d")]
+    pub cni_conf_dir: PathBuf,
+    /// The container runtime's plugins, as the host sees them.
+    #[arg(long, default_value = "/opt/cni/bin")]
+    pub cni_bin_dir: PathBuf,
+}
+
+/// Takes Portolan out of the node's container runtime. Pods that run keep their interfaces until they end.
+///
+/// # Errors
+/// When a file can't be removed.
+pub fn uninstall(settings: &UninstallSettings) -> Result<(), ConflistError> {
+    let on_host = |path: &PathBuf| settings.host_root.join(path.strip_prefix("/").unwrap_or(path));
+    conflist::uninstall(&on_host(&settings.cni_conf_dir), &on_host(&settings.cni_bin_dir))
+}

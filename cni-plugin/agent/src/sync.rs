@@ -1,0 +1,241 @@
+//! Makes the kernel, the names and this node's slices follow the journal and what the other nodes say.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use kube::runtime::reflector::ObjectRef;
+use portolan_crds::{NetworkNodeSlice, NetworkNodeSliceSpec};
+use portolan_dns::{Member, Zone};
+use portolan_net::{Forwarding, NetworkSpec};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    agent::Agent,
+    journal::Endpoint,
+    network::Network,
+    pod,
+    resolver::Resolvers,
+    slices::Slices,
+    view::{Local, View},
+};
+
+/// How often everything is looked at without a cause, and the kernel is asked what it really has.
+const INTERVAL: Duration = Duration::from_secs(60);
+/// How soon something that failed is tried again.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// What was applied to the kernel since the agent started; its lock is the right to change networks and ports.
+#[derive(Default)]
+pub(crate) struct Applied {
+    networks: BTreeMap<u32, NetworkSpec>,
+    forwarding: BTreeMap<u32, (Forwarding, Instant)>,
+}
+
+impl Agent {
+    /// Makes a network what its spec says, unless this was done since the start.
+    pub(crate) async fn ensure_network(&self, applied: &mut Applied, spec: NetworkSpec) -> portolan_net::Result<()> {
+        if applied.networks.get(&spec.vni) == Some(&spec) && self.dataplane.namespace(spec.vni).is_ok() {
+            return Ok(());
+        }
+        self.dataplane.ensure_network(&spec).await?;
+        applied.forwarding.remove(&spec.vni);
+        applied.networks.insert(spec.vni, spec);
+        Ok(())
+    }
+
+    /// The endpoints of this node as the API knows their pods.
+    fn local(&self, endpoints: &[Endpoint]) -> Vec<Local> {
+        let local = |e: &Endpoint| {
+            let pod = self.cluster.pods.get(&ObjectRef::new(&e.pod).within(&e.namespace));
+            let pod = pod.filter(|p| p.metadata.uid.as_deref() == Some(&e.uid));
+            let endpoint = portolan_crds::Endpoint {
+                address: e.address.to_string(),
+                mac: e.mac.to_string(),
+                namespace: e.namespace.clone(),
+                pod: e.pod.clone(),
+                owner: e.owner.clone(),
+                ready: pod.as_ref().is_some_and(|p| pod::is_ready(p)),
+            };
+            Local { endpoint, current: pod.is_some_and(|p| pod::is_current(&p)) }
+        };
+        endpoints.iter().map(local).collect()
+    }
+}
+
+/// The loop's own memory.
+struct Sync<'a> {
+    agent: &'a Agent,
+    resolvers: Resolvers,
+    slices: Slices,
+    /// Networks whose blocks may be given back.
+    leaving: BTreeSet<String>,
+    started: bool,
+}
+
+/// Follows all changes until the agent ends.
+pub(crate) async fn run(agent: Arc<Agent>, resolvers: Resolvers, shutdown: CancellationToken) {
+    let (slices, leaving) = (Slices::default(), BTreeSet::new());
+    let mut sync = Sync { agent: &agent, resolvers, slices, leaving, started: false };
+    loop {
+        let wait = if sync.once().await { RETRY } else { INTERVAL };
+        tokio::select! {
+            () = agent.changed.notified() => {}
+            () = tokio::time::sleep(wait) => {}
+            () = shutdown.cancelled() => return,
+        }
+    }
+}
+
+impl Sync<'_> {
+    /// One pass; returns whether something failed.
+    async fn once(&mut self) -> bool {
+        let mut failed = false;
+        let mut note = |what: &str, network: &str, result: Result<(), String>| {
+            if let Err(error) = result {
+                failed = true;
+                tracing::warn!(network, error, "{what}");
+            }
+        };
+        let slices = self.agent.cluster.slices.state();
+        let mut zones = Vec::new();
+        let mut written = Vec::new();
+        let mut applied = self.agent.applied.lock().await;
+        // Read under the lock: a pod that is being plugged in is in the journal before its network is touched.
+        let by_network = self.by_network();
+        self.agent.metrics.set_endpoints(&by_network.iter().map(|(n, e)| (n.clone(), e.len())).collect());
+        for (network, endpoints) in &by_network {
+            let local = self.agent.local(endpoints);
+            let view = View::new(&self.agent.cluster.node, &local, of_network(&slices, network));
+            note("network not set up", network, self.follow(&mut applied, network, endpoints, &view).await);
+            zones.push(view.zone(network, self.members(endpoints)));
+            written.push(NetworkNodeSliceSpec {
+                network: network.clone(),
+                node: self.agent.cluster.node.clone(),
+                vtep: self.agent.underlay.vtep.to_string(),
+                endpoints: local.into_iter().map(|l| l.endpoint).collect(),
+            });
+        }
+        self.resolvers.set_zone(Zone::new(zones));
+        note("networks without pods not removed", "", self.remove_others(&mut applied, &by_network).await);
+        drop(applied);
+
+        let present: Vec<String> = by_network.keys().cloned().collect();
+        for spec in written {
+            let network = spec.network.clone();
+            let result = self.slices.write(&self.agent.cluster, spec).await;
+            note("slice not written", &network, result.map_err(|e| e.to_string()));
+        }
+        let result = self.slices.keep_only(&self.agent.cluster, &present).await;
+        note("slices not removed", "", result.map_err(|e| e.to_string()));
+        note("blocks not given back", "", self.release_blocks(&present).await);
+        failed
+    }
+
+    fn by_network(&self) -> BTreeMap<String, Vec<Endpoint>> {
+        let mut by_network: BTreeMap<String, Vec<Endpoint>> = BTreeMap::new();
+        for endpoint in self.agent.journal.select(|_| true) {
+            by_network.entry(endpoint.network.clone()).or_default().push(endpoint);
+        }
+        by_network
+    }
+
+    fn members(&self, endpoints: &[Endpoint]) -> Vec<Member> {
+        let networks = |e: &Endpoint| {
+            let same = self.agent.journal.select(|o| o.container == e.container);
+            same.into_iter().map(|o| o.network).collect()
+        };
+        endpoints.iter().map(|e| Member { address: e.address, networks: networks(e) }).collect()
+    }
+
+    /// One network that has pods here.
+    async fn follow(
+        &mut self,
+        applied: &mut Applied,
+        name: &str,
+        endpoints: &[Endpoint],
+        view: &View,
+    ) -> Result<(), String> {
+        let Some(vni) = endpoints.first().map(|e| e.vni) else { return Ok(()) };
+        let object = self.agent.cluster.networks.get(&ObjectRef::new(name));
+        let network = object.and_then(|o| Network::new(&o).ok()).filter(|n| n.vni == vni);
+        // A network that is being deleted goes on for the pods that are still on it.
+        if let Some(network) = &network {
+            let is_new = !applied.networks.contains_key(&vni);
+            let spec = network.spec(self.agent.underlay);
+            self.agent.ensure_network(applied, spec).await.map_err(|e| e.to_string())?;
+            if is_new {
+                self.restore_ports(endpoints).await;
+            }
+        }
+        let wanted = view.forwarding(network.is_some_and(|n| n.suppression));
+        let is_done = applied.forwarding.get(&vni).is_some_and(|(f, at)| *f == wanted && at.elapsed() < INTERVAL);
+        if !is_done {
+            let changes = self.agent.dataplane.forward(vni, &wanted).await.map_err(|e| e.to_string())?;
+            tracing::debug!(network = name, changes, "forwarding");
+            applied.forwarding.insert(vni, (wanted, Instant::now()));
+        }
+        self.resolvers.ensure(&self.agent.dataplane, name, vni).map_err(|e| e.to_string())
+    }
+
+    /// After a start: ports of the journal that the kernel lost, or that were never finished.
+    async fn restore_ports(&self, endpoints: &[Endpoint]) {
+        for endpoint in endpoints {
+            let port = endpoint.port();
+            if self.agent.dataplane.check_port(&port).await.is_ok() {
+                continue;
+            }
+            match self.agent.dataplane.add_port(&port).await {
+                Ok(()) => tracing::info!(network = endpoint.network, pod = endpoint.pod, "port restored"),
+                // Its namespace is going; the collection will see to it.
+                Err(error) => {
+                    tracing::warn!(network = endpoint.network, pod = endpoint.pod, %error, "port not restored")
+                }
+            }
+        }
+    }
+
+    async fn remove_others(
+        &mut self,
+        applied: &mut Applied,
+        present: &BTreeMap<String, Vec<Endpoint>>,
+    ) -> Result<(), String> {
+        let wanted: BTreeSet<u32> = present.values().flatten().map(|e| e.vni).collect();
+        for vni in self.agent.dataplane.networks().map_err(|e| e.to_string())? {
+            if wanted.contains(&vni) {
+                continue;
+            }
+            self.resolvers.stop(vni).await;
+            applied.networks.remove(&vni);
+            applied.forwarding.remove(&vni);
+            self.agent.dataplane.remove_network(vni).await.map_err(|e| e.to_string())?;
+            tracing::info!(vni, "network removed from this node");
+        }
+        Ok(())
+    }
+
+    async fn release_blocks(&mut self, present: &[String]) -> Result<(), String> {
+        if !self.started {
+            self.leaving = self.agent.addresses.networks_with_blocks().await.map_err(|e| e.to_string())?;
+            self.started = true;
+        }
+        // Those that were here are the next to leave.
+        let left: Vec<String> = self.leaving.iter().filter(|n| !present.contains(n)).cloned().collect();
+        for network in left {
+            self.agent.addresses.release(&network).await.map_err(|e| e.to_string())?;
+            self.leaving.remove(&network);
+        }
+        self.leaving.extend(present.iter().cloned());
+        Ok(())
+    }
+}
+
+fn of_network<'a>(slices: &'a [Arc<NetworkNodeSlice>], network: &str) -> impl Iterator<Item = &'a NetworkNodeSlice> {
+    let network = network.to_owned();
+    slices
+        .iter()
+        .map(AsRef::as_ref)
+        .filter(move |s| s.spec.network == network && s.metadata.deletion_timestamp.is_none())
+}
