@@ -3,10 +3,49 @@ LANE ?= native
 N ?= 2
 LAB := LANE=$(LANE) e2e/lab/lab
 
-.PHONY: help lab-build lab-up lab-down lab-shell lab-status images
+# Tests are built as the images' programs are (static, optimised), so that what both need is compiled once.
+export PORTOLAN_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/portolan
+export CARGO_TARGET_DIR ?= $(PORTOLAN_CACHE)/target
+CARGO := RUSTFLAGS='-C target-feature=+crt-static' CARGO_BUILD_TARGET=x86_64-unknown-linux-gnu cargo
+TIMED := e2e/timed
+
+.PHONY: help demo test test-code test-scene scene generate tools lab-build lab-up lab-down lab-shell lab-status images
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+## demo         PostgreSQL moves between two nodes with its disk, its address and its name; the cluster stays up
+demo: tools
+	$(TIMED) "the demo" env KEEP=1 LANE=$(LANE) e2e/on-lane $(CARGO) run --release --locked -q -p portolan-e2e --bin demo
+
+## test         everything that is tested, both lanes' scenes included
+test: tools
+	$(TIMED) "the lab's Kubernetes" e2e/lab/lab build
+	$(MAKE) test-code
+	$(MAKE) test-scene LANE=native
+	$(MAKE) test-scene LANE=openzfs
+
+## test-code    formatting, lints, and all tests that need no cluster
+test-code: tools
+	$(TIMED) "formatting" cargo fmt --all --check
+	$(TIMED) "lints" $(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings
+	$(TIMED) "tests without a cluster" $(CARGO) test --release --locked --workspace --exclude portolan-e2e
+
+## test-scene   the demo's scene as a test, on LANE, in a cluster of its own; TIMES=10 repeats it
+TIMES ?= 1
+test-scene: tools
+	$(TIMED) "the scene on lane $(LANE)" env LANE=$(LANE) e2e/on-lane $(MAKE) scene TIMES=$(TIMES)
+
+## scene        the scene's test in the lab that is up
+scene:
+	for i in $$(seq $(TIMES)); do LANE=$(LANE) $(CARGO) test --release --locked -p portolan-e2e -- --nocapture || exit 1; done
+
+## generate     the custom resource definitions from their types
+generate:
+	cargo run -q -p portolan-crds --bin generate-crds -- crds charts/portolan/crds
+
+tools:
+	@e2e/tools
 
 ## lab-build    build the lab's Kubernetes (LANE=openzfs: and its guests) without starting it
 lab-build:
