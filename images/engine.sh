@@ -13,6 +13,12 @@ image_engine() {
   echo buildah
 }
 
+buildah_in() {
+  local store=$1
+  shift
+  buildah --root "$store/root" --runroot "$store/run" --storage-driver vfs "$@"
+}
+
 # image_archive NAME TAR CONTEXT: builds CONTEXT/Containerfile, for any kernel and without a network, into an archive with that name in it.
 image_archive() {
   local name=$1 tar=$2 context=$3 store
@@ -29,9 +35,8 @@ image_archive() {
     buildah)
       # A store of its own, thrown away: vfs works on every file system and in every container, but copies whole images.
       store=$(mktemp -d)
-      buildah_in_store() { buildah --root "$store/root" --runroot "$store/run" --storage-driver vfs "$@"; }
-      buildah_in_store bud -q --isolation chroot --layers=false --timestamp 0 -t "$name" -f "$context/Containerfile" "$context" &&
-        buildah_in_store push -q "$name" "docker-archive:$tar.new:$name" || { rm -rf "$store"; return 1; }
+      buildah_in "$store" bud -q --isolation chroot --layers=false --timestamp 0 -t "$name" -f "$context/Containerfile" "$context"
+      buildah_in "$store" push -q "$name" "docker-archive:$tar.new:$name"
       rm -rf "$store"
       ;;
   esac

@@ -46,11 +46,12 @@ need() {
 # unpacked PACKAGE: the folder where this Debian package's files are, unpacked and not installed.
 unpacked() {
   local version dir
+  compgen -G '/var/lib/apt/lists/*Packages*' > /dev/null || apt-get "${apt_quiet[@]}" -q update > /dev/null
   version=$(apt-cache policy "$1" | awk '/Candidate:/ { print $2 }')
-  dir=$KIT/deb/$1-$version
+  dir=$KIT/deb/$1-${version//:/_}
   if [ ! -d "$dir" ]; then
     mkdir -p "$dir.new"
-    (cd "$dir.new" && apt-get "${apt_quiet[@]}" -q download "$1" > /dev/null && dpkg -x ./*.deb . && rm ./*.deb)
+    (cd "$dir.new" && apt-get "${apt_quiet[@]}" -o APT::Sandbox::User=root -q download "$1" > /dev/null && dpkg -x ./*.deb . && rm ./*.deb)
     mv "$dir.new" "$dir"
   fi
   echo "$dir"

@@ -20,14 +20,14 @@ in_box() { local box=$1; shift; nsenter -t "$(box_pid "$box")" -m -n -p -u -i -C
 box_cgroups() {
   local controller own
   if [ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ]; then
-    echo "/sys/fs/cgroup/portolan-$LANE/$1"
+    echo "/sys/fs/cgroup/portolan-$CLUSTER/$1"
     return
   fi
   for controller in cpu cpuacct cpuset memory devices freezer blkio pids systemd; do
     [ -d "/sys/fs/cgroup/$controller" ] || continue
     own=$(awk -F: -v c="$controller" '{ n = split($2, names, ",")
       for (i = 1; i <= n; i++) if (names[i] == c || names[i] == "name=" c) print $3 }' /proc/self/cgroup)
-    echo "/sys/fs/cgroup/$controller${own%/}/portolan-$LANE/$1"
+    echo "/sys/fs/cgroup/$controller${own%/}/portolan-$CLUSTER/$1"
   done
 }
 
@@ -67,6 +67,8 @@ box_start() {
   }
   local pidns
   eventually 10 find_child || { cat "$STATE/$box/logs/init.log" >&2; die "$box did not start"; }
+  # On a machine with cgroup v2 only: a cgroup with a process in it may not give controllers to its children. pid 1 moves itself.
+  [ ! -e /sys/fs/cgroup/cgroup.procs ] || echo "$unshare" > /sys/fs/cgroup/cgroup.procs
   echo "$pid" > "$STATE/$box/pid"
   echo "$pidns" > "$STATE/$box/pidns"
 }

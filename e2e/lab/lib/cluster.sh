@@ -4,7 +4,7 @@
 # lane_mend NODE, lane_down, lane_logs NODE, lane_import TARS...
 
 built() { cat "$KIT/current" 2> /dev/null; }
-need_up() { box_alive control-plane || die "the $LANE cluster is not up: e2e/lab/lab up"; }
+need_up() { box_alive control-plane || die "the cluster $CLUSTER is not up: e2e/lab/lab up"; }
 nodes() { cat "$STATE/nodes"; }
 need_node() { need_up; grep -qxF "$1" "$STATE/nodes" || die "no node $1; there are: $(nodes | tr '\n' ' ')"; }
 number() { grep -nxF "$1" "$STATE/nodes" | cut -d: -f1; }
@@ -48,32 +48,35 @@ node_object() {
     kubectl patch node "$1" -p "{\"spec\": {\"podCIDR\": \"$cidr\", \"podCIDRs\": [\"$cidr\"]}}" > /dev/null
 }
 
-# renewed NODE SINCE: the node's kubelet has said that it lives, after SINCE (a node that just crashed is "Ready" for a while)
+# renewed NODE SINCE: its kubelet has said after SINCE that it lives. A node that just crashed is still "Ready" for a while.
 renewed() {
   local at
   at=$(kubectl -n kube-node-lease get lease "$1" -o 'jsonpath={.spec.renewTime}' 2> /dev/null) && [[ $at > $2 ]]
 }
+node_is_ready() {
+  [ "$(kubectl get node "$1" -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}' 2> /dev/null)" = True ]
+}
 
-wait_for_nodes() {   # SINCE NODES...
-  local since=$1 node
-  shift
-  for node; do
-    eventually 300 renewed "$node" "$since" || die "$node does not come up: e2e/lab/lab logs $node"
-    kubectl wait --for=condition=Ready "node/$node" --timeout=300s > /dev/null || die "$node does not become Ready"
-    say "$node is Ready"
+# wait_for_node NODE [SINCE]
+wait_for_node() {
+  local end=$((SECONDS + 300))
+  until { [ -z "${2:-}" ] || renewed "$1" "$2"; } && node_is_ready "$1"; do
+    lane_alive "$1" || die "$1 died: e2e/lab/lab logs $1"
+    ((SECONDS < end)) || die "$1 is not Ready after 300 s: e2e/lab/lab logs $1"
+    sleep 0.2
   done
+  say "$1 is Ready"
 }
 
 now() { date -u +%Y-%m-%dT%H:%M:%S.%6NZ; }
 
 cluster_up() {
-  local node since
-  box_alive control-plane && die "the $LANE cluster is up already"
+  local node k
+  box_alive control-plane && die "the cluster $CLUSTER is up already"
   [ ! -e "$STATE" ] || lane_down   # what a dead one left
   lane_prepare
   mkdir -p "$STATE"
   for k in $(seq "$1"); do lane_name "$k"; done > "$STATE/nodes"
-  since=$(now)
   control_plane_start
   say "control plane started"
   for node in $(nodes); do lane_start "$node" "$(number "$node")"; done
@@ -82,14 +85,13 @@ cluster_up() {
   say "API ready"
   for node in $(nodes); do node_object "$node"; done
   sed "s#@BIN@#$(lane_bin)#" "$LAB/addons/coredns.yaml" | kubectl apply -f - > /dev/null
-  # shellcheck disable=SC2046
-  wait_for_nodes "$since" $(nodes)
+  for node in $(nodes); do wait_for_node "$node"; done
   kubectl -n kube-system rollout status deployment/coredns --timeout=180s > /dev/null || die "the cluster's DNS does not start"
   say "cluster DNS runs"
 }
 
 cluster_down() {
-  [ -e "$STATE" ] || { say "the $LANE cluster is not up"; return; }
+  [ -e "$STATE" ] || { say "the cluster $CLUSTER is not up"; return; }
   lane_down
-  say "the $LANE cluster is down"
+  say "the cluster $CLUSTER is down"
 }

@@ -2,13 +2,14 @@
 # Sourced by every script of the lab: places, names, and how to say what goes on.
 
 LAB=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-LANE=${LANE:-native}
+export LANE=${LANE:-native}
 CACHE=${PORTOLAN_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/portolan}
-STATE=$CACHE/state/$LANE   # of the running cluster
-KIT=$CACHE/lab             # what was built
-NET=10.89.0                # nodes: .1 is the control plane, .10+k node k
-POD=10.244                 # pods of node k: .k.0/24
-SVC=10.96                  # services
+CLUSTER=${LAB_NAME:-$LANE}  # several can run side by side, under names of their own
+STATE=$CACHE/state/$CLUSTER # of the running cluster
+KIT=$CACHE/lab              # what was built
+NET=10.89.0                 # nodes: .1 is the control plane, .10+k node k
+POD=10.244                  # pods of node k: .k.0/24
+SVC=10.96                   # services
 POOL=portolan
 
 say() { printf '[%5.1fs] %s\n' "$(elapsed)" "$*" >&2; }

@@ -7,6 +7,7 @@ GUEST_PACKAGES=mount,zfsutils-linux,udev,kmod,iproute2,nftables,e2fsprogs,xfspro
 BUILD_PACKAGES=(mmdebstrap cpio busybox-static openssh-client gcc-12 make e2fsprogs)
 
 # A separate configuration of apt, so that this machine's own package sources stay as they are.
+# shellcheck disable=SC2154
 oz_apt() {
   local command=$1
   shift

@@ -145,7 +145,7 @@ lane_logs() {
 
 lane_down() {
   local node
-  for node in $(cat "$STATE/nodes" 2> /dev/null); do lane_kill "$node"; done
+  for node in $(nodes 2> /dev/null); do lane_kill "$node"; done
   box_kill control-plane
   rm -rf --one-file-system "$STATE"
 }

@@ -21,7 +21,8 @@ pki_leaf() {
 
 # pki_make NODES...
 pki_make() (
-  mkdir -p "$STATE/pki" && cd "$STATE/pki"
+  mkdir -p "$STATE/pki"
+  cd "$STATE/pki" || exit
   local k=0 node in_cluster=DNS:kubernetes
   pki_authority ca
   pki_authority front-proxy-ca
