@@ -6,7 +6,7 @@ mod setup;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use portolan_csi::transfer::{Limits, RefusalCode, TransferError};
+use portolan_csi::transfer::{Limits, RefusalCode, TransferError, fetch};
 use portolan_zfs::memory::{Fault, Memory};
 use portolan_zfs::{DatasetName, ErrorKind, Property, Zfs};
 
@@ -38,14 +38,14 @@ async fn there_and_back(a: &(impl Node<Zfs: Clone> + Sync), b: &(impl Node<Zfs: 
     let mut what = fetching(server_a.address, "node-a", &one, b);
     what.properties = vec![Property::canmount_noauto(), b.mountpoint("pvc-1"), Property::readonly(true)];
     let tell = |bytes| progress.store(bytes, Ordering::Relaxed);
-    let full = portolan_csi::transfer::fetch(&at_b, b.zfs(), Limits::default(), what.clone(), tell).await.unwrap();
+    let full = fetch(&at_b, b.zfs(), Limits::default(), what.clone(), tell).await.unwrap();
     assert_eq!((full.snapshot.guid, full.base.clone()), (one.guid, None));
     assert!(full.bytes > 3 << 20, "{}", full.bytes);
     assert_eq!(progress.load(Ordering::Relaxed), full.bytes);
     let copy = b.zfs().dataset(&what.target).await.unwrap();
     assert!(copy.readonly && !copy.mounted);
 
-    let again = portolan_csi::transfer::fetch(&at_b, b.zfs(), Limits::default(), what, |_| {}).await.unwrap();
+    let again = fetch(&at_b, b.zfs(), Limits::default(), what, |_| {}).await.unwrap();
     assert_eq!((again.bytes, again.snapshot.guid), (0, one.guid), "what is there is not sent again");
 
     // B becomes the owner, writes a little, and A takes it back.
@@ -56,7 +56,7 @@ async fn there_and_back(a: &(impl Node<Zfs: Clone> + Sync), b: &(impl Node<Zfs: 
     a.zfs().set_readonly(&volume, true).await.unwrap();
     let two = write_and_snapshot(b, &volume, b"after", "portolan-2").await;
     let what = fetching(server_b.address, "node-b", &two, a);
-    let delta = portolan_csi::transfer::fetch(&at_a, a.zfs(), Limits::default(), what, |_| {}).await.unwrap();
+    let delta = fetch(&at_a, a.zfs(), Limits::default(), what, |_| {}).await.unwrap();
     assert_eq!((delta.snapshot.guid, delta.base.unwrap().short()), (two.guid, "portolan-1"));
     assert!(delta.bytes < 200_000, "a delta of a few bytes took {}", delta.bytes);
     a.zfs().mount(&volume).await.unwrap();
@@ -81,9 +81,7 @@ async fn strangers_are_refused() {
     let one = source(&a).await;
     let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
     let what = fetching(server.address, "node-a", &one, &b);
-    let try_as = async |identity| {
-        portolan_csi::transfer::fetch(&identity, b.zfs(), Limits::default(), what.clone(), |_| {}).await
-    };
+    let try_as = async |identity| fetch(&identity, b.zfs(), Limits::default(), what.clone(), |_| {}).await;
 
     let error = try_as(other.identity("node-b")).await.unwrap_err();
     assert!(matches!(error, TransferError::Connection { .. }), "another authority: {error}");
@@ -103,9 +101,7 @@ async fn strangers_are_refused() {
     // A server with a good certificate, but another node's.
     let mut wrong = what.clone();
     wrong.node = "node-x".into();
-    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), wrong, |_| {})
-        .await
-        .unwrap_err();
+    let error = fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), wrong, |_| {}).await.unwrap_err();
     assert!(error.to_string().contains("node-x"), "{error}");
     assert_eq!(server.asked(), 1, "a server that isn't the one we mean gets no request");
     assert_nothing(&b, "pvc-1").await;
@@ -122,9 +118,7 @@ async fn a_certificate_that_names_no_node_is_no_identity() {
     let one = source(&a).await;
     let server = Server::start(&ca.try_identity("node:node-z", "node-a").unwrap(), &a, "node-b").await;
     let what = fetching(server.address, "node-a", &one, &b);
-    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {})
-        .await
-        .unwrap_err();
+    let error = fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {}).await.unwrap_err();
     assert!(matches!(error, TransferError::WrongPeer { .. }), "{error}");
     assert_eq!(server.asked(), 0);
 }
@@ -138,15 +132,13 @@ async fn a_cut_connection_leaves_nothing() {
     for bytes in [2_000, 100_000, 3 << 20, 6 << 20] {
         let address = cut_after(server.address, bytes).await;
         let what = fetching(address, "node-a", &one, &b);
-        let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {})
-            .await
-            .unwrap_err();
+        let error = fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {}).await.unwrap_err();
         let expected = matches!(error, TransferError::Truncated { .. } | TransferError::Connection { .. });
         assert!(expected && error.is_retryable(), "cut after {bytes}: {error}");
         assert_nothing(&b, "pvc-1").await;
     }
     let what = fetching(server.address, "node-a", &one, &b);
-    portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {}).await.unwrap();
+    fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {}).await.unwrap();
 }
 
 #[tokio::test]
@@ -161,11 +153,49 @@ async fn a_source_that_dies_in_the_middle_leaves_nothing() {
             a.node.signal("KILL");
         }
     };
-    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, kill)
-        .await
-        .unwrap_err();
+    let error = fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, kill).await.unwrap_err();
     assert!(matches!(error, TransferError::Truncated { .. }), "{error}");
     assert_nothing(&b, "pvc-1").await;
+}
+
+#[tokio::test]
+async fn a_fetch_that_was_dropped_can_be_begun_again_at_once() {
+    let (a, b, ca) = (setup::real(), setup::real(), Authority::new());
+    let volume = create(&a, "pvc-1").await;
+    let one = write_and_snapshot(&a, &volume, &noise(16 << 20), "portolan-1").await;
+    let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
+    let (what, identity) = (fetching(server.address, "node-a", &one, &b), ca.identity("node-b"));
+    let begun = tokio::sync::Notify::new();
+    let tell = |bytes| {
+        if bytes > 4 << 20 {
+            begun.notify_one();
+        }
+    };
+    let first = fetch(&identity, b.zfs(), Limits::default(), what.clone(), tell);
+    tokio::select! {
+        ended = first => panic!("too early: {ended:?}"),
+        () = begun.notified() => {}
+    }
+    let begin = std::time::Instant::now();
+    while let Err(error) = fetch(&identity, b.zfs(), Limits::default(), what.clone(), |_| {}).await {
+        assert!(error.is_retryable(), "{error}");
+        assert!(begin.elapsed() < Duration::from_secs(20), "{error}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(b.zfs().snapshots(&what.target).await.unwrap()[0].guid, one.guid);
+}
+
+#[tokio::test]
+async fn properties_that_an_interrupted_receive_left_out_are_made_up_for() {
+    let (a, b, ca) = (memory(), memory(), Authority::new());
+    let one = source(&a).await;
+    let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
+    let mut what = fetching(server.address, "node-a", &one, &b);
+    for readonly in [false, true] {
+        fetch(&ca.identity("node-b"), &b, Limits::default(), what.clone(), |_| {}).await.unwrap();
+        assert_eq!(b.dataset(&what.target).await.unwrap().readonly, readonly);
+        what.properties = vec![Property::readonly(true)];
+    }
 }
 
 #[tokio::test]
@@ -180,9 +210,7 @@ async fn a_server_that_is_shut_down_in_the_middle_leaves_nothing() {
             server.shutdown.cancel();
         }
     };
-    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, stop)
-        .await
-        .unwrap_err();
+    let error = fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, stop).await.unwrap_err();
     assert!(matches!(error, TransferError::Truncated { .. } | TransferError::Connection { .. }), "{error}");
     assert_nothing(&b, "pvc-1").await;
 }
@@ -194,13 +222,11 @@ async fn a_send_that_fails_gets_no_trailer() {
     a.inject("send_end", 1, Fault::Fail(ErrorKind::Other));
     let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
     let what = fetching(server.address, "node-a", &one, &b);
-    let fetch = async || {
-        portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what.clone(), |_| {}).await
-    };
-    let error = fetch().await.unwrap_err();
+    let try_with = async || fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what.clone(), |_| {}).await;
+    let error = try_with().await.unwrap_err();
     assert!(matches!(error, TransferError::Truncated { .. }), "{error}");
     assert_nothing(&b, "pvc-1").await;
-    fetch().await.unwrap();
+    try_with().await.unwrap();
 }
 
 #[tokio::test]
@@ -211,9 +237,7 @@ async fn a_stream_without_its_right_trailer_leaves_nothing() {
     for lie in [Lie::WrongHash, Lie::WrongLength, Lie::NoTrailer, Lie::HugeFrame] {
         let rogue = Rogue::start(&ca.identity("node-a"), a.zfs(), &one.name, lie).await;
         let what = fetching(rogue.address, "node-a", &one, &b);
-        let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {})
-            .await
-            .unwrap_err();
+        let error = fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {}).await.unwrap_err();
         match lie {
             Lie::WrongHash | Lie::WrongLength => {
                 assert!(matches!(error, TransferError::Damaged { .. }), "{lie:?}: {error}")
@@ -232,17 +256,13 @@ async fn another_snapshot_than_the_one_asked_for_is_reported() {
     let rogue = Rogue::start(&ca.identity("node-a"), a.zfs(), &one.name, Lie::None).await;
     let mut what = fetching(rogue.address, "node-a", &one, &b);
     what.request.guid.0 += 1;
-    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {})
-        .await
-        .unwrap_err();
+    let error = fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {}).await.unwrap_err();
     assert!(matches!(error, TransferError::WrongGuid { .. }), "{error}");
     // An honest server says that it has no such snapshot.
     let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
     let mut what = fetching(server.address, "node-a", &one, &memory());
     what.request.guid.0 += 1;
-    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), &memory(), Limits::default(), what, |_| {})
-        .await
-        .unwrap_err();
+    let error = fetch(&ca.identity("node-b"), &memory(), Limits::default(), what, |_| {}).await.unwrap_err();
     assert!(
         matches!(&error, TransferError::Refused { refusal, .. } if refusal.code == RefusalCode::NotFound),
         "{error}"
@@ -257,7 +277,7 @@ async fn silence_ends_a_transfer() {
     let rogue = Rogue::start(&ca.identity("node-a"), a.zfs(), &one.name, Lie::Silence).await;
     let limits = Limits { idle: Duration::from_millis(500), ..Limits::default() };
     let what = fetching(rogue.address, "node-a", &one, &b);
-    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), limits, what, |_| {}).await.unwrap_err();
+    let error = fetch(&ca.identity("node-b"), b.zfs(), limits, what, |_| {}).await.unwrap_err();
     assert!(matches!(error, TransferError::Idle { .. }), "{error}");
     assert_nothing(&b, "pvc-1").await;
 }
@@ -268,20 +288,20 @@ async fn a_copy_that_was_written_is_neither_overwritten_nor_rolled_back() {
     let volume = create(&a, "pvc-1").await;
     let one = write_and_snapshot(&a, &volume, b"one", "portolan-1").await;
     let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
-    let fetch = async |snapshot| {
+    let try_with = async |snapshot| {
         let mut what = fetching(server.address, "node-a", snapshot, &b);
         what.properties = vec![Property::canmount_noauto(), b.mountpoint("pvc-1")];
-        portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {}).await
+        fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {}).await
     };
-    fetch(&one).await.unwrap();
+    try_with(&one).await.unwrap();
     b.zfs().mount(&volume).await.unwrap();
     b.write(&volume, b"mine");
     b.zfs().unmount(&volume).await.unwrap();
     let two = write_and_snapshot(&a, &volume, &noise(1 << 20), "portolan-2").await;
-    let error = fetch(&two).await.unwrap_err();
+    let error = try_with(&two).await.unwrap_err();
     assert!(matches!(error, TransferError::Diverged { .. }) && !error.is_retryable(), "{error}");
     b.zfs().snapshot(&volume.snapshot("own").unwrap()).await.unwrap();
-    let error = fetch(&two).await.unwrap_err();
+    let error = try_with(&two).await.unwrap_err();
     assert!(matches!(error, TransferError::Diverged { .. }) && error.to_string().contains("own"), "{error}");
     b.zfs().mount(&volume).await.unwrap();
     assert_eq!(b.read(&volume), b"mine");
@@ -289,11 +309,13 @@ async fn a_copy_that_was_written_is_neither_overwritten_nor_rolled_back() {
 
     // A dataset of that name that has nothing in common with the source's.
     let stranger = setup::real();
-    create(&stranger, "pvc-1").await;
+    let other = create(&stranger, "pvc-1").await;
     let what = fetching(server.address, "node-a", &two, &stranger);
-    let error = portolan_csi::transfer::fetch(&ca.identity("node-b"), stranger.zfs(), Limits::default(), what, |_| {})
-        .await
-        .unwrap_err();
+    let error = fetch(&ca.identity("node-b"), stranger.zfs(), Limits::default(), what, |_| {}).await.unwrap_err();
+    assert!(matches!(error, TransferError::Unsettled { .. }), "{error}");
+    stranger.zfs().snapshot(&other.snapshot("own").unwrap()).await.unwrap();
+    let what = fetching(server.address, "node-a", &two, &stranger);
+    let error = fetch(&ca.identity("node-b"), stranger.zfs(), Limits::default(), what, |_| {}).await.unwrap_err();
     assert!(matches!(error, TransferError::Diverged { .. }), "{error}");
     assert!(stranger.zfs().dataset(&volume).await.is_ok());
 }
@@ -305,12 +327,11 @@ async fn a_new_certificate_counts_from_the_next_connection() {
     let (old, new) = (Authority::new(), Authority::new());
     let server = Server::start(&old.identity("node-a"), &a, "node-b").await;
     let what = fetching(server.address, "node-a", &one, &b);
-    let fetch = async |ca: &Authority| {
-        portolan_csi::transfer::fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what.clone(), |_| {}).await
-    };
-    assert!(fetch(&new).await.is_err());
+    let try_with =
+        async |ca: &Authority| fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what.clone(), |_| {}).await;
+    assert!(try_with(&new).await.is_err());
     server.identity.send_replace(new.identity("node-a").into());
-    fetch(&new).await.unwrap();
+    try_with(&new).await.unwrap();
 }
 
 #[tokio::test]
@@ -324,10 +345,10 @@ async fn more_streams_than_allowed_are_told_to_come_back() {
     let (b, c) = (memory(), memory());
     let what = fetching(server.address, "node-a", &one, &b);
     let begun = tokio::sync::Notify::new();
-    let slow = portolan_csi::transfer::fetch(&identity, &b, Limits::default(), what.clone(), |_| begun.notify_one());
+    let slow = fetch(&identity, &b, Limits::default(), what.clone(), |_| begun.notify_one());
     let second = async {
         begun.notified().await;
-        portolan_csi::transfer::fetch(&identity, &c, Limits::default(), what.clone(), |_| {}).await
+        fetch(&identity, &c, Limits::default(), what.clone(), |_| {}).await
     };
     let error = tokio::select! {
         _ = slow => panic!("it hangs"),

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use portolan_zfs::memory::{Fault, Memory};
-use portolan_zfs::{CommandLine, DatasetName, ErrorKind, Implementation, PoolHealth, Property, Zfs, ZfsError};
+use portolan_zfs::{CommandLine, DatasetName, ErrorKind, Implementation, PoolHealth, Property, Runner, Zfs, ZfsError};
 
 use contract::{Node, truncated_stream};
 use node::ZfsFuseNode;
@@ -152,20 +152,49 @@ async fn a_daemon_that_hangs_is_a_timeout_and_holds_nobody_up() {
     assert_eq!(kind(node.zfs().dataset(&volume).await), ErrorKind::NotFound);
 }
 
+/// A `zfs` that says busy a number of times before it does as told; it keeps count in a file.
+fn stubborn(folder: &std::path::Path, times: u32) -> CommandLine {
+    let script = folder.join("stubborn");
+    let count = folder.join("count");
+    let text = format!(
+        "[ \"$2\" = get ] && {{ echo no; exit; }}\necho x >> {count}\n[ $(wc -l < {count}) -gt {times} ] && exit\n\
+         echo \"cannot $2 '$3': dataset is busy\" >&2; exit 1\n",
+        count = count.display()
+    );
+    std::fs::write(&script, text).unwrap();
+    CommandLine::new(Runner::new().with_prefix(["sh", script.to_str().unwrap()]))
+}
+
 #[tokio::test]
-async fn destroying_right_after_unmounting_works_every_time() {
-    let node = ZfsFuseNode::start(256);
-    let zfs = node.zfs();
-    for round in 0..8 {
-        let volume = node.pool().child(&format!("v{round}")).unwrap();
-        let mountpoint = Property::new("mountpoint", node.mountpoint(volume.short()).to_str().unwrap()).unwrap();
-        zfs.create_filesystem(&volume, &[Property::canmount_noauto(), mountpoint]).await.unwrap();
-        zfs.mount(&volume).await.unwrap();
-        std::fs::write(node.files(volume.short()).join("f"), "x").unwrap();
-        zfs.snapshot(&volume.snapshot("s").unwrap()).await.unwrap();
-        zfs.destroy_with_snapshots(&volume).await.unwrap();
-        assert_eq!(kind(zfs.dataset(&volume).await), ErrorKind::NotFound);
+async fn a_call_refused_as_busy_is_made_again_but_not_for_ever() {
+    let volume = DatasetName::new("tank/v").unwrap();
+    for (times, ends) in [(3, Ok(())), (100, Err(ErrorKind::Busy))] {
+        let new = || tempfile::tempdir().unwrap();
+        let (destroy, unmount, mount) = (new(), new(), new());
+        let kind = |result: Result<(), ZfsError>| result.map_err(|error| error.kind);
+        assert_eq!(kind(stubborn(destroy.path(), times).destroy_dataset(&volume).await), ends);
+        assert_eq!(kind(stubborn(unmount.path(), times).unmount(&volume).await), ends);
+        assert_eq!(kind(stubborn(mount.path(), times).mount(&volume).await), ends);
     }
+}
+
+#[tokio::test]
+async fn commands_are_the_ones_under_the_new_root() {
+    let root = tempfile::tempdir().unwrap();
+    let put = |from: &str, to: &str| {
+        let to = root.path().join(to);
+        std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+        std::fs::copy(from, to).unwrap();
+    };
+    // A `zpool` that says what it was asked, and what it needs to run.
+    put("/bin/echo", "usr/sbin/zpool");
+    let libraries = std::process::Command::new("ldd").arg("/bin/echo").output().unwrap();
+    for word in String::from_utf8_lossy(&libraries.stdout).split_whitespace().filter(|word| word.starts_with('/')) {
+        put(word, &word[1..]);
+    }
+    let zfs = CommandLine::new(Runner::new().with_chroot(root.path()));
+    let said = zfs.pool_health(&DatasetName::new("tank/v").unwrap()).await.unwrap();
+    assert_eq!(said, PoolHealth::Unknown("list -H -o health tank".into()));
 }
 
 #[tokio::test]

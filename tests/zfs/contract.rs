@@ -122,7 +122,7 @@ async fn names_and_properties(node: &impl Node) {
     zfs.set_property(&volume, &Property::new("portolan:epoch", "7").unwrap()).await.unwrap();
     zfs.set_property(&volume, &Property::new("portolan:epoch", "7").unwrap()).await.unwrap();
     zfs.set_readonly(&volume, true).await.unwrap();
-    zfs.create_filesystem(&volume.child("below").unwrap(), &[Property::canmount_noauto()]).await.unwrap();
+    zfs.create_filesystem(&volume.child("kid").unwrap(), &[Property::canmount_noauto()]).await.unwrap();
     let children = zfs.children(&pool).await.unwrap();
     assert_eq!(children.iter().map(|child| child.name.short()).collect::<Vec<_>>(), ["named"]);
     assert!(children[0].readonly);
@@ -131,8 +131,11 @@ async fn names_and_properties(node: &impl Node) {
     assert_eq!(below.len(), 1);
     assert!(!below[0].user.contains_key("portolan:epoch"), "inherited properties are not its own");
 
-    assert!(zfs.destroy_with_snapshots(&volume).await.unwrap_err().stderr.contains("below"));
-    zfs.destroy_dataset(&volume.child("below").unwrap()).await.unwrap();
+    let snapshot = zfs.snapshot(&volume.snapshot("s").unwrap()).await.unwrap();
+    assert_eq!(kind(zfs.destroy_with_snapshots(&volume).await), ErrorKind::Other, "there is a dataset below it");
+    assert_eq!(zfs.snapshots(&volume).await.unwrap(), [snapshot.clone()], "a refused destroy leaves all");
+    zfs.destroy_dataset(&volume.child("kid").unwrap()).await.unwrap();
+    zfs.destroy_snapshot(&snapshot.name).await.unwrap();
     let renamed = pool.child("renamed").unwrap();
     zfs.rename(&volume, &renamed).await.unwrap();
     assert_eq!(kind(zfs.dataset(&volume).await), ErrorKind::NotFound);
@@ -170,17 +173,17 @@ async fn snapshots_and_holds(node: &impl Node) {
     }
     assert_eq!(zfs.snapshots(&volume).await.unwrap(), taken, "in the order of their making");
     assert!(taken[0].guid != taken[1].guid && taken[1].guid != taken[2].guid);
-    let z = volume.snapshot("z").unwrap();
+    let (z, newest) = (volume.snapshot("z").unwrap(), volume.snapshot("m").unwrap());
     assert_eq!(kind(zfs.snapshot(&z).await), ErrorKind::AlreadyExists);
     assert_eq!(kind(zfs.destroy_snapshot(&volume.snapshot("none").unwrap()).await), ErrorKind::NotFound);
-    zfs.hold(&z, "portolan").await.unwrap();
-    zfs.hold(&z, "portolan").await.unwrap();
-    assert_eq!(zfs.snapshots(&volume).await.unwrap()[0].holds, 1);
-    assert_eq!(kind(zfs.destroy_snapshot(&z).await), ErrorKind::Busy);
+    zfs.hold(&newest, "portolan").await.unwrap();
+    zfs.hold(&newest, "portolan").await.unwrap();
+    assert_eq!(zfs.snapshots(&volume).await.unwrap()[2].holds, 1);
+    assert_eq!(kind(zfs.destroy_snapshot(&newest).await), ErrorKind::Busy);
     assert_eq!(kind(zfs.destroy_with_snapshots(&volume).await), ErrorKind::Busy);
     assert_eq!(zfs.snapshots(&volume).await.unwrap().len(), 3, "a refused destroy leaves all");
-    zfs.release(&z, "portolan").await.unwrap();
-    zfs.release(&z, "portolan").await.unwrap();
+    zfs.release(&newest, "portolan").await.unwrap();
+    zfs.release(&newest, "portolan").await.unwrap();
     zfs.destroy_snapshot(&z).await.unwrap();
     assert_eq!(zfs.snapshots(&volume).await.unwrap(), taken[1..]);
     zfs.destroy_with_snapshots(&volume).await.unwrap();

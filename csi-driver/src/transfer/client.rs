@@ -52,6 +52,10 @@ pub async fn fetch(
 ) -> Result<Received, TransferError> {
     let ours = snapshots(zfs, &what.target).await?;
     if let Some(there) = ours.iter().flatten().find(|snapshot| snapshot.guid == what.request.guid) {
+        // What received it may have been stopped before it had set them.
+        for property in &what.properties {
+            zfs.set_property(&what.target, property).await?;
+        }
         return Ok(Received { snapshot: there.clone(), bytes: 0, base: None });
     }
     let mut request = what.request.clone();
@@ -95,7 +99,7 @@ async fn snapshots(zfs: &impl Zfs, target: &DatasetName) -> Result<Option<Vec<Sn
 }
 
 async fn connect(identity: &Identity, limits: Limits, what: &Fetch) -> Result<Stream, TransferError> {
-    let failed = |doing| move |source| connection_error(what, limits, doing, source);
+    let failed = |doing| move |source| connection_error(what, doing, source);
     let name = server_name(&what.node).map_err(|error| {
         TransferError::Protocol(format!("node name {:?} is not valid: allowed is a DNS name: {error}", what.node))
     })?;
@@ -117,7 +121,7 @@ async fn connect(identity: &Identity, limits: Limits, what: &Fetch) -> Result<St
 }
 
 async fn ask(stream: &mut Stream, limits: Limits, what: &Fetch, request: &Request) -> Result<Reply, TransferError> {
-    let failed = |source| connection_error(what, limits, "asking", source);
+    let failed = |source| connection_error(what, "asking", source);
     within(limits.idle, "asking", write_header(stream, request)).await.map_err(failed)?;
     let reply: Reply = within(limits.idle, "waiting for the reply", read_header(stream)).await.map_err(failed)?;
     match reply {
@@ -145,7 +149,7 @@ fn base_of(what: &Fetch, ours: Option<&[Snapshot]>, base: Option<Guid>) -> Resul
         (Some(newest), None) => {
             diverged(format!("the source has none of its snapshots, the newest of which is {}", newest.name))
         }
-        (None, _) => diverged("it has no snapshot at all".into()),
+        (None, _) => Err(TransferError::Unsettled { target: what.target.to_string() }),
     }
 }
 
@@ -193,7 +197,7 @@ async fn copy_frames(
     let (mut held, mut next) = (Vec::with_capacity(MAX_FRAME), Vec::with_capacity(MAX_FRAME));
     let cut = |source: io::Error, bytes| match source.kind() {
         io::ErrorKind::UnexpectedEof => Cut::Stream(TransferError::Truncated { node: node(), bytes }),
-        _ => Cut::Stream(connection_error(what, limits, "receiving", source)),
+        _ => Cut::Stream(connection_error(what, "receiving", source)),
     };
     while within(limits.idle, "receiving", read_frame(stream, &mut next)).await.map_err(|error| cut(error, bytes))? {
         hash.update(&next);
@@ -209,9 +213,9 @@ async fn copy_frames(
     Ok((bytes, held))
 }
 
-fn connection_error(what: &Fetch, limits: Limits, doing: &'static str, source: io::Error) -> TransferError {
+fn connection_error(what: &Fetch, doing: &'static str, source: io::Error) -> TransferError {
     match source.kind() {
-        io::ErrorKind::TimedOut => TransferError::Idle { what: doing, limit: limits.idle },
+        io::ErrorKind::TimedOut => TransferError::Idle { node: what.node.clone(), why: source.to_string() },
         io::ErrorKind::InvalidData if source.get_ref().is_some_and(|inner| !inner.is::<rustls::Error>()) => {
             TransferError::Protocol(source.to_string())
         }

@@ -1,7 +1,6 @@
 //! Why a transfer failed, from the target's point of view.
 
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use portolan_zfs::{Guid, InvalidName, SnapshotName, ZfsError};
 
@@ -41,12 +40,12 @@ pub enum TransferError {
         refusal: Refusal,
     },
     /// Nothing moved for too long.
-    #[error("no progress for {limit:?} while {what}")]
+    #[error("node {node}: {why}")]
     Idle {
-        /// What was being done.
-        what: &'static str,
-        /// The limit.
-        limit: Duration,
+        /// The source node.
+        node: String,
+        /// For how long, and while what was being done.
+        why: String,
     },
     /// The stream ended before its trailer: `zfs send` failed or the connection was cut.
     #[error("the stream from node {node} ended after {bytes} bytes without its trailer")]
@@ -74,6 +73,12 @@ pub enum TransferError {
         target: String,
         /// In what.
         why: String,
+    },
+    /// Our dataset is there without any snapshot: a receive into it has not ended yet (ours, that was called off, for one), or somebody made it.
+    #[error("{target} has no snapshot: either an earlier receive has not ended yet, or it is no copy of this volume")]
+    Unsettled {
+        /// Our dataset.
+        target: String,
     },
     /// All was received, but the snapshot's GUID is not the one that was asked for.
     #[error("received {snapshot} does not have GUID {expected}")]
@@ -103,7 +108,11 @@ impl TransferError {
     /// Whether trying again may succeed without anybody changing anything.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Connection { .. } | Self::Idle { .. } | Self::Truncated { .. } | Self::Damaged { .. } => true,
+            Self::Connection { .. }
+            | Self::Idle { .. }
+            | Self::Truncated { .. }
+            | Self::Damaged { .. }
+            | Self::Unsettled { .. } => true,
             Self::Refused { refusal, .. } => refusal.code.is_retryable(),
             Self::Zfs(error) => error.is_retryable(),
             Self::WrongPeer { .. }

@@ -13,7 +13,8 @@ use crate::probe::{self, Implementation, Probe};
 use crate::runner::Runner;
 use crate::stream::{ReceiveProcess, SendStream};
 
-/// How often, and how far apart, a call is made again that ZFS refuses as busy: zfs-fuse does so at random right after an unmount.
+/// How often, and how far apart, a call is made again that ZFS refuses as busy: zfs-fuse does so at random right after an unmount, to
+/// a mount as well as to a destroy.
 const BUSY_TRIES: u32 = 8;
 const BUSY_PAUSE: Duration = Duration::from_millis(100);
 
@@ -246,7 +247,7 @@ impl Zfs for CommandLine {
     }
 
     async fn mount(&self, name: &DatasetName) -> Result<(), ZfsError> {
-        already(self.run(name, &["zfs", "mount", name.as_str()]).await, "already mounted")
+        already(self.run_unless_busy(name, &["zfs", "mount", name.as_str()]).await, "already mounted")
     }
 
     async fn unmount(&self, name: &DatasetName) -> Result<(), ZfsError> {
