@@ -1,6 +1,7 @@
 //! `portolan-operator`: see the library.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -53,9 +54,19 @@ enum Command {
 }
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> ExitCode {
     let arguments = Arguments::parse();
     portolan_runtime::init_logging(COMPONENT);
+    match run(arguments).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "ended");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let stop = portolan_runtime::shutdown();
     let namespace = portolan_runtime::namespace();
     let client = Client::try_default().await.context("can't find out how to reach the Kubernetes API")?;

@@ -57,7 +57,7 @@ pub async fn run(client: Client, events: Events, metrics: Metrics, stop: Cancell
             let wait = match result {
                 Ok(()) => RESYNC,
                 Err(error) => {
-                    tracing::warn!(error = %error, cause = ?error, "a pass over the networks failed");
+                    tracing::warn!(error = &error as &dyn std::error::Error, "a pass over the networks failed");
                     RETRY
                 }
             };
