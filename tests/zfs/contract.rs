@@ -133,7 +133,7 @@ async fn names_and_properties(node: &impl Node) {
 
     let snapshot = zfs.snapshot(&volume.snapshot("s").unwrap()).await.unwrap();
     assert_eq!(kind(zfs.destroy_with_snapshots(&volume).await), ErrorKind::Other, "there is a dataset below it");
-    assert_eq!(zfs.snapshots(&volume).await.unwrap(), [snapshot.clone()], "a refused destroy leaves all");
+    assert_eq!(zfs.snapshots(&volume).await.unwrap(), std::slice::from_ref(&snapshot), "a refused destroy leaves all");
     zfs.destroy_dataset(&volume.child("kid").unwrap()).await.unwrap();
     zfs.destroy_snapshot(&snapshot.name).await.unwrap();
     let renamed = pool.child("renamed").unwrap();

@@ -85,6 +85,7 @@ const MESSAGES: &[(&str, ErrorKind)] = &[
     ("failed to initialize zfs library", ErrorKind::PoolUnavailable),
     ("modules are not loaded", ErrorKind::PoolUnavailable),
     ("/dev/zfs", ErrorKind::PoolUnavailable),
+    ("zfs_version_kernel() failed", ErrorKind::PoolUnavailable),
     ("no such pool", ErrorKind::PoolUnavailable),
     ("i/o is currently suspended", ErrorKind::PoolUnavailable),
     ("pool is unavailable", ErrorKind::PoolUnavailable),

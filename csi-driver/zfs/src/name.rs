@@ -32,7 +32,7 @@ impl DatasetName {
         let pool = name.split('/').next().unwrap_or_default();
         let good = name.len() <= LONGEST
             && pool.starts_with(|c: char| c.is_ascii_alphabetic())
-            && name.split('/').all(|component| is_component(component));
+            && name.split('/').all(is_component);
         if good {
             return Ok(Self(name));
         }
