@@ -101,6 +101,7 @@ const MESSAGES: &[(&str, ErrorKind)] = &[
     ("quota exceeded", ErrorKind::NoSpace),
     ("size is greater than available space", ErrorKind::NoSpace),
     ("is busy", ErrorKind::Busy),
+    ("being held", ErrorKind::Busy),
     ("device busy", ErrorKind::Busy),
     ("resource busy", ErrorKind::Busy),
     ("umount failed", ErrorKind::Busy),
@@ -147,6 +148,7 @@ mod tests {
             ("cannot destroy 'tank/v1@a': dataset is busy", ErrorKind::Busy),
             ("umount: /mnt: target is busy.\ncannot unmount '/mnt': umount failed", ErrorKind::Busy),
             ("cannot unmount '/tank/a': pool or dataset is busy", ErrorKind::Busy),
+            ("cannot destroy snapshot tank/a@m: it's being held. Run 'zfs holds -r tank/a@m' to see holders.", ErrorKind::Busy),
             ("cannot create 'tank/rr': out of space", ErrorKind::NoSpace),
             (
                 "cannot receive new filesystem stream: destination 'tank/v' exists\nmust specify -F to overwrite it",
