@@ -21,24 +21,24 @@ buildah_in() {
 
 # image_archive NAME TAR CONTEXT: builds CONTEXT/Containerfile, for any kernel and without a network, into an archive with that name in it.
 image_archive() {
-  local name=$1 tar=$2 context=$3 store
-  rm -f "$tar.new"
+  local name=$1 tar=$2 context=$3 new=$2.new.$$ store
+  rm -f "$new"
   case $(image_engine) in
     docker)
       docker build -q -t "$name" -f "$context/Containerfile" "$context"
-      docker save -o "$tar.new" "$name"
+      docker save -o "$new" "$name"
       ;;
     podman)
       podman build -q -t "$name" -f "$context/Containerfile" "$context"
-      podman save -q --format docker-archive -o "$tar.new" "$name"
+      podman save -q --format docker-archive -o "$new" "$name"
       ;;
     buildah)
       # A store of its own, thrown away: vfs works on every file system and in every container, but copies whole images.
       store=$(mktemp -d)
       buildah_in "$store" bud -q --isolation chroot --layers=false --timestamp 0 -t "$name" -f "$context/Containerfile" "$context"
-      buildah_in "$store" push -q "$name" "docker-archive:$tar.new:$name"
+      buildah_in "$store" push -q "$name" "docker-archive:$new:$name"
       rm -rf "$store"
       ;;
   esac
-  mv "$tar.new" "$tar"
+  mv "$new" "$tar"
 }

@@ -24,10 +24,13 @@ step() {
   local what=$1 log pid began=$SECONDS told=$SECONDS
   shift
   mkdir -p "$CACHE/log"
-  log=$CACHE/log/$(tr -cs 'A-Za-z0-9.\n' - <<< "$what").log
+  log=$CACHE/log/$(tr -cs 'A-Za-z0-9.\n' - <<< "$what").$$.log   # two may be at the same thing
   say "$what ..."
+  set -m   # a process group of its own, so that all of it can be ended
   (set -e; "$@") > "$log" 2>&1 < /dev/null &
   pid=$!
+  set +m
+  trap 'kill -- "-$pid" 2> /dev/null; exit 130' INT TERM
   while kill -0 "$pid" 2> /dev/null; do
     sleep 0.1
     if ((SECONDS - told >= 15)); then
@@ -36,6 +39,8 @@ step() {
     fi
   done
   wait "$pid" || { tail -n 30 "$log" >&2; die "$what failed; the whole log is $log"; }
+  trap - INT TERM
+  rm -f "$log"
   say "$what: done in $((SECONDS - began)) s"
 }
 
