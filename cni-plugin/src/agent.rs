@@ -14,7 +14,7 @@ use crate::{Answer, Request};
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Where a person should look when the agent doesn't answer.
-pub(crate) const HINT: &str = "is this node's pod of DaemonSet portolan-network running? kubectl -n portolan-system get pods -o wide -l app.kubernetes.io/component=network";
+pub(crate) const HINT: &str = "is this node's pod of DaemonSet portolan-network running? kubectl get pods -A -o wide -l app.kubernetes.io/name=portolan-network";
 
 /// The agent could not be asked.
 #[derive(Debug, thiserror::Error)]

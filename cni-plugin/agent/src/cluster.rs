@@ -1,6 +1,11 @@
 //! What the agent sees of the cluster: its own pods, all networks, slices and claims, kept up to date by watches.
 
-use std::{fmt::Debug, hash::Hash, sync::Arc};
+use std::{
+    fmt::Debug,
+    hash::Hash,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures::StreamExt;
 use k8s_openapi::{
@@ -26,6 +31,11 @@ use crate::{
     network::Network,
     pod,
 };
+
+/// How long a pod waits for its network to become ready.
+const NETWORK_PATIENCE: Duration = Duration::from_secs(4);
+/// How often it looks; the watch is what brings the news.
+const NETWORK_POLL: Duration = Duration::from_millis(50);
 
 /// The cluster, as far as this node needs it.
 pub(crate) struct Cluster {
@@ -74,12 +84,16 @@ impl Cluster {
         found.filter(|p| pod::is_pod(p, name.uid.as_deref())).map(Arc::new).ok_or(PlugError::NoPod(full_name))
     }
 
-    /// A network by name.
+    /// A network by name. One that is applied together with its pods gets a moment to become ready: else the kubelet would
+    /// wait ten seconds and more before it tries again.
     pub async fn network(&self, name: &str) -> Result<Network, PlugError> {
-        if let Some(known) = self.networks.get(&ObjectRef::new(name))
-            && let Ok(network) = Network::new(&known)
-        {
-            return Ok(network);
+        let known = || self.networks.get(&ObjectRef::new(name)).and_then(|n| Network::new(&n).ok());
+        let end = Instant::now() + NETWORK_PATIENCE;
+        while Instant::now() < end {
+            match known() {
+                Some(network) => return Ok(network),
+                None => tokio::time::sleep(NETWORK_POLL).await,
+            }
         }
         let api: Api<ContainerNetwork> = Api::all(self.client.clone());
         let found = api.get_opt(name).await.map_err(|e| ApiError::new(format!("get ContainerNetwork {name}"), e))?;

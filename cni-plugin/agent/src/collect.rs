@@ -1,54 +1,80 @@
-//! Collecting what no DEL came for: pods whose namespace is gone, and ports that the journal doesn't know.
+//! Unplugging, and collecting what no DEL came for: pods whose namespace is gone, and ports that the journal doesn't know.
 
 use std::{sync::Arc, time::Duration};
 
-use portolan_net::Namespace;
+use portolan_net::{Dataplane, Namespace};
 use tokio_util::sync::CancellationToken;
 
-use crate::agent::Agent;
+use crate::{
+    agent::Agent,
+    journal::{Endpoint, Journal, JournalError},
+};
 
 /// How long a port may outlive its pod when nobody says so.
 const INTERVAL: Duration = Duration::from_secs(5);
 
+/// A pod could not be unplugged.
+#[derive(Debug, thiserror::Error)]
+pub enum UnplugError {
+    /// Its port could not be removed; the journal still has it.
+    #[error(transparent)]
+    Net(#[from] portolan_net::Error),
+    /// Its entry could not be removed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// Removes a port and then its entry in the journal: killed in between, this is done again.
+///
+/// # Errors
+/// When either can't be removed.
+pub async fn unplug(dataplane: &Dataplane, journal: &Journal, endpoint: &Endpoint) -> Result<(), UnplugError> {
+    let port = endpoint.port();
+    dataplane.remove_port(port.vni, &port.port, Some(port.address)).await?;
+    Ok(journal.remove(&endpoint.id())?)
+}
+
+/// Unplugs the pods whose network namespace is gone, and removes the ports that the journal doesn't know. Returns whether
+/// there was anything to do.
+///
+/// # Errors
+/// The first thing that can't be removed; the next round tries again.
+pub async fn collect(dataplane: &Dataplane, journal: &Journal) -> Result<bool, UnplugError> {
+    let mut found = false;
+    for endpoint in journal.select(|e| Namespace::is_gone(dataplane.root(), &e.netns)) {
+        unplug(dataplane, journal, &endpoint).await?;
+        found = true;
+        let (pod, network, netns) = (endpoint.pod, endpoint.network, endpoint.netns.display());
+        tracing::info!(pod, network, %netns, "collected: its namespace is gone");
+    }
+    let known: Vec<_> = journal.select(|_| true).iter().map(Endpoint::port).collect();
+    for vni in dataplane.networks()? {
+        for port in dataplane.ports(vni).await? {
+            if !known.iter().any(|k| k.vni == vni && k.port == port) {
+                dataplane.remove_port(vni, &port, None).await?;
+                found = true;
+                tracing::info!(vni, port, "collected: the journal doesn't know it");
+            }
+        }
+    }
+    Ok(found)
+}
+
 /// Collects until the agent ends. Needs no API server.
 pub(crate) async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
     loop {
-        agent.collect().await;
+        {
+            // Whoever adds a port has this lock, and the port in the journal before.
+            let _right = agent.applied.lock().await;
+            match collect(&agent.dataplane, &agent.journal).await {
+                Ok(false) => {}
+                Ok(true) => agent.changed.notify_one(),
+                Err(error) => tracing::warn!(%error, "not all that is left over could be collected"),
+            }
+        }
         tokio::select! {
             () = tokio::time::sleep(INTERVAL) => {}
             () = shutdown.cancelled() => return,
         }
-    }
-}
-
-impl Agent {
-    async fn collect(&self) {
-        for endpoint in self.journal.select(|e| Namespace::is_gone(self.dataplane.root(), &e.netns)) {
-            let (pod, network) = (&endpoint.pod, &endpoint.network);
-            match self.unplug(&endpoint).await {
-                Ok(()) => {
-                    tracing::info!(pod, network, netns = %endpoint.netns.display(), "collected: its namespace is gone")
-                }
-                Err(error) => tracing::warn!(pod, network, %error, "not collected"),
-            }
-        }
-        if let Err(error) = self.collect_ports().await {
-            tracing::warn!(%error, "ports that nobody knows not collected");
-        }
-    }
-
-    async fn collect_ports(&self) -> portolan_net::Result<()> {
-        let _right = self.applied.lock().await;
-        // Read under the lock: whoever adds a port has it in the journal before.
-        let known: Vec<_> = self.journal.select(|_| true).iter().map(|e| e.port()).collect();
-        for vni in self.dataplane.networks()? {
-            for port in self.dataplane.ports(vni).await? {
-                if !known.iter().any(|k| k.vni == vni && k.port == port) {
-                    self.dataplane.remove_port(vni, &port, None).await?;
-                    tracing::info!(vni, port, "collected: the journal doesn't know it");
-                }
-            }
-        }
-        Ok(())
     }
 }

@@ -7,7 +7,7 @@ use portolan_cni::Failure;
 use portolan_crds::NETWORKS_ANNOTATION;
 use portolan_net::AddressError;
 
-use crate::{annotation::AnnotationError, journal::JournalError};
+use crate::{annotation::AnnotationError, collect::UnplugError, journal::JournalError};
 
 /// A request of the API server that failed.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +38,8 @@ pub(crate) enum PlugError {
     ForeignClaim { claim: String, address: String, subnet: Ipv4Net },
     #[error("address {address} of ContainerNetwork {network} is still in use here by pod {holder}")]
     AddressInUse { network: String, address: Ipv4Addr, holder: String },
+    #[error("annotation {NETWORKS_ANNOTATION}: the subnets of {one} and {other} overlap; a pod can't be on both")]
+    Overlap { one: String, other: String },
     #[error("pod {0} is not in the API (yet, or any more)")]
     NoPod(String),
     #[error("the agent has not heard from the API server yet")]
@@ -48,17 +50,19 @@ pub(crate) enum PlugError {
     Net(#[from] portolan_net::Error),
     #[error(transparent)]
     Journal(#[from] JournalError),
+    #[error(transparent)]
+    Unplug(#[from] UnplugError),
 }
 
 impl PlugError {
     fn code(&self) -> u32 {
         match self {
-            Self::Annotation(_) | Self::NoSuchNetwork { .. } => Failure::ANNOTATION,
+            Self::Annotation(_) | Self::NoSuchNetwork { .. } | Self::Overlap { .. } => Failure::ANNOTATION,
             Self::NoAddress { .. } | Self::ForeignClaim { .. } => Failure::NO_ADDRESS,
             Self::NotReady { .. } | Self::AddressInUse { .. } | Self::NoPod(_) | Self::NotSynced | Self::Api(_) => {
                 Failure::TRY_AGAIN
             }
-            Self::Net(_) | Self::Journal(_) => Failure::SETUP,
+            Self::Net(_) | Self::Journal(_) | Self::Unplug(_) => Failure::SETUP,
         }
     }
 

@@ -6,6 +6,7 @@
 //! made to follow it, so that the agent may be killed between any two steps.
 
 pub mod annotation;
+pub mod collect;
 pub mod conflist;
 pub mod journal;
 pub mod view;
@@ -13,7 +14,6 @@ pub mod view;
 mod addresses;
 mod agent;
 mod cluster;
-mod collect;
 mod error;
 mod metrics;
 mod network;

@@ -15,6 +15,7 @@ use crate::{
     addresses::{Holder, Reservation},
     agent::Agent,
     annotation::{self, Wish},
+    collect::{UnplugError, unplug},
     error::PlugError,
     journal::Endpoint,
     network::Network,
@@ -62,25 +63,32 @@ impl Agent {
             return Err(PlugError::NotSynced);
         }
         let wishes = annotation::parse(text)?;
-        let mut plans = Vec::new();
         // All networks and addresses first: the frequent mistakes cost nothing.
-        for (position, wish) in wishes.iter().enumerate() {
-            let network = self.cluster.network(&wish.network).await?;
+        let mut networks = Vec::new();
+        for wish in &wishes {
+            networks.push(self.cluster.network(&wish.network).await?);
+        }
+        refuse_overlaps(&networks)?;
+        let mut plans = Vec::new();
+        for (position, (wish, network)) in wishes.iter().zip(networks).enumerate() {
             let (endpoint, reservation) = self.plan(container, &netns, pod, wish, &network, position == 0).await?;
             plans.push((network, endpoint, reservation));
         }
-        for (index, (network, endpoint, _)) in plans.iter().enumerate() {
+        for (network, endpoint, _) in &plans {
             if let Err(error) = self.plug_one(network, endpoint).await {
-                for (_, made, _) in plans.iter().take(index + 1) {
-                    if let Err(second) = self.unplug(made).await {
-                        tracing::warn!(error = %second, pod = made.pod, "what was made of a refused pod stays for the collection");
-                    }
-                }
+                self.roll_back(container).await;
                 return Err(error);
             }
         }
         self.changed.notify_one();
         Ok(())
+    }
+
+    /// Nothing half-made stays of a pod that was refused.
+    async fn roll_back(&self, container: &str) {
+        if let Err(error) = self.unplug_container(container).await {
+            tracing::warn!(container, error = error.msg, "what was made of a refused pod stays for the collection");
+        }
     }
 
     async fn plan(
@@ -152,21 +160,16 @@ impl Agent {
         Ok(())
     }
 
-    /// Removes a port and then its entry in the journal: killed in between, this is done again.
-    pub(crate) async fn unplug(&self, endpoint: &Endpoint) -> Result<(), PlugError> {
-        let port = endpoint.port();
-        {
-            let _right = self.applied.lock().await;
-            self.dataplane.remove_port(port.vni, &port.port, Some(port.address)).await?;
-        }
-        self.journal.remove(&endpoint.id())?;
+    async fn unplug(&self, endpoint: &Endpoint) -> Result<(), UnplugError> {
+        let _right = self.applied.lock().await;
+        unplug(&self.dataplane, &self.journal, endpoint).await?;
         self.changed.notify_one();
         Ok(())
     }
 
     async fn unplug_container(&self, container: &str) -> Result<(), Failure> {
         for endpoint in self.journal.select(|e| e.container == container) {
-            self.unplug(&endpoint).await.map_err(|e| e.failure())?;
+            self.unplug(&endpoint).await.map_err(|e| PlugError::from(e).failure())?;
         }
         Ok(())
     }
@@ -184,7 +187,7 @@ impl Agent {
         let Some(listed) = attachments else { return Ok(()) };
         let unlisted = |e: &Endpoint| listed.iter().all(|a| a.container != e.container);
         for endpoint in self.journal.select(unlisted) {
-            self.unplug(&endpoint).await.map_err(|e| e.failure())?;
+            self.unplug(&endpoint).await.map_err(|e| PlugError::from(e).failure())?;
         }
         Ok(())
     }
@@ -195,4 +198,17 @@ impl Agent {
         }
         Err(Failure::new(Failure::NOT_AVAILABLE, PlugError::NotSynced.to_string(), ""))
     }
+}
+
+/// Two interfaces with overlapping subnets in one pod: the kernel would use the first for both.
+fn refuse_overlaps(networks: &[Network]) -> Result<(), PlugError> {
+    for (position, one) in networks.iter().enumerate() {
+        for other in networks.iter().skip(position + 1) {
+            if one.subnet.contains(&other.subnet) || other.subnet.contains(&one.subnet) {
+                let of = |n: &Network| format!("{} ({})", n.name, n.subnet);
+                return Err(PlugError::Overlap { one: of(one), other: of(other) });
+            }
+        }
+    }
+    Ok(())
 }

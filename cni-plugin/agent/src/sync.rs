@@ -70,6 +70,8 @@ struct Sync<'a> {
     agent: &'a Agent,
     resolvers: Resolvers,
     slices: Slices,
+    /// What the journal had when the agent started, as far as the kernel wasn't asked about it yet.
+    unchecked: BTreeSet<String>,
     /// Networks whose blocks may be given back.
     leaving: BTreeSet<String>,
     started: bool,
@@ -77,8 +79,14 @@ struct Sync<'a> {
 
 /// Follows all changes until the agent ends.
 pub(crate) async fn run(agent: Arc<Agent>, resolvers: Resolvers, shutdown: CancellationToken) {
-    let (slices, leaving) = (Slices::default(), BTreeSet::new());
-    let mut sync = Sync { agent: &agent, resolvers, slices, leaving, started: false };
+    let mut sync = Sync {
+        agent: &agent,
+        resolvers,
+        slices: Slices::default(),
+        unchecked: agent.journal.select(|_| true).iter().map(Endpoint::id).collect(),
+        leaving: BTreeSet::new(),
+        started: false,
+    };
     loop {
         let wait = if sync.once().await { RETRY } else { INTERVAL };
         tokio::select! {
@@ -163,12 +171,9 @@ impl Sync<'_> {
         let network = object.and_then(|o| Network::new(&o).ok()).filter(|n| n.vni == vni);
         // A network that is being deleted goes on for the pods that are still on it.
         if let Some(network) = &network {
-            let is_new = !applied.networks.contains_key(&vni);
             let spec = network.spec(self.agent.underlay);
             self.agent.ensure_network(applied, spec).await.map_err(|e| e.to_string())?;
-            if is_new {
-                self.restore_ports(endpoints).await;
-            }
+            self.restore_ports(endpoints).await;
         }
         let wanted = view.forwarding(network.is_some_and(|n| n.suppression));
         let is_done = applied.forwarding.get(&vni).is_some_and(|(f, at)| *f == wanted && at.elapsed() < INTERVAL);
@@ -181,8 +186,11 @@ impl Sync<'_> {
     }
 
     /// After a start: ports of the journal that the kernel lost, or that were never finished.
-    async fn restore_ports(&self, endpoints: &[Endpoint]) {
+    async fn restore_ports(&mut self, endpoints: &[Endpoint]) {
         for endpoint in endpoints {
+            if !self.unchecked.remove(&endpoint.id()) {
+                continue;
+            }
             let port = endpoint.port();
             if self.agent.dataplane.check_port(&port).await.is_ok() {
                 continue;
