@@ -3,8 +3,8 @@
 use tonic::{Request, Response, Status};
 
 use crate::proto::csi::{
-    GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse, PluginCapability,
-    ProbeRequest, ProbeResponse, identity_server, plugin_capability,
+    GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
+    PluginCapability, ProbeRequest, ProbeResponse, identity_server, plugin_capability,
     plugin_capability::{Service, service},
 };
 

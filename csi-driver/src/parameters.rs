@@ -13,7 +13,9 @@ const LARGEST_RECORD: u32 = 1 << 20;
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Refusal {
     /// A parameter Portolan doesn't know.
-    #[error("StorageClass parameter {name:?} (given: {given:?}) is unknown: allowed are compression, recordsize, atime")]
+    #[error(
+        "StorageClass parameter {name:?} (given: {given:?}) is unknown: allowed are compression, recordsize, atime"
+    )]
     UnknownParameter {
         /// The parameter.
         name: String,
@@ -31,7 +33,9 @@ pub enum Refusal {
         allowed: &'static str,
     },
     /// An access mode that no local disk can offer.
-    #[error("access mode {given} is not possible: allowed are ReadWriteOnce and ReadWriteOncePod, as one node at a time has the volume")]
+    #[error(
+        "access mode {given} is not possible: allowed are ReadWriteOnce and ReadWriteOncePod, as one node at a time has the volume"
+    )]
     AccessMode {
         /// The mode.
         given: String,
@@ -154,7 +158,10 @@ mod tests {
         }
         for text in ["", "256", "100K", "2M", "K", "-1", "128KB", "1G", "99999999999", " 8K"] {
             let message = parsed("recordsize", text).unwrap_err().to_string();
-            assert!(message.contains("recordsize") && message.contains("power of two") && message.contains(text), "{message}");
+            assert!(
+                message.contains("recordsize") && message.contains("power of two") && message.contains(text),
+                "{message}"
+            );
         }
     }
 

@@ -4,7 +4,9 @@ use std::fmt;
 
 /// Text that is no amount of bytes.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("{given:?} is no amount of bytes: expected a Kubernetes quantity of 1 byte to 8 Ei, such as 1Gi, 500M or 1048576")]
+#[error(
+    "{given:?} is no amount of bytes: expected a Kubernetes quantity of 1 byte to 8 Ei, such as 1Gi, 500M or 1048576"
+)]
 pub struct QuantityError {
     given: String,
 }
@@ -106,14 +108,9 @@ mod tests {
 
     #[test]
     fn for_people() {
-        for (bytes, wanted) in [
-            (0, "0"),
-            (1023, "1023"),
-            (1024, "1Ki"),
-            (12 << 20, "12Mi"),
-            (3 << 29, "1.5Gi"),
-            (1_000_000_000, "953Mi"),
-        ] {
+        for (bytes, wanted) in
+            [(0, "0"), (1023, "1023"), (1024, "1Ki"), (12 << 20, "12Mi"), (3 << 29, "1.5Gi"), (1_000_000_000, "953Mi")]
+        {
             assert_eq!(Human(bytes).to_string(), wanted);
         }
     }

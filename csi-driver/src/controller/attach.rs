@@ -33,7 +33,12 @@ pub(super) async fn run(hub: Arc<Hub>) {
             attachments_of(&of_volume, &volume.name_any())
         })
         .watches(hub.attachments.clone(), watcher::Config::default(), move |attachment: VolumeAttachment| {
-            attachment.spec.source.persistent_volume_name.map(|pv| attachments_of(&of_siblings, &pv)).unwrap_or_default()
+            attachment
+                .spec
+                .source
+                .persistent_volume_name
+                .map(|pv| attachments_of(&of_siblings, &pv))
+                .unwrap_or_default()
         })
         .run(reconcile, retry, hub.clone());
     exhaust("volume attachments", stream).await;
@@ -43,7 +48,12 @@ fn attachments_of(store: &Store<VolumeAttachment>, pv: &str) -> Vec<ObjectRef<Vo
     let of_pv = |attachment: &VolumeAttachment| {
         attachment.spec.attacher == DRIVER && attachment.spec.source.persistent_volume_name.as_deref() == Some(pv)
     };
-    store.state().iter().filter(|attachment| of_pv(attachment)).map(|attachment| ObjectRef::from_obj(attachment.as_ref())).collect()
+    store
+        .state()
+        .iter()
+        .filter(|attachment| of_pv(attachment))
+        .map(|attachment| ObjectRef::from_obj(attachment.as_ref()))
+        .collect()
 }
 
 async fn reconcile(attachment: Arc<VolumeAttachment>, hub: Arc<Hub>) -> kube::Result<Action> {

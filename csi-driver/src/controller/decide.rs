@@ -2,14 +2,14 @@
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
-use portolan_crds::{Handoff, PortableVolume, PortableVolumeStatus, VolumePhase, condition};
+use portolan_crds::{Handoff, PortableVolume, PortableVolumeStatus, Replica, VolumePhase, condition};
 use portolan_runtime::conditions;
 
 use crate::volume;
 
 /// What to do about an attachment.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub(super) enum Decision {
+pub(crate) enum Decision {
     /// The node may write the volume.
     Attached,
     /// Move the volume to the node.
@@ -21,7 +21,7 @@ pub(super) enum Decision {
 }
 
 /// What an attachment of `volume` to `node` needs, while `others` are the other nodes that it is attached to.
-pub(super) fn decide(volume: &PortableVolume, node: &str, others: &[String]) -> Decision {
+pub(crate) fn decide(volume: &PortableVolume, node: &str, others: &[String]) -> Decision {
     let status = volume::status(volume);
     if volume.metadata.deletion_timestamp.is_some() {
         return Decision::Refuse("the volume is being deleted".into());
@@ -35,17 +35,23 @@ pub(super) fn decide(volume: &PortableVolume, node: &str, others: &[String]) -> 
         return if status.phase == VolumePhase::Ready { Decision::Attached } else { Decision::Wait };
     }
     match others.first() {
-        Some(other) => Decision::Refuse(format!("the volume is attached to node {other}: one node at a time can have it")),
+        Some(other) => {
+            Decision::Refuse(format!("the volume is attached to node {other}: one node at a time can have it"))
+        }
         None => Decision::Move,
     }
 }
 
 /// Writes the start of a move to `node` into a status.
-pub(super) fn start(status: &mut PortableVolumeStatus, node: &str, now: Timestamp) {
+pub(crate) fn start(status: &mut PortableVolumeStatus, node: &str, now: Timestamp) {
     let from = status.owner.clone().unwrap_or_default();
     let message = format!("moving from node {from} to {node}");
     conditions::set(&mut status.conditions, condition::READY, condition::FALSE, "Moving", &message, None);
     status.phase = VolumePhase::Moving;
+    // Before there is a dataset: what a crash leaves on the node is known then. The node would do it itself, one write later.
+    if !status.replicas.iter().any(|replica| replica.node == node) {
+        status.replicas.push(Replica { node: node.to_owned(), ..Replica::default() });
+    }
     status.handoff = Some(Handoff {
         from,
         to: node.to_owned(),
@@ -90,8 +96,12 @@ mod tests {
     fn a_move_starts_with_its_source() {
         let mut status = owned_by(Some("a"), VolumePhase::Ready).status.unwrap();
         start(&mut status, "b", Timestamp::UNIX_EPOCH);
+        assert_eq!(status.replicas.last().map(|replica| replica.node.as_str()), Some("b"));
         let handoff = status.handoff.unwrap();
         assert_eq!((handoff.from.as_str(), handoff.to.as_str(), handoff.epoch), ("a", "b", 5));
-        assert_eq!((handoff.phase, status.phase, status.owner.as_deref()), (HandoffPhase::Quiescing, VolumePhase::Moving, Some("a")));
+        assert_eq!(
+            (handoff.phase, status.phase, status.owner.as_deref()),
+            (HandoffPhase::Quiescing, VolumePhase::Moving, Some("a"))
+        );
     }
 }

@@ -3,7 +3,7 @@
 //! Four loops over the API, each driven by watches. None keeps state of its own: each looks at the objects as they are now.
 
 mod attach;
-mod decide;
+pub(crate) mod decide;
 mod provision;
 mod reclaim;
 mod volumes;
@@ -113,10 +113,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
         }
     };
     let leading = leader::run(client, &namespace, LEASE, &options.pod_name, shutdown, work);
-    tokio::try_join!(
-        async { http.await.context("health and metrics") },
-        async { leading.await.context("leading") },
-    )?;
+    tokio::try_join!(async { http.await.context("health and metrics") }, async { leading.await.context("leading") },)?;
     Ok(())
 }
 

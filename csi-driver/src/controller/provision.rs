@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{
-    CSIPersistentVolumeSource, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, ObjectReference, PersistentVolume,
-    PersistentVolumeClaim, PersistentVolumeClaimSpec, PersistentVolumeSpec, VolumeNodeAffinity,
+    CSIPersistentVolumeSource, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, ObjectReference,
+    PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimSpec, PersistentVolumeSpec, VolumeNodeAffinity,
 };
 use k8s_openapi::api::storage::v1::StorageClass;
 use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
@@ -14,8 +14,8 @@ use kube::runtime::reflector::ObjectRef;
 use kube::runtime::{Controller, watcher};
 use kube::{Api, Resource, ResourceExt};
 use portolan_crds::{
-    DRIVER, PV_FINALIZER, Placement, PortableVolume, PortableVolumeSpec, TOPOLOGY_KEY, VOLUME_FINALIZER, VolumeParameters,
-    VolumePhase, condition,
+    DRIVER, PV_FINALIZER, Placement, PortableVolume, PortableVolumeSpec, TOPOLOGY_KEY, VOLUME_FINALIZER,
+    VolumeParameters, VolumePhase, condition,
 };
 use portolan_runtime::conditions;
 use serde_json::json;
@@ -29,7 +29,8 @@ use crate::{quantity, volume};
 /// Annotation of a claim: the node that the scheduler has chosen for its first pod.
 const SELECTED_NODE: &str = "volume.kubernetes.io/selected-node";
 /// Annotations of a claim: who shall provision it. Set by Kubernetes when it is time; the second is the older name.
-const PROVISIONERS: [&str; 2] = ["volume.kubernetes.io/storage-provisioner", "volume.beta.kubernetes.io/storage-provisioner"];
+const PROVISIONERS: [&str; 2] =
+    ["volume.kubernetes.io/storage-provisioner", "volume.beta.kubernetes.io/storage-provisioner"];
 const WAITING: std::time::Duration = std::time::Duration::from_secs(15);
 
 pub(super) async fn run(hub: Arc<Hub>) {
@@ -162,7 +163,8 @@ async fn give_back(claim: &PersistentVolumeClaim, hub: &Hub) -> kube::Result<()>
     if !claim.annotations().contains_key(SELECTED_NODE) {
         return Ok(());
     }
-    let patch = json!({ "metadata": { "annotations": { SELECTED_NODE: null }, "resourceVersion": claim.resource_version() } });
+    let patch =
+        json!({ "metadata": { "annotations": { SELECTED_NODE: null }, "resourceVersion": claim.resource_version() } });
     let claims = hub.claims(&claim.namespace().unwrap_or_default());
     claims.patch(&claim.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await?;
     Ok(())
@@ -195,7 +197,12 @@ async fn create(claim: &PersistentVolumeClaim, name: &str, node: String, wish: W
     Ok(())
 }
 
-async fn bind(claim: &PersistentVolumeClaim, class: &StorageClass, volume: &PortableVolume, hub: &Hub) -> kube::Result<Action> {
+async fn bind(
+    claim: &PersistentVolumeClaim,
+    class: &StorageClass,
+    volume: &PortableVolume,
+    hub: &Hub,
+) -> kube::Result<Action> {
     let pv = persistent_volume(claim, class, volume, &hub.zone);
     match hub.pvs.create(&PostParams::default(), &pv).await {
         Err(kube::Error::Api(status)) if status.is_already_exists() => {}
@@ -211,7 +218,12 @@ async fn bind(claim: &PersistentVolumeClaim, class: &StorageClass, volume: &Port
     Ok(Action::requeue(RESYNC))
 }
 
-fn persistent_volume(claim: &PersistentVolumeClaim, class: &StorageClass, volume: &PortableVolume, zone: &str) -> PersistentVolume {
+fn persistent_volume(
+    claim: &PersistentVolumeClaim,
+    class: &StorageClass,
+    volume: &PortableVolume,
+    zone: &str,
+) -> PersistentVolume {
     let name = volume.name_any();
     let asked = claim.spec.as_ref();
     let here = NodeSelectorRequirement {
@@ -238,7 +250,9 @@ fn persistent_volume(claim: &PersistentVolumeClaim, class: &StorageClass, volume
                 ..CSIPersistentVolumeSource::default()
             }),
             mount_options: class.mount_options.clone(),
-            node_affinity: Some(VolumeNodeAffinity { required: Some(NodeSelector { node_selector_terms: vec![term] }) }),
+            node_affinity: Some(VolumeNodeAffinity {
+                required: Some(NodeSelector { node_selector_terms: vec![term] }),
+            }),
             persistent_volume_reclaim_policy: Some(class.reclaim_policy.clone().unwrap_or_else(|| "Delete".to_owned())),
             storage_class_name: Some(class.name_any()),
             volume_mode: Some("Filesystem".to_owned()),
@@ -272,7 +286,9 @@ mod tests {
 
     #[test]
     fn a_claim_is_checked_field_by_field() {
-        let refused = |change, parameters| check(&claim(change).spec.unwrap(), &class(parameters)).err().map(|refusal| refusal.to_string());
+        let refused = |change, parameters| {
+            check(&claim(change).spec.unwrap(), &class(parameters)).err().map(|refusal| refusal.to_string())
+        };
         assert_eq!(refused(json!({}), json!({ "recordsize": "16K" })), None);
         for (change, parameters, named) in [
             (json!({}), json!({ "recordsize": "17K" }), "recordsize"),
@@ -288,7 +304,8 @@ mod tests {
     #[test]
     fn the_persistent_volume_can_go_wherever_such_a_pool_is() {
         let spec = PortableVolumeSpec { size: "1Gi".into(), ..PortableVolumeSpec::default() };
-        let pv = persistent_volume(&claim(json!({})), &class(json!({})), &PortableVolume::new("pvc-u1", spec), "default");
+        let pv =
+            persistent_volume(&claim(json!({})), &class(json!({})), &PortableVolume::new("pvc-u1", spec), "default");
         let text = serde_json::to_value(&pv).unwrap();
         assert_eq!(text["spec"]["csi"], json!({ "driver": "portolan.dev", "volumeHandle": "pvc-u1" }));
         let term = &text["spec"]["nodeAffinity"]["required"]["nodeSelectorTerms"][0]["matchExpressions"];

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim};
 use kube::api::{Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::controller::Action;
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::{Controller, watcher};
 use kube::{Api, ResourceExt};
-use portolan_crds::{PortableVolume, VOLUME_FINALIZER, VolumePhase, condition};
+use portolan_crds::{HandoffPhase, PortableVolume, VOLUME_FINALIZER, VolumePhase, condition};
 use portolan_runtime::conditions;
 use serde_json::json;
 
@@ -18,6 +18,9 @@ use crate::volume;
 
 /// How often a deletion that waits for nodes looks whether they still exist.
 const DELETING: Duration = Duration::from_secs(15);
+
+/// How often a running move is looked at for a source that is gone.
+const MOVING: Duration = Duration::from_secs(10);
 
 /// The name of the volume of a claim, and of its PersistentVolume.
 pub(super) fn name_of(claim: &PersistentVolumeClaim) -> Option<String> {
@@ -43,7 +46,46 @@ async fn reconcile(volume: Arc<PortableVolume>, hub: Arc<Hub>) -> kube::Result<A
     if !volume.annotations().contains_key(PROVISIONED) && !volume.spec.claim_uid.is_empty() {
         collect(&volume, &hub).await?;
     }
+    if volume.status.as_ref().is_some_and(|status| status.handoff.is_some()) {
+        name_dead_source(&volume, &hub).await?;
+        return Ok(Action::requeue(MOVING));
+    }
     Ok(Action::requeue(RESYNC))
+}
+
+/// Says so if a move can't begin or go on because its source is not there. It waits: the source may have the only copy of what
+/// was written last, and an unreachable node may be writing still.
+async fn name_dead_source(volume: &PortableVolume, hub: &Hub) -> kube::Result<()> {
+    let mut status = volume::status(volume);
+    let Some(handoff) = status.handoff.as_mut().filter(|handoff| handoff.phase < HandoffPhase::Activating) else {
+        return Ok(());
+    };
+    let node = hub.nodes.get_opt(&handoff.from).await?;
+    let why = match &node {
+        None => "no longer exists",
+        Some(node) if !is_ready(node) => "is not ready",
+        Some(_) => return Ok(()),
+    };
+    let message = format!(
+        "node {}, which has the data at epoch {}, {why}: the move goes on when it is back",
+        handoff.from,
+        handoff.epoch - 1
+    );
+    if handoff.last_error.as_ref() == Some(&message) {
+        return Ok(());
+    }
+    handoff.last_error = Some(message.clone());
+    conditions::set(&mut status.conditions, condition::READY, condition::FALSE, "SourceNotReady", &message, None);
+    let mut next = volume.clone();
+    next.status = Some(status);
+    hub.volumes.replace_status(&volume.name_any(), &PostParams::default(), &next).await?;
+    hub.events.warning(&volume::reference(volume), "SourceNotReady", "Handoff", &message).await;
+    Ok(())
+}
+
+fn is_ready(node: &Node) -> bool {
+    let conditions = node.status.as_ref().and_then(|status| status.conditions.as_ref());
+    conditions.is_some_and(|all| all.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True"))
 }
 
 /// Deletes a volume whose claim went before it had a PersistentVolume; marks it once it has one.
@@ -57,7 +99,11 @@ async fn collect(volume: &PortableVolume, hub: &Hub) -> kube::Result<()> {
     if found.is_some_and(|found| found.uid().as_ref() == Some(&volume.spec.claim_uid)) {
         return Ok(());
     }
-    tracing::info!(volume = name, claim = volume.spec.claim, "the claim is gone and there is no PersistentVolume: deleting");
+    tracing::info!(
+        volume = name,
+        claim = volume.spec.claim,
+        "the claim is gone and there is no PersistentVolume: deleting"
+    );
     let exactly = kube::api::DeleteParams {
         // A PersistentVolume that was made meanwhile has marked the volume, which makes it another version.
         preconditions: Some(Preconditions { uid: volume.uid(), resource_version: volume.resource_version() }),

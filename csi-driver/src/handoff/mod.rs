@@ -1,8 +1,10 @@
 //! What a node does next about a volume: a pure function of the volume's object and of what is on the node's disk.
 //!
 //! Nothing else is remembered, so an agent that is killed anywhere goes on with the same step. Actions that write the status
-//! are compare-and-set; after each the agent reads the disk and plans again.
+//! are compare-and-set: one that fails ends the plan, and the agent reads both and plans again, as it does after the last.
 
+#[cfg(test)]
+mod model;
 mod snapshots;
 #[cfg(test)]
 mod tests;
@@ -79,7 +81,7 @@ pub enum Action {
         /// Whether the handoff goes on without it.
         optional: bool,
     },
-    /// Set the properties that a received dataset doesn't have yet, its `portolan:uid` last.
+    /// Set the properties that a received dataset lacks because an earlier attempt was cut short, its `portolan:uid` last.
     Adopt,
     /// Write: this node owns the volume, at the handoff's epoch; phase Activating.
     TakeOver,
@@ -137,7 +139,7 @@ pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>) -> Vec<Act
             return source(&status, handoff, local);
         }
         if handoff.to == me {
-            return target(&status, handoff, recorded, local);
+            return target(me, &status, handoff, local);
         }
         return Vec::new();
     }
@@ -164,7 +166,9 @@ fn foreign(me: &str, volume: &PortableVolume, local: &Local) -> Vec<Action> {
 fn delete(volume: &PortableVolume, recorded: bool, local: Option<&Local>) -> Vec<Action> {
     let mut actions = Vec::new();
     match local.filter(|local| is_copy(volume, local)) {
-        Some(local) if local.mounted => return vec![Action::Wait("the volume is being deleted and is still mounted".into())],
+        Some(local) if local.mounted => {
+            return vec![Action::Wait("the volume is being deleted and is still mounted".into())];
+        }
         Some(_) => actions.push(Action::Destroy),
         None => {}
     }
@@ -231,7 +235,8 @@ fn keep(me: &str, status: &PortableVolumeStatus, recorded: bool, local: Option<&
 fn record_and_prune(me: &str, status: &PortableVolumeStatus, local: &Local) -> Vec<Action> {
     let entry = status.replicas.iter().find(|replica| replica.node == me);
     match (local.newest(), entry) {
-        (Some(newest), Some(entry)) if entry.guid.as_ref() != Some(&newest.guid) => {
+        // What was taken after the recorded one was never published: the others don't have it.
+        (Some(newest), Some(entry)) if !entry.guid.as_ref().is_some_and(|guid| local.has(guid)) => {
             vec![Action::RecordSnapshot(newest.clone())]
         }
         _ => snapshots::unneeded(&status.replicas, &local.snapshots).map(Action::DestroySnapshot).collect(),
@@ -240,7 +245,8 @@ fn record_and_prune(me: &str, status: &PortableVolumeStatus, local: &Local) -> V
 
 fn at_epoch(local: Option<&Local>, epoch: i64) -> Result<&Local, Action> {
     let Some(local) = local else {
-        let message = "the owner's pool is there but the volume's dataset is not: it was destroyed or renamed by hand".to_owned();
+        let message =
+            "the owner's pool is there but the volume's dataset is not: it was destroyed or renamed by hand".to_owned();
         return Err(Action::Report { reason: "DatasetMissing", message });
     };
     if local.epoch != Some(epoch) {
@@ -259,7 +265,8 @@ fn source(status: &PortableVolumeStatus, handoff: &Handoff, local: Option<&Local
         if found {
             return Vec::new();
         }
-        let message = "the source has lost the handoff's final snapshot: it was destroyed or rolled back by hand".to_owned();
+        let message =
+            "the source has lost the handoff's final snapshot: it was destroyed or rolled back by hand".to_owned();
         return vec![Action::Report { reason: "SnapshotMissing", message }];
     }
     match at_epoch(local, status.epoch) {
@@ -272,10 +279,10 @@ fn source(status: &PortableVolumeStatus, handoff: &Handoff, local: Option<&Local
     }
 }
 
-fn target(status: &PortableVolumeStatus, handoff: &Handoff, recorded: bool, local: Option<&Local>) -> Vec<Action> {
-    if !recorded {
+fn target(me: &str, status: &PortableVolumeStatus, handoff: &Handoff, local: Option<&Local>) -> Vec<Action> {
+    let Some(entry) = status.replicas.iter().find(|replica| replica.node == me) else {
         return vec![Action::RecordReplica];
-    }
+    };
     let (Some(name), Some(guid)) = (&handoff.snapshot, &handoff.guid) else {
         // Quiescing: the source's turn.
         return Vec::new();
@@ -284,18 +291,26 @@ fn target(status: &PortableVolumeStatus, handoff: &Handoff, recorded: bool, loca
     let received = local.filter(|local| local.has(guid));
     match (handoff.phase, received) {
         (HandoffPhase::Quiescing, _) => Vec::new(),
-        (HandoffPhase::FinalSync, Some(local)) if local.uid.is_none() => vec![Action::Adopt, Action::TakeOver],
-        (HandoffPhase::FinalSync, Some(_)) => vec![Action::TakeOver],
+        (HandoffPhase::FinalSync, Some(local)) => {
+            let adopt = local.uid.is_none().then_some(Action::Adopt);
+            // What follows is decided by our own write: nobody else can change it between.
+            adopt.into_iter().chain([Action::TakeOver]).chain(activate(handoff, local)).collect()
+        }
         (HandoffPhase::FinalSync, None) if local.is_some_and(|local| local.mounted) => {
             vec![Action::Wait(format!("the replica on node {} is mounted there", handoff.to))]
         }
-        (HandoffPhase::FinalSync, None) => snapshots::to_fetch(&status.replicas, last, local)
-            .into_iter()
-            .flat_map(|(snapshot, optional)| [Action::Fetch { snapshot, optional }, Action::Adopt])
-            .collect(),
+        (HandoffPhase::FinalSync, None) => {
+            let known = known_guids(status);
+            let unpublished =
+                local.into_iter().flat_map(|local| snapshots::unpublished(&known, entry, &local.snapshots));
+            let fetch = snapshots::to_fetch(&status.replicas, last, local).into_iter();
+            let fetch = fetch.map(|(snapshot, optional)| Action::Fetch { snapshot, optional });
+            unpublished.map(Action::DestroySnapshot).chain(fetch).collect()
+        }
         (HandoffPhase::Activating, Some(local)) => activate(handoff, local),
         (HandoffPhase::Activating, None) => {
-            let message = "the new owner has lost the copy it received: it was destroyed or rolled back by hand".to_owned();
+            let message =
+                "the new owner has lost the copy it received: it was destroyed or rolled back by hand".to_owned();
             vec![Action::Report { reason: "DatasetMissing", message }]
         }
     }
@@ -306,7 +321,8 @@ fn activate(handoff: &Handoff, local: &Local) -> Vec<Action> {
     if local.epoch != Some(handoff.epoch) {
         actions.push(Action::Stamp(handoff.epoch));
     }
-    if local.readonly {
+    // One that has just been adopted is read-only since.
+    if local.readonly || local.uid.is_none() {
         actions.push(Action::SetReadonly(false));
     }
     actions.push(Action::Finish);

@@ -63,10 +63,22 @@ pub(super) fn to_fetch(replicas: &[Replica], last: Known, local: Option<&Local>)
         .filter_map(|snapshot| Some((order(&snapshot.name)?, snapshot)))
         .filter(|(place, _)| newest_here.is_none_or(|newest| *place > newest) && Some(*place) < order(&last.name))
         .collect();
-    between.sort_by(|a, b| a.0.cmp(&b.0));
+    between.sort_by_key(|(place, _)| *place);
     between.dedup_by(|a, b| a.1.guid == b.1.guid);
     let between = between.into_iter().map(|(_, snapshot)| (snapshot, true));
     between.chain([(last, false)]).collect()
+}
+
+/// Our snapshots that come after the one recorded for this copy and that nobody knows of: attempts at a final snapshot whose write
+/// was lost. Nothing was written between them, and they would make the copy look as if something had been.
+pub(super) fn unpublished<'a>(
+    known: &'a [String],
+    entry: &'a Replica,
+    here: &'a [Known],
+) -> impl Iterator<Item = Known> + 'a {
+    let recorded = here.iter().position(|snapshot| entry.guid.as_ref() == Some(&snapshot.guid));
+    let later = recorded.map_or(&[][..], |at| &here[at + 1..]);
+    later.iter().filter(|snapshot| snapshot.is_ours() && !known.contains(&snapshot.guid)).cloned()
 }
 
 /// Our snapshots that no copy's newest is, oldest first. None while any copy's newest is unknown: it may be one of these.
@@ -87,7 +99,11 @@ mod tests {
     }
 
     fn replica(node: &str, snapshot: Option<&str>) -> Replica {
-        Replica { node: node.into(), snapshot: snapshot.map(Into::into), guid: snapshot.map(|name| format!("g-{name}")) }
+        Replica {
+            node: node.into(),
+            snapshot: snapshot.map(Into::into),
+            guid: snapshot.map(|name| format!("g-{name}")),
+        }
     }
 
     #[test]

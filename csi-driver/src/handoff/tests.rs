@@ -103,7 +103,8 @@ fn a_dataset_that_is_not_ours_is_left_alone() {
     let other = Local { uid: Some("uid-2".into()), ..copy(3, &[]) };
     let unmarked = Local { uid: None, ..copy(3, &["daily"]) };
     for local in [other, unmarked] {
-        for volume in [volume(|_| {}), owned(|_| {}), moving(HandoffPhase::Quiescing), moving(HandoffPhase::FinalSync)] {
+        for volume in [volume(|_| {}), owned(|_| {}), moving(HandoffPhase::Quiescing), moving(HandoffPhase::FinalSync)]
+        {
             assert_eq!(reason(&plan("a", &volume, Some(&local))), Some("DatasetConflict"));
         }
         for volume in [moving(HandoffPhase::Quiescing), moving(HandoffPhase::FinalSync)] {
@@ -138,9 +139,7 @@ fn a_source_proves_that_it_is_quiet_before_its_final_snapshot() {
     let volume = moving(HandoffPhase::Quiescing);
     let mounted = Local { mounted: true, ..copy(3, &["portolan-3"]) };
     assert!(waits(&plan("a", &volume, Some(&mounted))));
-    let steps = |name: &str| {
-        [Action::SetReadonly(true), Action::CheckQuiet, Action::PublishFinal(name.into())]
-    };
+    let steps = |name: &str| [Action::SetReadonly(true), Action::CheckQuiet, Action::PublishFinal(name.into())];
     assert_eq!(plan("a", &volume, Some(&copy(3, &["portolan-3"]))), steps("portolan-4"));
     // A snapshot of an attempt that was cut short is not trusted.
     assert_eq!(plan("a", &volume, Some(&copy(3, &["portolan-3", "portolan-4"]))), steps("portolan-4-2"));
@@ -162,16 +161,18 @@ fn a_target_is_recorded_receives_and_takes_over() {
     assert_eq!(plan("b", &moving(HandoffPhase::Quiescing), None), []);
     let volume = moving(HandoffPhase::FinalSync);
     let fetch = Action::Fetch { snapshot: known("portolan-4"), optional: false };
-    assert_eq!(plan("b", &volume, None), [fetch.clone(), Action::Adopt]);
-    assert_eq!(plan("b", &volume, Some(&copy(2, &["portolan-2"]))), [fetch, Action::Adopt]);
+    assert_eq!(plan("b", &volume, None), std::slice::from_ref(&fetch));
+    assert_eq!(plan("b", &volume, Some(&copy(2, &["portolan-2"]))), [fetch]);
     let mounted = Local { mounted: true, ..copy(2, &["portolan-2"]) };
     assert!(waits(&plan("b", &volume, Some(&mounted))));
     let unmarked = Local { uid: None, epoch: None, ..copy(0, &["portolan-4"]) };
-    assert_eq!(plan("b", &volume, Some(&unmarked)), [Action::Adopt, Action::TakeOver]);
+    let activated = [Action::TakeOver, Action::Stamp(4), Action::SetReadonly(false), Action::Finish];
+    assert_eq!(plan("b", &volume, Some(&unmarked)), [&[Action::Adopt][..], &activated].concat());
     // The name alone is no proof: the GUID is.
     let impostor = Local { snapshots: vec![Known { name: "portolan-4".into(), guid: "other".into() }], ..copy(2, &[]) };
     assert!(!plan("b", &volume, Some(&impostor)).contains(&Action::TakeOver));
-    assert_eq!(plan("b", &volume, Some(&copy(2, &["portolan-2", "portolan-4"]))), [Action::TakeOver]);
+    let received = Local { readonly: true, ..copy(2, &["portolan-2", "portolan-4"]) };
+    assert_eq!(plan("b", &volume, Some(&received)), activated);
 }
 
 #[test]

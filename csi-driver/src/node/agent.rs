@@ -53,7 +53,11 @@ struct Agent<Z> {
 }
 
 /// Runs until `shutdown`. A step that is under way is dropped: it is taken again after the next start.
-pub(super) async fn run<Z: Zfs>(controller: Controller<PortableVolume>, node: Arc<Node<Z>>, shutdown: CancellationToken) {
+pub(super) async fn run<Z: Zfs>(
+    controller: Controller<PortableVolume>,
+    node: Arc<Node<Z>>,
+    shutdown: CancellationToken,
+) {
     let agent = Arc::new(Agent { node, failures: Mutex::default() });
     let never = |_: Arc<PortableVolume>, _: &Infallible, _: Arc<Agent<Z>>| Requeue::await_change();
     let work = controller.run(reconcile, never, agent).for_each(|done| async {
@@ -141,7 +145,12 @@ async fn report<Z: Zfs>(steps: &mut Steps<'_, Z>, reason: &'static str, message:
 }
 
 /// Says in the status why the volume is not ready. False if it said so already.
-async fn condition<Z: Zfs>(steps: &mut Steps<'_, Z>, reason: &str, message: &str, error: bool) -> Result<bool, StepError> {
+async fn condition<Z: Zfs>(
+    steps: &mut Steps<'_, Z>,
+    reason: &str,
+    message: &str,
+    error: bool,
+) -> Result<bool, StepError> {
     let mut status = volume::status(&steps.volume);
     let mut changed = write::not_ready(&mut status, reason, message);
     if let Some(handoff) = status.handoff.as_mut().filter(|_| error) {

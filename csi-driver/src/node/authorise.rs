@@ -15,8 +15,10 @@ pub(super) struct ByHandoff<Z>(pub(super) Arc<Node<Z>>);
 impl<Z: Zfs> Authorise for ByHandoff<Z> {
     async fn authorise(&self, peer_node: &str, request: &Request) -> Result<DatasetName, Refusal> {
         let found = self.0.volumes.get_opt(&request.volume).await;
-        let found = found.map_err(|error| Refusal::new(RefusalCode::Failed, format!("can't read the volume: {error}")))?;
-        let found = found.ok_or_else(|| Refusal::new(RefusalCode::NotFound, format!("there is no volume {}", request.volume)))?;
+        let found =
+            found.map_err(|error| Refusal::new(RefusalCode::Failed, format!("can't read the volume: {error}")))?;
+        let found = found
+            .ok_or_else(|| Refusal::new(RefusalCode::NotFound, format!("there is no volume {}", request.volume)))?;
         check(&self.0.name, peer_node, request, &found).map_err(|why| Refusal::new(RefusalCode::NotAuthorised, why))?;
         let dataset = volume::dataset(&self.0.pool, &request.volume);
         dataset.map_err(|error| Refusal::new(RefusalCode::Invalid, error.to_string()))
@@ -27,15 +29,22 @@ fn check(me: &str, peer: &str, request: &Request, volume: &PortableVolume) -> Re
     let status = volume::status(volume);
     let handoff = status.handoff.ok_or_else(|| format!("volume {} is not moving", request.volume))?;
     if (handoff.from.as_str(), handoff.to.as_str()) != (me, peer) {
-        return Err(format!("volume {} moves from {} to {}, not from {me} to {peer}", request.volume, handoff.from, handoff.to));
+        return Err(format!(
+            "volume {} moves from {} to {}, not from {me} to {peer}",
+            request.volume, handoff.from, handoff.to
+        ));
     }
     if handoff.phase != HandoffPhase::FinalSync || handoff.epoch != request.epoch {
         return Err(format!("the handoff is in phase {:?} for epoch {}", handoff.phase, handoff.epoch));
     }
     let guid = request.guid.to_string();
-    let is = |name: &Option<String>, its: &Option<String>| name.as_ref() == Some(&request.snapshot) && its.as_ref() == Some(&guid);
+    let is = |name: &Option<String>, its: &Option<String>| {
+        name.as_ref() == Some(&request.snapshot) && its.as_ref() == Some(&guid)
+    };
     // What other replicas share with the source may go ahead of the final snapshot: a later move to one of them is a delta then.
-    if is(&handoff.snapshot, &handoff.guid) || status.replicas.iter().any(|replica| is(&replica.snapshot, &replica.guid)) {
+    if is(&handoff.snapshot, &handoff.guid)
+        || status.replicas.iter().any(|replica| is(&replica.snapshot, &replica.guid))
+    {
         return Ok(());
     }
     Err(format!("snapshot {} ({guid}) is no part of the handoff", request.snapshot))

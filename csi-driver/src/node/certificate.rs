@@ -137,7 +137,8 @@ async fn sign(client: &Client, node: &str, request: String) -> Result<Vec<u8>, C
         status: None,
     };
     let name = requests.create(&PostParams::default(), &wanted).await?.name_any();
-    let decided = |request: Option<&CertificateSigningRequest>| request.is_none_or(|request| decision(request).is_some());
+    let decided =
+        |request: Option<&CertificateSigningRequest>| request.is_none_or(|request| decision(request).is_some());
     let waited = tokio::time::timeout(SIGNED_WITHIN, await_condition(requests, &name, decided)).await;
     let not_signed = |why: &str| CertificateError::NotSigned { name: name.clone(), why: why.to_owned() };
     match waited {
@@ -157,8 +158,11 @@ fn decision(request: &CertificateSigningRequest) -> Option<Result<Vec<u8>, Strin
     if let Some(certificate) = &status.certificate {
         return Some(Ok(certificate.0.clone()));
     }
-    let refused = status.conditions.iter().flatten().find(|condition| matches!(condition.type_.as_str(), "Denied" | "Failed"));
-    refused.map(|condition| Err(format!("{}: {}", condition.type_, condition.message.as_deref().unwrap_or("no reason given"))))
+    let refused =
+        status.conditions.iter().flatten().find(|condition| matches!(condition.type_.as_str(), "Denied" | "Failed"));
+    refused.map(|condition| {
+        Err(format!("{}: {}", condition.type_, condition.message.as_deref().unwrap_or("no reason given")))
+    })
 }
 
 fn two_thirds(certificate: &[u8]) -> Result<Timestamp, CertificateError> {

@@ -49,9 +49,12 @@ impl<Z: Zfs> Service<Z> {
 
     /// Whether this node may write the volume now, by the API and by the disk.
     async fn check_owner(&self, name: &str, dataset: &DatasetName) -> Result<(), Status> {
-        let refused = |why: String| Status::failed_precondition(format!("volume {name} can't be mounted on node {}: {why}", self.0.name));
+        let refused = |why: String| {
+            Status::failed_precondition(format!("volume {name} can't be mounted on node {}: {why}", self.0.name))
+        };
         let volume = self.0.volumes.get_opt(name).await;
-        let volume = volume.map_err(|error| Status::unavailable(format!("can't read PortableVolume {name}: {error}")))?;
+        let volume =
+            volume.map_err(|error| Status::unavailable(format!("can't read PortableVolume {name}: {error}")))?;
         let volume = volume.ok_or_else(|| Status::not_found(format!("there is no PortableVolume {name}")))?;
         let status = volume::status(&volume);
         if status.owner.as_ref() != Some(&self.0.name) {
@@ -70,7 +73,10 @@ impl<Z: Zfs> Service<Z> {
             return Err(refused(format!("dataset {dataset} is not this volume's")));
         }
         if local.epoch != Some(status.epoch) {
-            return Err(refused(format!("dataset {dataset} is at epoch {:?}, the volume at {}", local.epoch, status.epoch)));
+            return Err(refused(format!(
+                "dataset {dataset} is at epoch {:?}, the volume at {}",
+                local.epoch, status.epoch
+            )));
         }
         Ok(())
     }
@@ -218,7 +224,10 @@ impl<Z: Zfs> node_server::Node for Service<Z> {
         let node = &self.0;
         // The kubelet asks again; until then no pod with a volume comes here.
         node.zfs.space(&node.pool).await.map_err(|error| {
-            Status::unavailable(format!("node {} can't have volumes: pool {} is not there: {error}", node.name, node.pool))
+            Status::unavailable(format!(
+                "node {} can't have volumes: pool {} is not there: {error}",
+                node.name, node.pool
+            ))
         })?;
         let segments = HashMap::from([(TOPOLOGY_KEY.to_owned(), node.zone.clone())]);
         Ok(Response::new(NodeGetInfoResponse {
@@ -236,7 +245,9 @@ fn check_mounted<Z>(node: &Node<Z>, dataset: &DatasetName, mountpoint: &Path) ->
             let message = format!("{} is mounted at {}, not dataset {dataset}", mount.source, mountpoint.display());
             Err(Status::failed_precondition(message))
         }
-        None => Err(Status::failed_precondition(format!("dataset {dataset} is not mounted at {}", mountpoint.display()))),
+        None => {
+            Err(Status::failed_precondition(format!("dataset {dataset} is not mounted at {}", mountpoint.display())))
+        }
     }
 }
 
@@ -254,7 +265,9 @@ fn check_path(field: &str, path: &str) -> Result<PathBuf, Status> {
 fn mount_flags(capability: Option<&VolumeCapability>, readonly: bool) -> Result<MountFlags, Status> {
     let capability = capability.ok_or_else(|| Status::invalid_argument("volume_capability is missing"))?;
     let Some(AccessType::Mount(mount)) = &capability.access_type else {
-        return Err(Status::invalid_argument("volume_capability.access_type must be mount: there are no raw block volumes"));
+        return Err(Status::invalid_argument(
+            "volume_capability.access_type must be mount: there are no raw block volumes",
+        ));
     };
     if !matches!(mount.fs_type.as_str(), "" | "zfs") {
         let message = format!("volume_capability.mount.fs_type is {:?}: allowed are zfs and nothing", mount.fs_type);
@@ -263,7 +276,8 @@ fn mount_flags(capability: Option<&VolumeCapability>, readonly: bool) -> Result<
     let mode = capability.access_mode.as_ref().map(|mode| mode.mode()).unwrap_or_default();
     let reader = mode == Mode::SingleNodeReaderOnly;
     if !reader && !matches!(mode, Mode::SingleNodeWriter | Mode::SingleNodeSingleWriter | Mode::SingleNodeMultiWriter) {
-        let message = format!("volume_capability.access_mode is {}: allowed are the SINGLE_NODE_* modes", mode.as_str_name());
+        let message =
+            format!("volume_capability.access_mode is {}: allowed are the SINGLE_NODE_* modes", mode.as_str_name());
         return Err(Status::invalid_argument(message));
     }
     let mut flags = if readonly || reader { MountFlags::RDONLY } else { MountFlags::empty() };
@@ -278,7 +292,9 @@ fn mount_flags(capability: Option<&VolumeCapability>, readonly: bool) -> Result<
             "relatime" => MountFlags::RELATIME,
             other => {
                 let allowed = "ro, rw, noexec, nosuid, nodev, noatime, relatime";
-                return Err(Status::invalid_argument(format!("mount option {other:?} is unknown: allowed are {allowed}")));
+                return Err(Status::invalid_argument(format!(
+                    "mount option {other:?} is unknown: allowed are {allowed}"
+                )));
             }
         };
     }
@@ -304,7 +320,8 @@ mod tests {
     use crate::proto::csi::volume_capability::{AccessMode, BlockVolume, MountVolume};
 
     fn capability(mode: Mode, options: &[&str]) -> VolumeCapability {
-        let mount = MountVolume { mount_flags: options.iter().map(ToString::to_string).collect(), ..MountVolume::default() };
+        let mount =
+            MountVolume { mount_flags: options.iter().map(ToString::to_string).collect(), ..MountVolume::default() };
         VolumeCapability {
             access_type: Some(AccessType::Mount(mount)),
             access_mode: Some(AccessMode { mode: mode.into() }),
@@ -313,12 +330,16 @@ mod tests {
 
     #[test]
     fn capabilities() {
-        let flags = |capability: &VolumeCapability, readonly| mount_flags(Some(capability), readonly).map_err(|status| status.message().to_owned());
+        let flags = |capability: &VolumeCapability, readonly| {
+            mount_flags(Some(capability), readonly).map_err(|status| status.message().to_owned())
+        };
         assert_eq!(flags(&capability(Mode::SingleNodeWriter, &[]), false), Ok(MountFlags::empty()));
         assert_eq!(flags(&capability(Mode::SingleNodeWriter, &[]), true), Ok(MountFlags::RDONLY));
         let options = flags(&capability(Mode::SingleNodeMultiWriter, &["ro,nodev", "noexec"]), false);
         assert_eq!(options, Ok(MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOEXEC));
-        assert!(flags(&capability(Mode::MultiNodeMultiWriter, &[]), false).unwrap_err().contains("MULTI_NODE_MULTI_WRITER"));
+        assert!(
+            flags(&capability(Mode::MultiNodeMultiWriter, &[]), false).unwrap_err().contains("MULTI_NODE_MULTI_WRITER")
+        );
         assert!(flags(&capability(Mode::SingleNodeWriter, &["suid"]), false).unwrap_err().contains("suid"));
         let block = VolumeCapability { access_type: Some(AccessType::Block(BlockVolume {})), access_mode: None };
         assert!(flags(&block, false).is_err());

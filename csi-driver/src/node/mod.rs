@@ -15,7 +15,7 @@ mod registration;
 mod socket;
 mod steps;
 mod storage_node;
-mod write;
+pub(crate) mod write;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};

@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use portolan_crds::DRIVER;
@@ -22,6 +23,9 @@ use crate::proto::registration::{
     registration_server::{self, RegistrationServer},
 };
 use crate::volume;
+
+/// How often a missing pool is looked for.
+const LOOK_FOR_POOL: Duration = Duration::from_secs(3);
 
 /// What the kubelet is told.
 struct Registration {
@@ -57,16 +61,34 @@ impl registration_server::Registration for Registration {
 pub(super) async fn serve<Z: Zfs>(node: Arc<Node<Z>>, shutdown: CancellationToken) -> anyhow::Result<()> {
     let endpoint = volume::plugin_dir(&node.kubelet_dir).join("csi.sock");
     let register = node.kubelet_dir.join("plugins_registry").join(format!("{DRIVER}-reg.sock"));
-    let csi = socket::listen(&node.mounts, &endpoint).with_context(|| format!("can't listen at {}", endpoint.display()))?;
+    let csi =
+        socket::listen(&node.mounts, &endpoint).with_context(|| format!("can't listen at {}", endpoint.display()))?;
     let csi = Server::builder()
         .add_service(IdentityServer::new(Identity))
         .add_service(NodeServer::new(Service(node.clone())))
         .serve_with_incoming_shutdown(csi, shutdown.clone().cancelled_owned());
-    // Only now: the kubelet calls back as soon as it sees this one.
-    let registration = socket::listen(&node.mounts, &register).with_context(|| format!("can't listen at {}", register.display()))?;
-    let registration = Server::builder()
-        .add_service(RegistrationServer::new(Registration { endpoint }))
-        .serve_with_incoming_shutdown(registration, shutdown.cancelled_owned());
-    tokio::try_join!(csi, registration).context("a gRPC server ended")?;
+    let registration = async {
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            () = pool_present(&node) => {}
+        }
+        let sockets = socket::listen(&node.mounts, &register);
+        let sockets = sockets.with_context(|| format!("can't listen at {}", register.display()))?;
+        let server = Server::builder().add_service(RegistrationServer::new(Registration { endpoint }));
+        server
+            .serve_with_incoming_shutdown(sockets, shutdown.cancelled())
+            .await
+            .context("the registration server ended")
+    };
+    tokio::try_join!(async { csi.await.context("the CSI server ended") }, registration)?;
     Ok(())
+}
+
+/// Returns when there is a pool. A node without one would be refused (see `node_get_info`), and after some refusals the kubelet
+/// waits for minutes between its attempts.
+async fn pool_present<Z: Zfs>(node: &Node<Z>) {
+    while let Err(error) = node.zfs.space(&node.pool).await {
+        tracing::debug!(%error, "no pool yet: not registering with the kubelet");
+        tokio::time::sleep(LOOK_FOR_POOL).await;
+    }
 }

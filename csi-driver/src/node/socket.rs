@@ -57,8 +57,12 @@ fn relayed(socket: UnixStream) -> DuplexStream {
             let _ = to_client.shutdown().await;
             result
         };
-        if let (Err(error), _) | (_, Err(error)) = tokio::join!(requests, answers) {
-            tracing::debug!(%error, "a connection to one of our sockets ended");
+        match tokio::join!(requests, answers) {
+            // The kubelet dials for each call and is gone with its answer.
+            (Err(error), _) | (_, Err(error)) if error.kind() != io::ErrorKind::BrokenPipe => {
+                tracing::debug!(%error, "a connection to one of our sockets ended");
+            }
+            _ => {}
         }
     });
     served
@@ -189,7 +193,10 @@ mod tests {
     fn the_authority_becomes_localhost() {
         assert_eq!(with_local_authority(END_HEADERS, &block(b"/a.sock")), Some(block(b"localhost")));
         let with_priority = |authority| [&[0, 0, 0, 0, 16][..], &block(authority)].concat();
-        assert_eq!(with_local_authority(END_HEADERS | PRIORITY, &with_priority(b"/a")), Some(with_priority(b"localhost")));
+        assert_eq!(
+            with_local_authority(END_HEADERS | PRIORITY, &with_priority(b"/a")),
+            Some(with_priority(b"localhost"))
+        );
         assert_eq!(with_local_authority(0, &block(b"/a.sock")), None, "goes on in another frame");
         assert_eq!(with_local_authority(END_HEADERS, &block(b"/a.sock")[..6]), None, "cut");
     }
@@ -202,7 +209,8 @@ mod tests {
             frame
         };
         let sent = [vec![b'P'; PREFACE], frame(4, b""), frame(HEADERS, &block(b"%2Fa")), frame(0, b"data")].concat();
-        let wanted = [vec![b'P'; PREFACE], frame(4, b""), frame(HEADERS, &block(b"localhost")), frame(0, b"data")].concat();
+        let wanted =
+            [vec![b'P'; PREFACE], frame(4, b""), frame(HEADERS, &block(b"localhost")), frame(0, b"data")].concat();
         let mut received = Vec::new();
         relay(&mut sent.as_slice(), &mut received).await.unwrap();
         assert_eq!(received, wanted);

@@ -119,7 +119,8 @@ fn describe(pool: &str, node: &str, address: SocketAddr, found: &Found, was: Sto
     match found.certified {
         true => conditions::set(&mut conditions, CERTIFICATE, condition::TRUE, "Signed", "", None),
         false => {
-            let message = "the operator has not signed this node's certificate yet: volumes can be used here but not moved";
+            let message =
+                "the operator has not signed this node's certificate yet: volumes can be used here but not moved";
             conditions::set(&mut conditions, CERTIFICATE, condition::FALSE, "Waiting", message, None)
         }
     };

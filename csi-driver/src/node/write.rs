@@ -13,10 +13,10 @@ use crate::quantity::Human;
 use crate::volume;
 
 /// A copy that was changed behind Portolan's back.
-pub(super) const DIVERGED: &str = "Diverged";
+pub(crate) const DIVERGED: &str = "Diverged";
 
 /// Writes a changed status over exactly the object that was read; returns what is there now.
-pub(super) async fn status(
+pub(crate) async fn status(
     volumes: &Api<PortableVolume>,
     read: &PortableVolume,
     change: impl FnOnce(&mut PortableVolumeStatus),
@@ -30,16 +30,16 @@ pub(super) async fn status(
 }
 
 /// Whether a write failed because somebody else has written since.
-pub(super) fn is_conflict(error: &kube::Error) -> bool {
+pub(crate) fn is_conflict(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.is_conflict())
 }
 
-pub(super) fn now() -> MicroTime {
+pub(crate) fn now() -> MicroTime {
     MicroTime(jiff::Timestamp::now())
 }
 
 /// Puts a node on the list of those that hold a dataset, or changes what is known of its copy.
-pub(super) fn replica(status: &mut PortableVolumeStatus, node: &str, snapshot: Option<Known>) {
+pub(crate) fn replica(status: &mut PortableVolumeStatus, node: &str, snapshot: Option<Known>) {
     let index = status.replicas.iter().position(|replica| replica.node == node).unwrap_or_else(|| {
         status.replicas.push(Replica { node: node.to_owned(), ..Replica::default() });
         status.replicas.len() - 1
@@ -50,30 +50,30 @@ pub(super) fn replica(status: &mut PortableVolumeStatus, node: &str, snapshot: O
     }
 }
 
-pub(super) fn own(status: &mut PortableVolumeStatus, node: &str) {
+pub(crate) fn own(status: &mut PortableVolumeStatus, node: &str) {
     status.owner = Some(node.to_owned());
     status.epoch = 1;
     ready(status);
 }
 
-pub(super) fn ready(status: &mut PortableVolumeStatus) {
+pub(crate) fn ready(status: &mut PortableVolumeStatus) {
     status.phase = VolumePhase::Ready;
     let owner = status.owner.as_deref().unwrap_or_default();
     let message = format!("node {owner} has the volume at epoch {}", status.epoch);
     conditions::set(&mut status.conditions, condition::READY, condition::TRUE, "Ready", &message, None);
 }
 
-pub(super) fn not_ready(status: &mut PortableVolumeStatus, reason: &str, message: &str) -> bool {
+pub(crate) fn not_ready(status: &mut PortableVolumeStatus, reason: &str, message: &str) -> bool {
     conditions::set(&mut status.conditions, condition::READY, condition::FALSE, reason, message, None)
 }
 
-pub(super) fn used(status: &mut PortableVolumeStatus, bytes: i64) {
+pub(crate) fn used(status: &mut PortableVolumeStatus, bytes: i64) {
     status.used_bytes = Some(bytes);
     status.used = Some(Human(bytes).to_string());
 }
 
 /// The source's last word: the volume as it is in this snapshot.
-pub(super) fn published(status: &mut PortableVolumeStatus, me: &str, snapshot: Known, quiesced_at: MicroTime) {
+pub(crate) fn published(status: &mut PortableVolumeStatus, me: &str, snapshot: Known, quiesced_at: MicroTime) {
     replica(status, me, Some(snapshot.clone()));
     if let Some(handoff) = &mut status.handoff {
         handoff.snapshot = Some(snapshot.name);
@@ -85,7 +85,7 @@ pub(super) fn published(status: &mut PortableVolumeStatus, me: &str, snapshot: K
 }
 
 /// The target becomes the owner: from here on the volume is what its copy says.
-pub(super) fn taken_over(status: &mut PortableVolumeStatus, me: &str) {
+pub(crate) fn taken_over(status: &mut PortableVolumeStatus, me: &str) {
     let Some(handoff) = &mut status.handoff else { return };
     handoff.phase = HandoffPhase::Activating;
     handoff.last_error = None;
@@ -97,7 +97,7 @@ pub(super) fn taken_over(status: &mut PortableVolumeStatus, me: &str) {
 }
 
 /// The handoff becomes the report of itself.
-pub(super) fn finished(status: &mut PortableVolumeStatus, at: MicroTime) {
+pub(crate) fn finished(status: &mut PortableVolumeStatus, at: MicroTime) {
     let Some(handoff) = status.handoff.take() else { return };
     status.last_handoff = Some(report(handoff, at));
     ready(status);
