@@ -68,6 +68,16 @@ pub enum Error {
         /// The namespace.
         place: String,
     },
+    /// A port is plugged in, and the kernel doesn't let frames through.
+    #[error("port {port} does not forward, {seconds} s after it came up (in {place})")]
+    NotForwarding {
+        /// The port's name.
+        port: String,
+        /// The network's namespace.
+        place: String,
+        /// How long we waited.
+        seconds: u64,
+    },
     /// No interface of the host has the tunnel endpoint's address.
     #[error("no interface of this node has the address {0}")]
     NoUnderlay(Ipv4Addr),

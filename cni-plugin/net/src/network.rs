@@ -65,7 +65,8 @@ impl Dataplane {
         netlink.set_link(LinkUnspec::new_with_index(loopback).up().build(), "bring lo up").await?;
         let bridge = ensure_bridge(&netlink, &namespace, spec).await?;
         let underlay = Netlink::open(&self.underlay()?)?;
-        ensure_tunnel(&netlink, &underlay, &namespace, spec, bridge).await
+        ensure_tunnel(&netlink, &underlay, &namespace, spec, bridge).await?;
+        start_bridge(&netlink, bridge, spec).await
     }
 
     /// Removes all that this node has of a network, ports included.
@@ -95,12 +96,17 @@ async fn ensure_bridge(netlink: &Netlink, namespace: &Namespace, spec: &NetworkS
         netlink.add_link(bridge, "make bridge br0").await?;
     }
     let index = netlink.index(BRIDGE).await?;
-    let wanted = LinkUnspec::new_with_index(index).address(mac).mtu(spec.mtu).up().build();
-    netlink.set_link(wanted, format!("set bridge br0 up with MTU {}", spec.mtu)).await?;
+    let wanted = LinkUnspec::new_with_index(index).address(mac).mtu(spec.mtu).build();
+    netlink.set_link(wanted, format!("set bridge br0's MTU to {}", spec.mtu)).await?;
     sysctl::set(namespace, &BRIDGE_SYSCTLS)?;
     netlink.add_address(index, BRIDGE_ADDRESS, 32).await?;
-    netlink.add_link_route(index, spec.subnet).await?;
     Ok(index)
+}
+
+/// Last, with vx0 in it: a bridge that comes up empty has no carrier, and the kernel then takes up to a second to let it send.
+async fn start_bridge(netlink: &Netlink, index: u32, spec: &NetworkSpec) -> Result<()> {
+    netlink.set_link(LinkUnspec::new_with_index(index).up().build(), "bring br0 up").await?;
+    netlink.add_link_route(index, spec.subnet).await
 }
 
 async fn ensure_tunnel(

@@ -4,12 +4,15 @@ use std::{
     net::Ipv4Addr,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use ipnet::Ipv4Net;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    link::{InfoData, InfoVeth, LinkMessage},
+    link::{
+        BridgePortState, InfoBridgePort, InfoData, InfoPortData, InfoVeth, LinkAttribute, LinkInfo, LinkMessage, State,
+    },
     neighbour::{NeighbourFlags, NeighbourState},
 };
 use rtnetlink::{
@@ -24,8 +27,12 @@ use crate::{
     mac::is_port_name,
     namespace::Namespace,
     netlink::{Netlink, link_facts, link_name},
-    sysctl,
 };
+
+/// How long the kernel may take to let frames through a port that is up at both ends.
+const FORWARDING_PATIENCE: Duration = Duration::from_secs(3);
+/// How often it is asked.
+const FORWARDING_POLL: Duration = Duration::from_millis(1);
 
 /// One pod's port on a network.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -62,7 +69,8 @@ impl Dataplane {
         let added = async {
             self.ensure_veth(&network, &pod, &pod_namespace, spec).await?;
             plug(&network, spec).await?;
-            configure_pod(&pod, &pod_namespace, spec).await
+            configure_pod(&pod, spec).await?;
+            wait_until_forwarding(&network, &pod, spec).await
         };
         let result = added.await;
         if let Err(e) = &result
@@ -174,14 +182,13 @@ async fn plug(network: &Netlink, spec: &PortSpec) -> Result<()> {
     network.send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("add neighbour {}", spec.address)).await
 }
 
-/// The pod's side. The interface comes up last, and then says so to the whole network (gratuitous ARP).
-async fn configure_pod(pod: &Netlink, namespace: &Namespace, spec: &PortSpec) -> Result<()> {
+/// The pod's side. Nothing is announced: an address has the same MAC wherever it is, so no neighbour has anything to learn.
+async fn configure_pod(pod: &Netlink, spec: &PortSpec) -> Result<()> {
     let link = pod.link(&spec.interface).await?;
     let index = match link {
         Some(link) => link.header.index,
         None => return Err(Error::NoLink { link: spec.interface.clone(), place: spec.netns.display().to_string() }),
     };
-    sysctl::set(namespace, &[(&format!("ipv4/conf/{}/arp_notify", spec.interface), "1")])?;
     pod.add_address(index, spec.address, spec.prefix).await?;
     pod.set_link(up(index, spec.mtu), format!("bring {} up", spec.interface)).await?;
     if spec.resolver {
@@ -191,6 +198,40 @@ async fn configure_pod(pod: &Netlink, namespace: &Namespace, spec: &PortSpec) ->
         pod.add_link_route(index, Ipv4Net::from(BRIDGE_ADDRESS)).await?;
     }
     Ok(())
+}
+
+/// Waits until frames pass both ways. The kernel turns "both ends are up" into that on its own time, and a pod's first packets
+/// would be lost.
+async fn wait_until_forwarding(network: &Netlink, pod: &Netlink, spec: &PortSpec) -> Result<()> {
+    let end = Instant::now() + FORWARDING_PATIENCE;
+    loop {
+        let (port, inside) = (network.link(&spec.port).await?, pod.link(&spec.interface).await?);
+        if port.is_some_and(|l| is_up(&l) && is_forwarding(&l)) && inside.is_some_and(|l| is_up(&l)) {
+            return Ok(());
+        }
+        if Instant::now() > end {
+            let (port, place) = (spec.port.clone(), network.place().to_owned());
+            return Err(Error::NotForwarding { port, place, seconds: FORWARDING_PATIENCE.as_secs() });
+        }
+        tokio::time::sleep(FORWARDING_POLL).await;
+    }
+}
+
+fn is_up(link: &LinkMessage) -> bool {
+    link.attributes.contains(&LinkAttribute::OperState(State::Up))
+}
+
+fn is_forwarding(link: &LinkMessage) -> bool {
+    let infos = link.attributes.iter().filter_map(|a| match a {
+        LinkAttribute::LinkInfo(infos) => Some(infos),
+        _ => None,
+    });
+    infos.flatten().any(|info| match info {
+        LinkInfo::PortData(InfoPortData::BridgePort(facts)) => {
+            facts.contains(&InfoBridgePort::State(BridgePortState::Forwarding))
+        }
+        _ => false,
+    })
 }
 
 fn up(index: u32, mtu: u32) -> LinkMessage {
