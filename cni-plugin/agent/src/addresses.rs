@@ -209,20 +209,23 @@ impl Addresses {
         Ok(all.into_iter().filter(|b| b.spec.node == self.cluster.node).map(|b| b.spec.network).collect())
     }
 
-    /// Gives a network's blocks back that nothing needs any more. A block with a claimed address stays this node's.
-    pub async fn release(&self, network: &str) -> Result<(), ApiError> {
+    /// Gives a network's blocks back that nothing needs any more. A block with a claimed address stays this node's: returns
+    /// whether none is left.
+    pub async fn release(&self, network: &str) -> Result<bool, ApiError> {
         let mut state = self.state.lock().await;
         let is_reserved =
             self.reserved.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|(n, _)| n == network);
         if is_reserved || !self.journal.select(|e| e.network == network).is_empty() {
-            return Ok(());
+            return Ok(true);
         }
+        let mut none_left = true;
         let claimed = self.claimed_addresses(&mut state, network);
         state.blocks.remove(network);
         for block in self.list_blocks().await? {
             let is_ours = block.spec.network == network && block.spec.node == self.cluster.node;
             let holds_claim =
                 block.spec.cidr.parse::<Ipv4Net>().is_ok_and(|net| claimed.iter().any(|a| net.contains(a)));
+            none_left &= !(is_ours && holds_claim);
             if is_ours && !holds_claim {
                 let name = block.name_any();
                 match self.blocks().delete(&name, &DeleteParams::default()).await {
@@ -232,7 +235,7 @@ impl Addresses {
                 }
             }
         }
-        Ok(())
+        Ok(none_left)
     }
 
     fn blocks(&self) -> Api<IPBlock> {

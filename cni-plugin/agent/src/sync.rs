@@ -72,8 +72,8 @@ struct Sync<'a> {
     slices: Slices,
     /// What the journal had when the agent started, as far as the kernel wasn't asked about it yet.
     unchecked: BTreeSet<String>,
-    /// Networks whose blocks may be given back.
-    leaving: BTreeSet<String>,
+    /// Networks whose blocks may be given back, and when that was last tried.
+    leaving: BTreeMap<String, Option<Instant>>,
     started: bool,
 }
 
@@ -84,7 +84,7 @@ pub(crate) async fn run(agent: Arc<Agent>, resolvers: Resolvers, shutdown: Cance
         resolvers,
         slices: Slices::default(),
         unchecked: agent.journal.select(|_| true).iter().map(Endpoint::id).collect(),
-        leaving: BTreeSet::new(),
+        leaving: BTreeMap::new(),
         started: false,
     };
     loop {
@@ -226,16 +226,22 @@ impl Sync<'_> {
 
     async fn release_blocks(&mut self, present: &[String]) -> Result<(), String> {
         if !self.started {
-            self.leaving = self.agent.addresses.networks_with_blocks().await.map_err(|e| e.to_string())?;
+            let all = self.agent.addresses.networks_with_blocks().await.map_err(|e| e.to_string())?;
+            self.leaving = all.into_iter().map(|network| (network, None)).collect();
             self.started = true;
         }
         // Those that were here are the next to leave.
-        let left: Vec<String> = self.leaving.iter().filter(|n| !present.contains(n)).cloned().collect();
+        let due = |tried: &Option<Instant>| tried.is_none_or(|at| at.elapsed() >= INTERVAL);
+        let left = self.leaving.iter().filter(|(network, tried)| !present.contains(network) && due(tried));
+        let left: Vec<String> = left.map(|(network, _)| network.clone()).collect();
         for network in left {
-            self.agent.addresses.release(&network).await.map_err(|e| e.to_string())?;
-            self.leaving.remove(&network);
+            if self.agent.addresses.release(&network).await.map_err(|e| e.to_string())? {
+                self.leaving.remove(&network);
+            } else {
+                self.leaving.insert(network, Some(Instant::now()));
+            }
         }
-        self.leaving.extend(present.iter().cloned());
+        self.leaving.extend(present.iter().map(|network| (network.clone(), None)));
         Ok(())
     }
 }
