@@ -59,10 +59,10 @@ node_is_ready() {
 
 # wait_for_node NODE [SINCE]
 wait_for_node() {
-  local end=$((SECONDS + 300))
+  local end=$((SECONDS + 600))
   until { [ -z "${2:-}" ] || renewed "$1" "$2"; } && node_is_ready "$1"; do
     lane_alive "$1" || die "$1 died: e2e/lab/lab logs $1"
-    ((SECONDS < end)) || die "$1 is not Ready after 300 s: e2e/lab/lab logs $1"
+    ((SECONDS < end)) || die "$1 is not Ready after 600 s: e2e/lab/lab logs $1"
     sleep 0.2
   done
   say "$1 is Ready"
@@ -86,7 +86,7 @@ cluster_up() {
   for node in $(nodes); do node_object "$node"; done
   sed "s#@BIN@#$(lane_bin)#" "$LAB/addons/coredns.yaml" | kubectl apply -f - > /dev/null
   for node in $(nodes); do wait_for_node "$node"; done
-  kubectl -n kube-system rollout status deployment/coredns --timeout=180s > /dev/null || die "the cluster's DNS does not start"
+  kubectl -n kube-system rollout status deployment/coredns --timeout=600s > /dev/null || die "the cluster's DNS does not start"
   say "cluster DNS runs"
 }
 
