@@ -10,9 +10,7 @@ use std::{
 use ipnet::Ipv4Net;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    link::{
-        BridgePortState, InfoBridgePort, InfoData, InfoPortData, InfoVeth, LinkAttribute, LinkInfo, LinkMessage, State,
-    },
+    link::{BridgePortState, InfoBridgePort, InfoData, InfoPortData, InfoVeth, LinkAttribute, LinkInfo, LinkMessage},
     neighbour::{NeighbourFlags, NeighbourState},
 };
 use rtnetlink::{
@@ -70,7 +68,7 @@ impl Dataplane {
             self.ensure_veth(&network, &pod, &pod_namespace, spec).await?;
             plug(&network, spec).await?;
             configure_pod(&pod, spec).await?;
-            wait_until_forwarding(&network, &pod, spec).await
+            wait_until_forwarding(&network, spec).await
         };
         let result = added.await;
         if let Err(e) = &result
@@ -200,25 +198,19 @@ async fn configure_pod(pod: &Netlink, spec: &PortSpec) -> Result<()> {
     Ok(())
 }
 
-/// Waits until frames pass both ways. The kernel turns "both ends are up" into that on its own time, and a pod's first packets
-/// would be lost.
-async fn wait_until_forwarding(network: &Netlink, pod: &Netlink, spec: &PortSpec) -> Result<()> {
+/// Waits until the bridge lets frames through the port. The kernel turns "both ends are up" into that on its own time, and a
+/// pod's first packets would be lost. (The pod's end sends as soon as it is up; its operational state follows up to a second
+/// later and stands for nothing.)
+async fn wait_until_forwarding(network: &Netlink, spec: &PortSpec) -> Result<()> {
     let end = Instant::now() + FORWARDING_PATIENCE;
-    loop {
-        let (port, inside) = (network.link(&spec.port).await?, pod.link(&spec.interface).await?);
-        if port.is_some_and(|l| is_up(&l) && is_forwarding(&l)) && inside.is_some_and(|l| is_up(&l)) {
-            return Ok(());
-        }
+    while !network.link(&spec.port).await?.is_some_and(|link| is_forwarding(&link)) {
         if Instant::now() > end {
             let (port, place) = (spec.port.clone(), network.place().to_owned());
             return Err(Error::NotForwarding { port, place, seconds: FORWARDING_PATIENCE.as_secs() });
         }
         tokio::time::sleep(FORWARDING_POLL).await;
     }
-}
-
-fn is_up(link: &LinkMessage) -> bool {
-    link.attributes.contains(&LinkAttribute::OperState(State::Up))
+    Ok(())
 }
 
 fn is_forwarding(link: &LinkMessage) -> bool {
