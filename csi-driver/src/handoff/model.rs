@@ -40,7 +40,7 @@ enum Event {
     Delay {
         node: usize,
     },
-    /// That write arrives.
+    /// The oldest of such writes arrives.
     Arrive,
     /// Somebody wants the volume on a node.
     Want {
@@ -63,8 +63,8 @@ struct World {
     disks: BTreeMap<&'static str, Disk>,
     /// What is left of each node's plan, and the version it was made from or wrote since.
     plans: BTreeMap<&'static str, (usize, VecDeque<Action>)>,
-    /// A write under way: who, from which version, and what.
-    late: Option<(&'static str, usize, Known)>,
+    /// Writes under way: who, from which version, and what.
+    late: VecDeque<(&'static str, usize, Known)>,
     guids: u32,
     written: u32,
 }
@@ -78,7 +78,7 @@ impl World {
             versions: vec![volume],
             disks: BTreeMap::new(),
             plans: BTreeMap::new(),
-            late: None,
+            late: VecDeque::new(),
             guids: 0,
             written: 0,
         }
@@ -125,7 +125,7 @@ impl World {
         if let Some(Action::PublishFinal(name)) = plan.back() {
             self.disk(me).local.readonly = true;
             let known = self.snapshot(me, name.clone());
-            self.late = Some((me, read, known));
+            self.late.push_back((me, read, known));
         }
     }
 
@@ -236,7 +236,7 @@ impl World {
             Event::Kill { node } => _ = self.plans.remove(NODES[node]),
             Event::Delay { node } => self.delay(NODES[node]),
             Event::Arrive => {
-                if let Some((me, mut read, known)) = self.late.take() {
+                if let Some((me, mut read, known)) = self.late.pop_front() {
                     self.write(&mut read, |status| write::published(status, me, known, now()));
                 }
             }
@@ -271,7 +271,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         6 => (node.clone(), 1..5usize).prop_map(|(node, actions)| Event::Step { node, actions }),
         12 => node.clone().prop_map(|node| Event::Step { node, actions: usize::MAX }),
         2 => node.clone().prop_map(|node| Event::Kill { node }),
-        1 => node.clone().prop_map(|node| Event::Delay { node }),
+        2 => node.clone().prop_map(|node| Event::Delay { node }),
         1 => Just(Event::Arrive),
         3 => node.clone().prop_map(|node| Event::Want { node }),
         4 => node.clone().prop_map(|node| Event::Mount { node }),

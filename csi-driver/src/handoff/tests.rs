@@ -176,6 +176,21 @@ fn a_target_is_recorded_receives_and_takes_over() {
 }
 
 #[test]
+fn a_final_snapshot_whose_write_was_lost_parts_nobody() {
+    // b was the source before: it took portolan-3 and, not knowing that the write of it would still arrive, portolan-3-2.
+    let local = copy(2, &["portolan-2", "portolan-3", "portolan-3-2"]);
+    let mut volume = moving(HandoffPhase::FinalSync);
+    volume.status.as_mut().unwrap().replicas[1] = replica("b", Some("portolan-3"));
+    let fetch = Action::Fetch { snapshot: known("portolan-4"), optional: false };
+    assert_eq!(plan("b", &volume, Some(&local)), [Action::DestroySnapshot(known("portolan-3-2")), fetch]);
+    // It is never taken for what the copies share.
+    let at_rest =
+        owned(|status| status.replicas = vec![replica("a", Some("portolan-3")), replica("b", Some("portolan-3"))]);
+    let actions = plan("b", &at_rest, Some(&local));
+    assert_eq!(actions, [known("portolan-2"), known("portolan-3-2")].map(Action::DestroySnapshot));
+}
+
+#[test]
 fn a_new_owner_stamps_the_epoch_before_it_is_writable() {
     let volume = moving(HandoffPhase::Activating);
     let received = Local { readonly: true, ..copy(2, &["portolan-4"]) };
