@@ -74,7 +74,8 @@ pub struct UninstallSettings {
     pub cni_bin_dir: PathBuf,
 }
 
-/// Takes Portolan out of the node's container runtime. Pods that run keep their interfaces until they end.
+/// Takes Portolan out of the node's container runtime. Pods that run keep their interfaces until they end. No agent may run
+/// beside: it would write the configuration again.
 ///
 /// # Errors
 /// When a file can't be removed.
