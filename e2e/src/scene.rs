@@ -210,7 +210,10 @@ pub fn nothing_left(lab: &Lab) -> Result<()> {
     for node in lab.nodes()? {
         let looks = [
             ("datasets", "zfs list -H -o name -r portolan | grep '/' || true"),
-            ("mounts", "grep -E 'portolan[./]|kubernetes.io~csi/pvc-' /proc/mounts | grep -v ' / ' || true"),
+            (
+                "mounts",
+                r"awk '$1 ~ /^portolan\// || $2 ~ /plugins\/portolan.dev\/volumes|kubernetes.io~csi\/pvc-|netns\/portolan-/' /proc/mounts",
+            ),
             ("namespaces", "ls /run/netns 2>/dev/null | grep ^portolan || true"),
             ("links", "ls /sys/class/net | grep -E '^(vx|p[0-9a-f]{8})' || true"),
             ("journal", "find /var/lib/portolan -name '*.json' -path '*endpoints*' 2>/dev/null || true"),

@@ -58,7 +58,8 @@ fn judge(claim: &IPClaim, owner: Option<&StatefulSet>) -> Verdict {
     let spec = owner.spec.as_ref();
     let first = spec.and_then(|spec| spec.ordinals.as_ref()).and_then(|ordinals| ordinals.start).unwrap_or(0);
     let last = first.saturating_add(spec.and_then(|spec| spec.replicas).unwrap_or(1));
-    let ordinal = claim.spec.pod.strip_prefix(&format!("{}-", claim.spec.owner)).and_then(|text| text.parse::<i32>().ok());
+    let ordinal =
+        claim.spec.pod.strip_prefix(&format!("{}-", claim.spec.owner)).and_then(|text| text.parse::<i32>().ok());
     match ordinal {
         Some(ordinal) if ordinal < first || ordinal >= last => Verdict::DeleteWithoutPod,
         _ => Verdict::Keep,

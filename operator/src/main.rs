@@ -78,7 +78,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let metrics = Metrics::register(&mut registry);
     let health = Health::new();
     let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-    let http = portolan_runtime::http::serve(any(arguments.http_port), health.clone(), Arc::new(registry), stop.clone());
+    let http =
+        portolan_runtime::http::serve(any(arguments.http_port), health.clone(), Arc::new(registry), stop.clone());
 
     let work = async {
         let authority = tokio::select! {

@@ -51,7 +51,8 @@ fn failed(verb: &'static str) -> impl Fn(kube::Error) -> UninstallError {
 /// When the DaemonSet can't be changed, or a node didn't do it in time.
 pub async fn run(client: Client, namespace: &str) -> Result<(), UninstallError> {
     let daemon_sets = Api::<DaemonSet>::namespaced(client.clone(), namespace);
-    let Some(daemon_set) = daemon_sets.get_opt(DAEMON_SET).await.map_err(failed("read DaemonSet portolan-network"))? else {
+    let Some(daemon_set) = daemon_sets.get_opt(DAEMON_SET).await.map_err(failed("read DaemonSet portolan-network"))?
+    else {
         return Ok(());
     };
     let patch = Patch::Strategic(changed(&daemon_set));
@@ -73,7 +74,8 @@ pub async fn run(client: Client, namespace: &str) -> Result<(), UninstallError> 
             return Ok(());
         }
         if Instant::now() >= deadline {
-            let nodes = if open.is_empty() { "a node without an agent".to_owned() } else { Vec::from_iter(open).join(", ") };
+            let nodes =
+                if open.is_empty() { "a node without an agent".to_owned() } else { Vec::from_iter(open).join(", ") };
             return Err(UninstallError::Unreached { nodes });
         }
         tokio::time::sleep(POLL_EVERY).await;
@@ -82,11 +84,14 @@ pub async fn run(client: Client, namespace: &str) -> Result<(), UninstallError> 
 
 /// The DaemonSet with `uninstall` in place of the agent's own work, everywhere at once.
 fn changed(daemon_set: &DaemonSet) -> Value {
-    let containers = daemon_set.spec.iter().flat_map(|spec| spec.template.spec.iter()).flat_map(|spec| &spec.containers);
+    let containers =
+        daemon_set.spec.iter().flat_map(|spec| spec.template.spec.iter()).flat_map(|spec| &spec.containers);
     let containers: Vec<Value> = containers
         .map(|container| {
             let args = container.args.iter().flatten().filter(|arg| {
-                ["uninstall", "--host-root=", "--cni-conf-dir=", "--cni-bin-dir="].iter().any(|kept| arg.starts_with(kept))
+                ["uninstall", "--host-root=", "--cni-conf-dir=", "--cni-bin-dir="]
+                    .iter()
+                    .any(|kept| arg.starts_with(kept))
             });
             let mut args: Vec<String> = args.filter(|arg| *arg != "uninstall").cloned().collect();
             args.insert(0, "uninstall".to_owned());
@@ -130,7 +135,10 @@ mod tests {
         }]}}}});
         let patch = changed(&serde_json::from_value(daemon_set).unwrap());
         let args = &patch["spec"]["template"]["spec"]["containers"][0]["args"];
-        assert_eq!(*args, json!(["uninstall", "--host-root=/host", "--cni-conf-dir=/etc/cni/net.d", "--cni-bin-dir=/opt/cni/bin"]));
+        assert_eq!(
+            *args,
+            json!(["uninstall", "--host-root=/host", "--cni-conf-dir=/etc/cni/net.d", "--cni-bin-dir=/opt/cni/bin"])
+        );
     }
 
     #[test]
@@ -146,7 +154,8 @@ mod tests {
             .unwrap()
         };
         let ended = |code: i32| json!({"terminated": {"exitCode": code}});
-        let pods = [pod("a", "2", ended(0)), pod("b", "1", ended(0)), pod("c", "2", ended(1)), pod("d", "2", json!({}))];
+        let pods =
+            [pod("a", "2", ended(0)), pod("b", "1", ended(0)), pod("c", "2", ended(1)), pod("d", "2", json!({}))];
         let (done, open) = progress(&pods, "2");
         assert_eq!(done, 1);
         assert_eq!(Vec::from_iter(open), ["b", "c", "d"]);

@@ -27,7 +27,8 @@ fn record(name: &str, last: u8) -> Record {
 }
 
 fn zone() -> Zone {
-    let member = |address, networks: &[&str]| Member { address, networks: networks.iter().map(|n| (*n).to_owned()).collect() };
+    let member =
+        |address, networks: &[&str]| Member { address, networks: networks.iter().map(|n| (*n).to_owned()).collect() };
     let mut records = vec![record("db-0.a", 1), record("db.a", 1), record("db.a", 2), record("db.a", 3)];
     records.extend([record("db.prod.a", 4), record("a", 5)]);
     records.extend((0..120).map(|last| record("many.a", last)));
@@ -83,8 +84,7 @@ async fn start(upstream: Vec<SocketAddr>) -> Fixture {
     let (udp, tcp) = sockets();
     let address = udp.local_addr().unwrap();
     let zone = ZoneHandle::new(zone());
-    let server =
-        run(udp, tcp, "a".to_owned(), zone.clone(), Upstream { servers: upstream }, std::future::pending());
+    let server = run(udp, tcp, "a".to_owned(), zone.clone(), Upstream { servers: upstream }, std::future::pending());
     Fixture { address, zone, task: tokio::spawn(async move { server.await.unwrap() }) }
 }
 

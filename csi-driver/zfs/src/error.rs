@@ -148,7 +148,10 @@ mod tests {
             ("cannot destroy 'tank/v1@a': dataset is busy", ErrorKind::Busy),
             ("umount: /mnt: target is busy.\ncannot unmount '/mnt': umount failed", ErrorKind::Busy),
             ("cannot unmount '/tank/a': pool or dataset is busy", ErrorKind::Busy),
-            ("cannot destroy snapshot tank/a@m: it's being held. Run 'zfs holds -r tank/a@m' to see holders.", ErrorKind::Busy),
+            (
+                "cannot destroy snapshot tank/a@m: it's being held. Run 'zfs holds -r tank/a@m' to see holders.",
+                ErrorKind::Busy,
+            ),
             ("cannot create 'tank/rr': out of space", ErrorKind::NoSpace),
             (
                 "cannot receive new filesystem stream: destination 'tank/v' exists\nmust specify -F to overwrite it",

@@ -63,7 +63,8 @@ impl Authority {
     /// When either is not readable.
     pub fn load(pem: &Pem) -> Result<Self, AuthorityError> {
         let key = KeyPair::from_pem(&pem.key).map_err(failed("read the authority's key"))?;
-        let issuer = Issuer::from_ca_cert_pem(&pem.certificate, key).map_err(failed("read the authority's certificate"))?;
+        let issuer =
+            Issuer::from_ca_cert_pem(&pem.certificate, key).map_err(failed("read the authority's certificate"))?;
         Ok(Self { certificate: pem.certificate.clone(), issuer })
     }
 

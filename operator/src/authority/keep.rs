@@ -47,9 +47,8 @@ pub enum KeepError {
 /// When the Secret can't be read or made, or holds no usable authority.
 pub async fn load_or_create(client: &Client, namespace: &str) -> Result<Authority, KeepError> {
     let secrets = Api::<Secret>::namespaced(client.clone(), namespace);
-    let failed = |verb| {
-        move |source| KeepError::Api { verb, object: format!("Secret {namespace}/{CA_SECRET}"), source }
-    };
+    let failed =
+        |verb| move |source| KeepError::Api { verb, object: format!("Secret {namespace}/{CA_SECRET}"), source };
     let secret = match secrets.get_opt(CA_SECRET).await.map_err(failed("read"))? {
         Some(secret) => secret,
         None => match secrets.create(&PostParams::default(), &new_secret()?).await {
@@ -82,10 +81,9 @@ fn new_secret() -> Result<Secret, AuthorityError> {
 fn pem_of(secret: &Secret, namespace: &str) -> Result<Pem, KeepError> {
     let text = |key: &'static str| {
         let bytes = secret.data.as_ref().and_then(|data| data.get(key)).map(|bytes| bytes.0.clone());
-        bytes.and_then(|bytes| String::from_utf8(bytes).ok()).ok_or_else(|| KeepError::Incomplete {
-            secret: format!("{namespace}/{CA_SECRET}"),
-            key,
-        })
+        bytes
+            .and_then(|bytes| String::from_utf8(bytes).ok())
+            .ok_or_else(|| KeepError::Incomplete { secret: format!("{namespace}/{CA_SECRET}"), key })
     };
     Ok(Pem { certificate: text(CERTIFICATE_KEY)?, key: text(PRIVATE_KEY)? })
 }
@@ -93,9 +91,8 @@ fn pem_of(secret: &Secret, namespace: &str) -> Result<Pem, KeepError> {
 /// Puts the certificate where node agents find it. The Secret is the truth: a ConfigMap that says otherwise is corrected.
 pub(super) async fn publish(client: &Client, namespace: &str, certificate: &str) -> Result<(), KeepError> {
     let config_maps = Api::<ConfigMap>::namespaced(client.clone(), namespace);
-    let failed = |verb| {
-        move |source| KeepError::Api { verb, object: format!("ConfigMap {namespace}/{CA_CONFIG_MAP}"), source }
-    };
+    let failed =
+        |verb| move |source| KeepError::Api { verb, object: format!("ConfigMap {namespace}/{CA_CONFIG_MAP}"), source };
     let data = BTreeMap::from([(PUBLISHED_KEY.to_owned(), certificate.to_owned())]);
     match config_maps.get_opt(CA_CONFIG_MAP).await.map_err(failed("read"))? {
         Some(present) if present.data.as_ref() == Some(&data) => return Ok(()),

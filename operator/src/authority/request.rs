@@ -30,7 +30,9 @@ pub(super) fn decide(spec: &CertificateSigningRequestSpec, service_account: &str
     }
     let claims = spec.extra.as_ref().and_then(|extra| extra.get(NODE_CLAIM)).map(Vec::as_slice);
     let Some([node]) = claims else {
-        return Err(format!("the requester's token doesn't say which node it is on ({NODE_CLAIM}): use the pod's own token"));
+        return Err(format!(
+            "the requester's token doesn't say which node it is on ({NODE_CLAIM}): use the pod's own token"
+        ));
     };
     let usages = spec.usages.as_deref().unwrap_or_default();
     if let Some(usage) = usages.iter().find(|usage| !USAGES.contains(&usage.as_str())) {

@@ -80,10 +80,17 @@ async fn answer(request: Arc<CertificateSigningRequest>, context: Arc<Context>) 
             let name = request.name_any();
             let certificate = context
                 .authority
-                .issue_node(granted.request, &granted.common_name, &granted.dns_name, granted.lifetime, Timestamp::now())
+                .issue_node(
+                    granted.request,
+                    &granted.common_name,
+                    &granted.dns_name,
+                    granted.lifetime,
+                    Timestamp::now(),
+                )
                 .map_err(|source| Error::Sign { name, source })?;
             if !has(&request, "Approved") {
-                let approved = condition("Approved", "NodeVerified", "the requester's pod is on the node that it names");
+                let approved =
+                    condition("Approved", "NodeVerified", "the requester's pod is on the node that it names");
                 context.write(&request, "approval", with(&request, approved)).await?;
             }
             let status = json!({"certificate": ByteString(certificate.into_bytes())});

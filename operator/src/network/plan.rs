@@ -116,7 +116,12 @@ fn status(network: &ContainerNetwork, outcome: Result<u32, Refusal>, endpoints: 
     written(network, vni, outcome.map(|_| ()), endpoints)
 }
 
-fn written(network: &ContainerNetwork, vni: Option<u32>, outcome: Result<(), Refusal>, endpoints: usize) -> Option<Step> {
+fn written(
+    network: &ContainerNetwork,
+    vni: Option<u32>,
+    outcome: Result<(), Refusal>,
+    endpoints: usize,
+) -> Option<Step> {
     let before = network.status.clone().unwrap_or_default();
     let mut status = before.clone();
     status.vni = vni;

@@ -33,7 +33,9 @@ pub fn taken(nodes: &[Node], service_cidrs: &[ServiceCIDR]) -> Vec<Taken> {
     for service_cidr in service_cidrs {
         let cidrs = service_cidr.spec.iter().flat_map(|spec| spec.cidrs.iter().flatten());
         taken.extend(
-            cidrs.filter_map(|cidr| v4(cidr)).map(|range| Taken { range, owner: format!("the Services' range {range}") }),
+            cidrs
+                .filter_map(|cidr| v4(cidr))
+                .map(|range| Taken { range, owner: format!("the Services' range {range}") }),
         );
     }
     taken
@@ -77,7 +79,8 @@ pub fn check(network: &ContainerNetwork, taken: &[Taken]) -> Result<(), Refusal>
             message: format!("subnet {given} is not an IPv4 CIDR: give one such as 10.32.0.0/16"),
         })?;
         if !is_unicast(subnet) {
-            let message = format!("subnet {subnet} holds addresses that no pod can have: give one such as 10.32.0.0/16");
+            let message =
+                format!("subnet {subnet} holds addresses that no pod can have: give one such as 10.32.0.0/16");
             return Err(Refusal { reason: "SubnetInvalid", message });
         }
         if let Some(other) = taken.iter().find(|other| overlap(other.range, subnet)) {
@@ -122,7 +125,8 @@ mod tests {
             }))
             .unwrap()
         };
-        let services = serde_json::from_value(json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}}));
+        let services =
+            serde_json::from_value(json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}}));
         let nodes = [node("node1", "10.89.0.11", "10.244.0.0/24"), node("node2", "10.89.0.12", "10.244.1.0/24")];
         taken(&nodes, &[services.unwrap()])
     }

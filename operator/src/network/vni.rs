@@ -15,7 +15,10 @@ const LAST: u32 = 0xff_ffff;
 /// Gives each of `networks` its VNI, by name. One that a network has (`status.vni`) stays; among rivals the older wins.
 ///
 /// `plugged` tells how many pods are plugged into a network: while there are any, its VNI can't change.
-pub fn assign(networks: &[ContainerNetwork], plugged: impl Fn(&str) -> usize) -> BTreeMap<String, Result<u32, Refusal>> {
+pub fn assign(
+    networks: &[ContainerNetwork],
+    plugged: impl Fn(&str) -> usize,
+) -> BTreeMap<String, Result<u32, Refusal>> {
     let mut by_age: Vec<&ContainerNetwork> = networks.iter().collect();
     by_age.sort_by_key(|network| (network.metadata.creation_timestamp.clone(), network.name_any()));
     let held = |network: &ContainerNetwork| network.status.as_ref().and_then(|status| status.vni);
@@ -58,7 +61,8 @@ pub fn assign(networks: &[ContainerNetwork], plugged: impl Fn(&str) -> usize) ->
 
 fn claim(users: &mut BTreeMap<u32, String>, vni: u32, name: &str) -> Result<u32, Refusal> {
     if let Some(user) = users.get(&vni) {
-        let message = format!("vni {vni} is in use by ContainerNetwork {user}: give another, or none to have one chosen");
+        let message =
+            format!("vni {vni} is in use by ContainerNetwork {user}: give another, or none to have one chosen");
         return Err(Refusal { reason: "VNIInUse", message });
     }
     users.insert(vni, name.to_owned());

@@ -27,7 +27,8 @@ pub(super) fn dns_config(
     }
     let own = spec.dns_config.clone().unwrap_or_default();
     let servers = [Some(DNS_ADDRESS.to_string()), cluster_dns.map(|address| address.to_string())];
-    let searches = [format!("{namespace}.svc.{cluster_domain}"), format!("svc.{cluster_domain}"), cluster_domain.to_owned()];
+    let searches =
+        [format!("{namespace}.svc.{cluster_domain}"), format!("svc.{cluster_domain}"), cluster_domain.to_owned()];
     let mut options = own.options.unwrap_or_default();
     if !options.iter().any(|option| option.name.as_deref() == Some("ndots")) {
         options.push(PodDNSConfigOption { name: Some("ndots".to_owned()), value: Some("5".to_owned()) });

@@ -16,7 +16,10 @@ pub async fn keep_registered(client: Client, name: &str, certificate: &str, regi
         let configuration = match state {
             Ok(Some(configuration)) => configuration,
             Ok(None) => {
-                tracing::warn!(name, "the MutatingWebhookConfiguration is missing: pods get no Portolan DNS until it is back");
+                tracing::warn!(
+                    name,
+                    "the MutatingWebhookConfiguration is missing: pods get no Portolan DNS until it is back"
+                );
                 registered(false);
                 continue;
             }

@@ -92,7 +92,8 @@ pub async fn run(
     let router = Router::new().route("/mutate-pods", post(mutate_pods)).with_state(Arc::clone(&shared));
 
     let handle = Handle::new();
-    let server = axum_server::bind_rustls(address, tls.clone()).handle(handle.clone()).serve(router.into_make_service());
+    let server =
+        axum_server::bind_rustls(address, tls.clone()).handle(handle.clone()).serve(router.into_make_service());
     let attend = async {
         if handle.listening().await.is_some() {
             listening.cancel();
@@ -128,7 +129,9 @@ async fn look_up(client: &Client, shared: &Shared) {
                 let address = service.spec.and_then(|spec| spec.cluster_ip).and_then(|text| text.parse().ok());
                 shared.cluster_dns.store(address.map(Arc::new));
             }
-            Err(error) => tracing::warn!(%error, "the cluster's DNS address is unknown: set --cluster-dns if there is no Service kube-system/kube-dns"),
+            Err(error) => {
+                tracing::warn!(%error, "the cluster's DNS address is unknown: set --cluster-dns if there is no Service kube-system/kube-dns")
+            }
         }
         tokio::time::sleep(LOOK_UP_EVERY).await;
     }
@@ -152,10 +155,8 @@ fn answer(shared: &Shared, request: &AdmissionRequest<Pod>) -> (Decision, Admiss
     let response = AdmissionResponse::from(request);
     let namespace = request.namespace.as_deref().unwrap_or("default");
     let cluster_dns = shared.cluster_dns.load().as_deref().copied();
-    let config = request
-        .object
-        .as_ref()
-        .and_then(|pod| dns_config(pod, namespace, cluster_dns, &shared.cluster_domain));
+    let config =
+        request.object.as_ref().and_then(|pod| dns_config(pod, namespace, cluster_dns, &shared.cluster_domain));
     let Some(config) = config else { return (Decision::Unchanged, response) };
     let patch = json!([
         {"op": "add", "path": "/spec/dnsPolicy", "value": "None"},
