@@ -6,7 +6,7 @@ LAB := LANE=$(LANE) e2e/lab/lab
 # Tests are built as the images' programs are (static, optimised), so that what both need is compiled once.
 export PORTOLAN_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/portolan
 export CARGO_TARGET_DIR ?= $(PORTOLAN_CACHE)/target
-CARGO := RUSTFLAGS='-C target-feature=+crt-static' CARGO_BUILD_TARGET=x86_64-unknown-linux-gnu cargo
+CARGO := env RUSTFLAGS='-C target-feature=+crt-static' CARGO_BUILD_TARGET=x86_64-unknown-linux-gnu cargo
 TIMED := e2e/timed
 
 .PHONY: help demo test test-code test-scene scene generate tools lab-build lab-up lab-down lab-shell lab-status images

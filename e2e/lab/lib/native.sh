@@ -3,8 +3,12 @@
 
 lane_packages=(nftables zfs-fuse iproute2 util-linux openssl curl jq)
 
+# Each node's kubelet, containerd and kube-proxy watch files; many distributions allow a user 128 watchers.
+watchers=fs/inotify/max_user_instances
+
 lane_prepare() {
   need "${lane_packages[@]}"
+  [ "$(cat "/proc/sys/$watchers")" -ge 1024 ] || echo 1024 > "/proc/sys/$watchers"
   "$LAB/lab" build
 }
 lane_bin() { built; }
