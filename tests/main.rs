@@ -1,5 +1,12 @@
 //! One module a subject. Needs root, zfs-fuse and network namespaces; a test that can't run fails and says why.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "all of this crate is tests; a panic is a failure"
+)]
+
 mod agent;
 mod cni;
 mod house;

@@ -261,7 +261,7 @@ async fn everything_can_be_done_twice_and_nothing_is_left() {
     run("nsenter", &[&inside, "ip", "link", "set", "eth1", "down"]);
     let pod = a.plug(77, "pod", pod.port.address.octets()[3]).await;
     a.dataplane.check_port(&pod.port).await.unwrap();
-    assert_eq!(a.dataplane.ports(77).await.unwrap(), [pod.port.port.clone()]);
+    assert_eq!(a.dataplane.ports(77).await.unwrap(), std::slice::from_ref(&pod.port.port));
     let second = a.plug(77, "second", 6).await;
     let listener = second.listen();
     assert!(pod.reaches(second.port.address, &listener));
@@ -269,7 +269,7 @@ async fn everything_can_be_done_twice_and_nothing_is_left() {
     for _ in 0..2 {
         a.dataplane.remove_port(77, &pod.port.port, Some(pod.port.address)).await.unwrap();
     }
-    assert_eq!(a.dataplane.ports(77).await.unwrap(), [second.port.port.clone()]);
+    assert_eq!(a.dataplane.ports(77).await.unwrap(), std::slice::from_ref(&second.port.port));
     assert!(a.dataplane.check_port(&pod.port).await.is_err());
     assert!(pod.try_inside(|| std::fs::read_to_string("/proc/thread-self/net/dev")).unwrap().find("eth1").is_none());
 
@@ -304,6 +304,6 @@ async fn a_failed_port_leaves_nothing() {
     refused.netns = node.netns("refused");
     refused.prefix = 33;
     assert!(node.dataplane.add_port(&refused).await.is_err());
-    assert_eq!(node.dataplane.ports(77).await.unwrap(), [pod.port.port.clone()]);
+    assert_eq!(node.dataplane.ports(77).await.unwrap(), std::slice::from_ref(&pod.port.port));
     node.dataplane.check_port(&pod.port).await.unwrap();
 }

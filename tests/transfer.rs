@@ -1,8 +1,5 @@
 //! Streams between two agents: over real TLS on loopback, between two real pools.
 
-// What serves tests may fail like a test.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
 mod rogue;
 mod setup;
 

@@ -1,8 +1,5 @@
 //! portolan-zfs on real pools, and the implementation in memory held to the same behaviour.
 
-// What serves tests may fail like a test.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
 pub mod contract;
 pub mod node;
 

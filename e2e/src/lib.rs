@@ -5,3 +5,4 @@
 pub mod bad_input;
 pub mod lab;
 pub mod scene;
+pub mod uninstall;

@@ -8,7 +8,8 @@ use serde_json::Value;
 use crate::lab::{Lab, repository, same, text};
 
 const NAMESPACE: &str = "demo";
-const RELEASE_NAMESPACE: &str = "portolan-system";
+/// Where the release is installed.
+pub const RELEASE_NAMESPACE: &str = "portolan-system";
 const NETWORK: &str = "backend";
 
 /// Plays the whole scene and asserts each thing that it shows.
@@ -239,7 +240,11 @@ fn pod(lab: &Lab, name: &str) -> Result<Value> {
     lab.json(&["-n", NAMESPACE, "get", "pod", name])
 }
 
-fn ready(object: &Value) -> Result<()> {
+/// Fails unless an object's condition `Ready` is `True`.
+///
+/// # Errors
+/// With the condition, or that there is none.
+pub fn ready(object: &Value) -> Result<()> {
     let conditions = object["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
     match conditions.iter().find(|condition| condition["type"] == "Ready") {
         Some(condition) if condition["status"] == "True" => Ok(()),

@@ -1,11 +1,12 @@
 //! The lab must be up, with the images imported.
 
-use portolan_e2e::{bad_input, lab::Lab, scene};
+use portolan_e2e::{bad_input, lab::Lab, scene, uninstall};
 
 /// One test, because the cluster is one: a test harness would run several side by side.
 #[test]
 fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     let lab = Lab::connect()?;
     scene::play(&lab)?;
-    bad_input::play(&lab)
+    bad_input::play(&lab)?;
+    uninstall::play(&lab)
 }
