@@ -9,6 +9,7 @@
 
 mod agent;
 mod cni;
+mod events;
 mod house;
 mod net;
 mod transfer;
