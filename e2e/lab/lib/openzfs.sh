@@ -15,6 +15,7 @@ lane_prepare() {
 lane_build() {
   local archives
   mapfile -t archives < <(cat "$KIT/current-images"; for tar in ${LAB_IMAGES:-}; do realpath -e "$tar"; done)
+  mkdir -p "$OZ"
   "$LAB/build/guest" > "$OZ/current-guest.new"
   "$LAB/build/kit" "$(built)" "${archives[@]}" > "$OZ/current-kit.new"
   mv "$OZ/current-guest.new" "$OZ/current-guest"
