@@ -27,6 +27,7 @@ test: tools
 
 ## test-code    formatting, lints, and all tests that need no cluster
 test-code: tools
+	$(TIMED) "Debian packages" e2e/lab/lab packages
 	$(TIMED) "formatting" cargo fmt --all --check
 	$(TIMED) "lints" $(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings
 	$(TIMED) "tests without a cluster" $(CARGO) test --release --locked --workspace --exclude portolan-e2e

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What both lanes share: the control plane (always native), node objects, a node's files.
-# A lane gives: lane_prepare, lane_name K, lane_start NODE K, lane_kill NODE, lane_alive NODE, lane_exec NODE CMD..., lane_cut NODE,
+# A lane gives: lane_packages, lane_prepare, lane_name K, lane_start NODE K, lane_kill NODE, lane_alive NODE, lane_exec NODE CMD..., lane_cut NODE,
 # lane_mend NODE, lane_down, lane_logs NODE, lane_import TARS...
 
 built() { cat "$KIT/current" 2> /dev/null; }

@@ -7,7 +7,6 @@ lane_packages=(nftables zfs-fuse iproute2 util-linux openssl curl jq)
 watchers=fs/inotify/max_user_instances
 
 lane_prepare() {
-  need "${lane_packages[@]}"
   [ "$(cat "/proc/sys/$watchers")" -ge 1024 ] || echo 1024 > "/proc/sys/$watchers"
   "$LAB/lab" build
 }

@@ -6,10 +6,9 @@
 . "$LAB/lib/guest.sh"
 MANAGEMENT=10.88.0   # a second network, by which commands get into a guest
 
-lane_prepare() {
-  need nftables iproute2 util-linux openssl curl jq openssh-client
-  "$LAB/lab" build
-}
+lane_packages=(nftables iproute2 util-linux openssl curl jq openssh-client)
+
+lane_prepare() { "$LAB/lab" build; }
 
 # Called by lab build.
 lane_build() {
