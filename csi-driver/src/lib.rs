@@ -1,4 +1,4 @@
-//! Portolan's storage: the CSI services, provisioning, attachment, and the handoff that moves a volume between nodes.
+//! Portolan's storage: CSI's identity and node services, provisioning, attachment, and the handoff that moves a volume between nodes.
 //!
 //! One binary, two processes: [`controller`] (unprivileged, sees only the API) and [`node`] (on each node, sees its pool).
 //! What they agree on is in a volume's status; [`handoff`] says what each of them does next.
