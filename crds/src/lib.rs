@@ -4,10 +4,12 @@
 //! `cargo run -p portolan-crds --bin generate-crds`; a test fails when they differ. This crate sees no client.
 
 mod network;
+mod snapshot;
 mod storage_node;
 mod volume;
 
 pub use network::*;
+pub use snapshot::*;
 pub use storage_node::*;
 pub use volume::*;
 
@@ -33,6 +35,10 @@ pub const CA_CONFIG_MAP: &str = "portolan-ca";
 pub const TOPOLOGY_KEY: &str = "topology.portolan.dev/zone-of-pool";
 /// Finalizer of a PortableVolume: datasets may still exist on nodes.
 pub const VOLUME_FINALIZER: &str = "portolan.dev/datasets";
+/// Finalizer of a PortableSnapshot: nodes may still have it.
+pub const SNAPSHOT_FINALIZER: &str = "portolan.dev/snapshots";
+/// Label of a PortableSnapshot: its volume.
+pub const VOLUME_LABEL: &str = "portolan.dev/volume";
 /// Finalizer of a VolumeAttachment that Portolan has answered.
 pub const ATTACH_FINALIZER: &str = "portolan.dev/attacher";
 /// Finalizer of a PersistentVolume that Portolan has provisioned.
@@ -69,6 +75,7 @@ pub fn definitions()
 -> Vec<(String, k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition)> {
     let all = [
         PortableVolume::crd(),
+        PortableSnapshot::crd(),
         StorageNode::crd(),
         ContainerNetwork::crd(),
         NetworkNodeSlice::crd(),

@@ -36,11 +36,64 @@ pub struct PortableVolumeSpec {
     /// The claim's UID: a later claim of the same name is another volume.
     #[serde(default)]
     pub claim_uid: String,
-    /// What the StorageClass asked of the dataset.
+    /// Whether pods see a filesystem or a block device.
+    #[serde(default)]
+    pub mode: VolumeMode,
+    /// The filesystem that pods see: the dataset's own, or one on a zvol.
+    #[serde(default)]
+    pub filesystem: Filesystem,
+    /// What the StorageClass and the VolumeAttributesClass asked of the dataset.
     #[serde(default)]
     pub parameters: VolumeParameters,
+    /// What the volume begins as; empty if nothing is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<VolumeSource>,
     /// Where the volume is wanted.
     pub placement: Placement,
+}
+
+impl PortableVolumeSpec {
+    /// Whether the volume is a zvol, not a filesystem of ZFS.
+    pub fn is_zvol(&self) -> bool {
+        self.mode == VolumeMode::Block || self.filesystem != Filesystem::Zfs
+    }
+}
+
+/// How pods see a volume (`PersistentVolumeClaim.spec.volumeMode`).
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum VolumeMode {
+    /// As a directory.
+    #[default]
+    Filesystem,
+    /// As a device: a zvol.
+    Block,
+}
+
+/// The filesystem of a volume in mode Filesystem.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Filesystem {
+    /// The dataset's own.
+    #[default]
+    Zfs,
+    /// ext4 on a zvol.
+    Ext4,
+    /// XFS on a zvol.
+    Xfs,
+}
+
+/// The snapshot that a volume begins as.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeSource {
+    /// The PortableSnapshot.
+    pub snapshot: String,
+    /// The volume that it is a snapshot of.
+    pub volume: String,
+    /// The snapshot's short name in ZFS.
+    pub short_name: String,
+    /// The snapshot's GUID, in decimal.
+    pub guid: String,
 }
 
 /// Where a volume is wanted. The owner follows; it never leads.
@@ -64,6 +117,37 @@ pub struct VolumeParameters {
     /// ZFS property `atime`; off unless asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub atime: Option<bool>,
+    /// ZFS property `sync`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sync: Option<Sync>,
+    /// ZFS property `logbias`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logbias: Option<Logbias>,
+    /// ZFS property `volblocksize` in bytes, of a zvol: a power of two from 4 KiB to 128 KiB. Fixed when the volume is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<u32>,
+}
+
+/// Values of the ZFS property `sync`.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sync {
+    /// As POSIX asks.
+    Standard,
+    /// Every write before it is acknowledged.
+    Always,
+    /// Never: what was acknowledged within some seconds before a crash is lost.
+    Disabled,
+}
+
+/// Values of the ZFS property `logbias`.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Logbias {
+    /// Short synchronous writes first.
+    Latency,
+    /// Much data first.
+    Throughput,
 }
 
 /// Values of the ZFS property `compression` that Portolan passes on.
@@ -97,6 +181,12 @@ pub struct PortableVolumeStatus {
     /// What an operator needs to know at a glance.
     #[serde(default)]
     pub phase: VolumePhase,
+    /// The size in bytes that the owner's dataset has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size_bytes: Option<i64>,
+    /// The parameters that the owner's dataset has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parameters: Option<VolumeParameters>,
     /// Bytes the dataset uses at its owner, for people (`12Mi`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub used: Option<String>,

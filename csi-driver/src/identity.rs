@@ -5,7 +5,7 @@ use tonic::{Request, Response, Status};
 use crate::proto::csi::{
     GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
     PluginCapability, ProbeRequest, ProbeResponse, identity_server, plugin_capability,
-    plugin_capability::{Service, service},
+    plugin_capability::{Service, VolumeExpansion, service, volume_expansion},
 };
 
 /// Answers who we are.
@@ -29,12 +29,16 @@ impl identity_server::Identity for Identity {
         &self,
         _: Request<GetPluginCapabilitiesRequest>,
     ) -> Result<Response<GetPluginCapabilitiesResponse>, Status> {
-        let offered = [service::Type::ControllerService, service::Type::VolumeAccessibilityConstraints];
-        let capabilities = offered
-            .map(|offer| PluginCapability {
-                r#type: Some(plugin_capability::Type::Service(Service { r#type: offer.into() })),
-            })
-            .to_vec();
+        use plugin_capability::Type;
+        let offered = [
+            service::Type::ControllerService,
+            service::Type::VolumeAccessibilityConstraints,
+            service::Type::GroupControllerService,
+        ];
+        let services = offered.map(|offer| Type::Service(Service { r#type: offer.into() }));
+        let online = Type::VolumeExpansion(VolumeExpansion { r#type: volume_expansion::Type::Online.into() });
+        let capabilities =
+            services.into_iter().chain([online]).map(|offer| PluginCapability { r#type: Some(offer) }).collect();
         Ok(Response::new(GetPluginCapabilitiesResponse { capabilities }))
     }
 

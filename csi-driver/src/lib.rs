@@ -10,5 +10,6 @@ pub mod node;
 pub mod parameters;
 pub mod proto;
 pub mod quantity;
+mod socket;
 pub mod transfer;
 pub mod volume;

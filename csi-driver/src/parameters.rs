@@ -1,20 +1,24 @@
 //! A StorageClass's parameters and a claim's wishes: parsed into types, or refused with a message that names the field.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
-use portolan_crds::{Compression, VolumeParameters};
+use portolan_crds::{Compression, Filesystem, Logbias, Sync, VolumeMode, VolumeParameters};
 
 /// Parameters that other parties put into a StorageClass or a CSI call under this prefix are not ours to judge.
 const FOREIGN_PREFIX: &str = "csi.storage.k8s.io/";
 const SMALLEST_RECORD: u32 = 512;
 const LARGEST_RECORD: u32 = 1 << 20;
+const SMALLEST_BLOCK: u32 = 4 << 10;
+const LARGEST_BLOCK: u32 = 128 << 10;
 
 /// A wish that can't be granted. The text names the field, what was given and what is allowed.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Refusal {
     /// A parameter Portolan doesn't know.
     #[error(
-        "StorageClass parameter {name:?} (given: {given:?}) is unknown: allowed are compression, recordsize, atime"
+        "parameter {name:?} (given: {given:?}) is unknown: allowed are compression, recordsize, volblocksize, atime, sync, \
+         logbias and {FS_TYPE}"
     )]
     UnknownParameter {
         /// The parameter.
@@ -23,7 +27,7 @@ pub enum Refusal {
         given: String,
     },
     /// A known parameter with a value that isn't allowed.
-    #[error("StorageClass parameter {name} is {given:?}: allowed is {allowed}")]
+    #[error("parameter {name} is {given:?}: allowed is {allowed}")]
     Parameter {
         /// The parameter.
         name: &'static str,
@@ -34,14 +38,15 @@ pub enum Refusal {
     },
     /// An access mode that no local disk can offer.
     #[error(
-        "access mode {given} is not possible: allowed are ReadWriteOnce and ReadWriteOncePod, as one node at a time has the volume"
+        "access mode {given} is not possible: allowed are ReadWriteOnce, ReadWriteOncePod and ReadOnlyMany, as one node at a \
+         time has the volume"
     )]
     AccessMode {
         /// The mode.
         given: String,
     },
-    /// Raw block volumes.
-    #[error("volumeMode {given} is not possible: allowed is Filesystem")]
+    /// A mode that isn't one.
+    #[error("volumeMode {given} is not possible: allowed are Filesystem and Block")]
     VolumeMode {
         /// The mode.
         given: String,
@@ -49,30 +54,140 @@ pub enum Refusal {
     /// A size that is none.
     #[error("spec.resources.requests.storage: {0}")]
     Size(#[from] crate::quantity::QuantityError),
-    /// A claim that wants to start from something else.
-    #[error("spec.dataSource {given} is not possible: a volume of this class starts empty")]
+    /// A parameter that can't be changed once the volume is made.
+    #[error("parameter {name:?} can't be changed: a VolumeAttributesClass may have {}", CHANGEABLE.join(", "))]
+    NotChangeable {
+        /// The parameter.
+        name: String,
+    },
+    /// A parameter that is of no use in this volume.
+    #[error("parameter {name} is for {of}: this volume is {is}")]
+    NotFor {
+        /// The parameter.
+        name: &'static str,
+        /// What it is for.
+        of: &'static str,
+        /// What the volume is.
+        is: &'static str,
+    },
+    /// A claim that wants to start from something we can't copy.
+    #[error("spec.dataSource {given} {why}")]
     DataSource {
         /// Kind and name of the source.
         given: String,
+        /// What is the matter with it.
+        why: String,
     },
 }
 
-/// Parses a StorageClass's parameters.
+/// The parameter that names the filesystem; Kubernetes passes it on as `fsType` of a PersistentVolume.
+pub const FS_TYPE: &str = "csi.storage.k8s.io/fstype";
+/// The parameters that ZFS can change while a volume is in use.
+const CHANGEABLE: [&str; 4] = ["compression", "recordsize", "sync", "logbias"];
+
+/// What a class asks for.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Asked {
+    /// The dataset's tunables.
+    pub parameters: VolumeParameters,
+    /// The filesystem.
+    pub filesystem: Filesystem,
+}
+
+/// Parses a StorageClass's parameters, for a volume of this mode.
 ///
 /// # Errors
-/// The first parameter that is unknown or has a value that isn't allowed.
-pub fn parse(given: &BTreeMap<String, String>) -> Result<VolumeParameters, Refusal> {
-    let mut parameters = VolumeParameters::default();
+/// The first parameter that is unknown, has a value that isn't allowed, or is of no use.
+pub fn parse(given: &BTreeMap<String, String>, mode: VolumeMode) -> Result<Asked, Refusal> {
+    let mut asked = Asked::default();
     for (name, value) in given {
         match name.as_str() {
-            "compression" => parameters.compression = Some(compression(value)?),
-            "recordsize" => parameters.record_size = Some(record_size(value)?),
-            "atime" => parameters.atime = Some(on_off(value)?),
+            FS_TYPE => asked.filesystem = filesystem(value)?,
+            "volblocksize" => asked.parameters.block_size = Some(block_size(value)?),
+            "atime" => asked.parameters.atime = Some(on_off(value)?),
             name if name.starts_with(FOREIGN_PREFIX) => {}
-            _ => return Err(Refusal::UnknownParameter { name: name.clone(), given: value.clone() }),
+            _ => set(&mut asked.parameters, name, value)?,
         }
     }
-    Ok(parameters)
+    if mode == VolumeMode::Block {
+        // Nobody makes a filesystem on it.
+        asked.filesystem = Filesystem::Zfs;
+    }
+    check_use(&asked, mode)?;
+    Ok(asked)
+}
+
+/// Changes tunables as a VolumeAttributesClass asks.
+///
+/// # Errors
+/// The first parameter that can't be changed, or has a value that isn't allowed.
+pub fn change(parameters: &mut VolumeParameters, given: &BTreeMap<String, String>) -> Result<(), Refusal> {
+    for (name, value) in given.iter().filter(|(name, _)| !name.starts_with(FOREIGN_PREFIX)) {
+        if !CHANGEABLE.contains(&name.as_str()) {
+            return Err(Refusal::NotChangeable { name: name.clone() });
+        }
+        set(parameters, name, value)?;
+    }
+    Ok(())
+}
+
+fn set(parameters: &mut VolumeParameters, name: &str, value: &str) -> Result<(), Refusal> {
+    match name {
+        "compression" => parameters.compression = Some(compression(value)?),
+        "recordsize" => parameters.record_size = Some(record_size(value)?),
+        "sync" => parameters.sync = Some(sync(value)?),
+        "logbias" => parameters.logbias = Some(logbias(value)?),
+        _ => return Err(Refusal::UnknownParameter { name: name.to_owned(), given: value.to_owned() }),
+    }
+    Ok(())
+}
+
+/// Checks that a volume of this mode has use for each tunable.
+///
+/// # Errors
+/// The first that is for the other kind.
+pub fn check_use(asked: &Asked, mode: VolumeMode) -> Result<(), Refusal> {
+    let zvol = mode == VolumeMode::Block || asked.filesystem != Filesystem::Zfs;
+    let refuse = |name, of, is| Err(Refusal::NotFor { name, of, is });
+    match &asked.parameters {
+        given if zvol && given.record_size.is_some() => refuse("recordsize", "datasets", "a zvol: see volblocksize"),
+        given if zvol && given.atime.is_some() => refuse("atime", "datasets", "a zvol: see mountOptions"),
+        given if !zvol && given.block_size.is_some() => refuse("volblocksize", "zvols", "a dataset: see recordsize"),
+        _ => Ok(()),
+    }
+}
+
+/// A filesystem by name; none means the dataset's own.
+///
+/// # Errors
+/// When it is unknown.
+pub fn filesystem(value: &str) -> Result<Filesystem, Refusal> {
+    match value {
+        "" | "zfs" => Ok(Filesystem::Zfs),
+        "ext4" => Ok(Filesystem::Ext4),
+        "xfs" => Ok(Filesystem::Xfs),
+        _ => Err(Refusal::Parameter { name: FS_TYPE, given: value.to_owned(), allowed: "zfs, ext4 or xfs" }),
+    }
+}
+
+fn sync(value: &str) -> Result<Sync, Refusal> {
+    match value {
+        "standard" => Ok(Sync::Standard),
+        "always" => Ok(Sync::Always),
+        "disabled" => Ok(Sync::Disabled),
+        _ => {
+            let allowed = "standard, always or disabled";
+            Err(Refusal::Parameter { name: "sync", given: value.to_owned(), allowed })
+        }
+    }
+}
+
+fn logbias(value: &str) -> Result<Logbias, Refusal> {
+    match value {
+        "latency" => Ok(Logbias::Latency),
+        "throughput" => Ok(Logbias::Throughput),
+        _ => Err(Refusal::Parameter { name: "logbias", given: value.to_owned(), allowed: "latency or throughput" }),
+    }
 }
 
 fn compression(value: &str) -> Result<Compression, Refusal> {
@@ -91,11 +206,19 @@ fn compression(value: &str) -> Result<Compression, Refusal> {
 }
 
 fn record_size(value: &str) -> Result<u32, Refusal> {
-    let refusal = || Refusal::Parameter {
-        name: "recordsize",
-        given: value.to_owned(),
-        allowed: "a power of two from 512 to 1M, such as 8192, 16K or 128K",
-    };
+    let allowed = "a power of two from 512 to 1M, such as 8192, 16K or 128K";
+    power_of_two(value, SMALLEST_RECORD..=LARGEST_RECORD)
+        .ok_or_else(|| Refusal::Parameter { name: "recordsize", given: value.to_owned(), allowed })
+}
+
+fn block_size(value: &str) -> Result<u32, Refusal> {
+    let allowed = "a power of two from 4K to 128K, such as 8192 or 16K";
+    power_of_two(value, SMALLEST_BLOCK..=LARGEST_BLOCK)
+        .ok_or_else(|| Refusal::Parameter { name: "volblocksize", given: value.to_owned(), allowed })
+}
+
+/// Bytes, `K` or `M`.
+fn power_of_two(value: &str, allowed: RangeInclusive<u32>) -> Option<u32> {
     let upper = value.to_ascii_uppercase();
     let (number, factor) = match (upper.strip_suffix('K'), upper.strip_suffix('M')) {
         (Some(number), _) => (number, 1 << 10),
@@ -103,14 +226,10 @@ fn record_size(value: &str) -> Result<u32, Refusal> {
         _ => (upper.as_str(), 1),
     };
     if number.is_empty() || !number.bytes().all(|digit| digit.is_ascii_digit()) {
-        return Err(refusal());
+        return None;
     }
-    number
-        .parse::<u32>()
-        .ok()
-        .and_then(|number| number.checked_mul(factor))
-        .filter(|bytes| bytes.is_power_of_two() && (SMALLEST_RECORD..=LARGEST_RECORD).contains(bytes))
-        .ok_or_else(refusal)
+    let bytes = number.parse::<u32>().ok()?.checked_mul(factor)?;
+    (bytes.is_power_of_two() && allowed.contains(&bytes)).then_some(bytes)
 }
 
 fn on_off(value: &str) -> Result<bool, Refusal> {
@@ -126,19 +245,21 @@ fn on_off(value: &str) -> Result<bool, Refusal> {
 /// # Errors
 /// The first mode that isn't.
 pub fn check_access_modes(modes: &[String]) -> Result<(), Refusal> {
-    match modes.iter().find(|mode| !matches!(mode.as_str(), "ReadWriteOnce" | "ReadWriteOncePod")) {
+    let possible = ["ReadWriteOnce", "ReadWriteOncePod", "ReadOnlyMany"];
+    match modes.iter().find(|mode| !possible.contains(&mode.as_str())) {
         Some(mode) => Err(Refusal::AccessMode { given: mode.clone() }),
         None => Ok(()),
     }
 }
 
-/// Checks a claim's volume mode; none means Filesystem.
+/// A claim's volume mode; none means Filesystem.
 ///
 /// # Errors
-/// When it is another.
-pub fn check_volume_mode(mode: Option<&str>) -> Result<(), Refusal> {
+/// When it is none of the two.
+pub fn volume_mode(mode: Option<&str>) -> Result<VolumeMode, Refusal> {
     match mode {
-        None | Some("Filesystem") => Ok(()),
+        None | Some("Filesystem") => Ok(VolumeMode::Filesystem),
+        Some("Block") => Ok(VolumeMode::Block),
         Some(mode) => Err(Refusal::VolumeMode { given: mode.to_owned() }),
     }
 }
@@ -147,8 +268,12 @@ pub fn check_volume_mode(mode: Option<&str>) -> Result<(), Refusal> {
 mod tests {
     use super::*;
 
+    fn given(name: &str, value: &str) -> BTreeMap<String, String> {
+        BTreeMap::from([(name.to_owned(), value.to_owned())])
+    }
+
     fn parsed(name: &str, value: &str) -> Result<VolumeParameters, Refusal> {
-        parse(&BTreeMap::from([(name.to_owned(), value.to_owned())]))
+        parse(&given(name, value), VolumeMode::Filesystem).map(|asked| asked.parameters)
     }
 
     #[test]
@@ -170,7 +295,16 @@ mod tests {
         assert_eq!(parsed("compression", "zstd").unwrap().compression, Some(Compression::Zstd));
         assert_eq!(parsed("atime", "off").unwrap().atime, Some(false));
         assert_eq!(parsed("csi.storage.k8s.io/fstype", "ext4"), Ok(VolumeParameters::default()));
-        for (name, value) in [("compression", "fast"), ("atime", "yes"), ("poolname", "tank")] {
+        assert_eq!(parsed("sync", "always").unwrap().sync, Some(Sync::Always));
+        let wrong = [
+            ("compression", "fast"),
+            ("atime", "yes"),
+            ("sync", "off"),
+            ("logbias", "fast"),
+            (FS_TYPE, "btrfs"),
+            ("poolname", "tank"),
+        ];
+        for (name, value) in wrong {
             let message = parsed(name, value).unwrap_err().to_string();
             assert!(message.contains(name) && message.contains(value) && message.contains("allowed"), "{message}");
         }
@@ -180,6 +314,29 @@ mod tests {
     fn modes() {
         assert!(check_access_modes(&["ReadWriteOnce".into(), "ReadWriteOncePod".into()]).is_ok());
         assert!(check_access_modes(&["ReadWriteOnce".into(), "ReadWriteMany".into()]).is_err());
-        assert!(check_volume_mode(None).is_ok() && check_volume_mode(Some("Block")).is_err());
+        assert!(check_access_modes(&["ReadOnlyMany".into()]).is_ok());
+        assert_eq!(volume_mode(Some("Block")), Ok(VolumeMode::Block));
+        assert!(volume_mode(Some("Character")).unwrap_err().to_string().contains("Character"));
+    }
+
+    #[test]
+    fn datasets_and_zvols_have_parameters_of_their_own() {
+        let zvol = BTreeMap::from([(FS_TYPE.to_owned(), "xfs".to_owned()), ("volblocksize".to_owned(), "16K".to_owned())]);
+        let asked = parse(&zvol, VolumeMode::Filesystem).unwrap();
+        assert_eq!((asked.filesystem, asked.parameters.block_size), (Filesystem::Xfs, Some(16_384)));
+        assert!(parsed("volblocksize", "16K").unwrap_err().to_string().contains("recordsize"));
+        assert!(parsed("volblocksize", "1M").unwrap_err().to_string().contains("128K"));
+        let block = parse(&given("recordsize", "16K"), VolumeMode::Block).unwrap_err();
+        assert!(block.to_string().contains("volblocksize"), "{block}");
+    }
+
+    #[test]
+    fn what_is_in_use_can_be_changed_in_part() {
+        let mut parameters = parsed("compression", "gzip").unwrap();
+        change(&mut parameters, &given("recordsize", "8K")).unwrap();
+        assert_eq!((parameters.compression, parameters.record_size), (Some(Compression::Gzip), Some(8192)));
+        let refused = change(&mut parameters, &given("atime", "on")).unwrap_err().to_string();
+        assert!(refused.contains("atime") && refused.contains("sync"), "{refused}");
+        assert!(change(&mut parameters, &given("recordsize", "9K")).is_err());
     }
 }

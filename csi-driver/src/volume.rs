@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{Resource, ResourceExt};
-use portolan_crds::{Compression, DRIVER, PortableVolume, PortableVolumeStatus, VolumeParameters};
+use portolan_crds::{DRIVER, PortableVolume, PortableVolumeStatus, condition};
 use portolan_zfs::{DatasetName, InvalidName, Property};
 
 /// User property of a dataset: the volume's name.
@@ -14,9 +14,19 @@ pub const UID_PROPERTY: &str = "portolan:uid";
 /// User property of a dataset: the epoch at which this copy was last writable.
 pub const EPOCH_PROPERTY: &str = "portolan:epoch";
 
+/// Reason of a condition: the volume is gone for its users, and its dataset stays for its snapshots or clones.
+pub const KEPT: &str = "Kept";
+
 /// A volume's status; an empty one if nobody has written any.
 pub fn status(volume: &PortableVolume) -> PortableVolumeStatus {
     volume.status.clone().unwrap_or_default()
+}
+
+/// Whether a deleted volume is there only for its snapshots or clones.
+pub fn is_kept(volume: &PortableVolume) -> bool {
+    let conditions = volume.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
+    let kept = conditions.iter().any(|condition| condition.type_ == condition::READY && condition.reason == KEPT);
+    kept && volume.metadata.deletion_timestamp.is_some()
 }
 
 /// A volume's dataset below `pool`.
@@ -42,15 +52,51 @@ pub fn mountpoint(kubelet_dir: &Path, volume: &str) -> PathBuf {
 /// # Errors
 /// When a name or value is one that ZFS would refuse.
 pub fn properties(volume: &PortableVolume, mountpoint: &Path) -> Result<Vec<Property>, InvalidName> {
-    let mut properties = vec![
-        Property::canmount_noauto(),
-        Property::new("mountpoint", mountpoint.to_string_lossy())?,
-        Property::refquota(u64::try_from(volume.spec.size_bytes).unwrap_or_default()),
-    ];
-    properties.extend(tunables(&volume.spec.parameters)?);
+    let mut properties = Vec::new();
+    if !volume.spec.is_zvol() {
+        properties.extend([
+            Property::canmount_noauto(),
+            Property::new("mountpoint", mountpoint.to_string_lossy())?,
+            Property::new("atime", if volume.spec.parameters.atime == Some(true) { "on" } else { "off" })?,
+        ]);
+    }
+    properties.extend(changeable(volume)?);
     properties.push(Property::new(VOLUME_PROPERTY, volume.name_any())?);
     properties.push(Property::new(UID_PROPERTY, volume.uid().unwrap_or_default())?);
     Ok(properties)
+}
+
+/// The properties that a dataset in use can be given when the spec changes: its size and its tunables.
+///
+/// # Errors
+/// As [`properties`].
+pub fn changeable(volume: &PortableVolume) -> Result<Vec<Property>, InvalidName> {
+    let (spec, parameters) = (&volume.spec, &volume.spec.parameters);
+    let size = u64::try_from(spec.size_bytes).unwrap_or_default();
+    let mut properties = Vec::new();
+    if spec.is_zvol() {
+        properties.push(Property::new("volsize", size.to_string())?);
+    } else {
+        properties.push(Property::refquota(size));
+        if let Some(size) = parameters.record_size {
+            properties.push(Property::new("recordsize", size.to_string())?);
+        }
+    }
+    if let Some(compression) = parameters.compression {
+        properties.push(Property::new("compression", word(&compression))?);
+    }
+    if let Some(sync) = parameters.sync {
+        properties.push(Property::new("sync", word(&sync))?);
+    }
+    if let Some(logbias) = parameters.logbias {
+        properties.push(Property::new("logbias", word(&logbias))?);
+    }
+    Ok(properties)
+}
+
+/// A property's value as the API spells it, which is as ZFS does.
+fn word(value: &impl serde::Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 /// The property that stamps `epoch` on a dataset.
@@ -61,26 +107,36 @@ pub fn epoch_property(epoch: i64) -> Result<Property, InvalidName> {
     Property::new(EPOCH_PROPERTY, epoch.to_string())
 }
 
-fn tunables(parameters: &VolumeParameters) -> Result<Vec<Property>, InvalidName> {
-    let mut properties = vec![Property::new("atime", if parameters.atime == Some(true) { "on" } else { "off" })?];
-    if let Some(size) = parameters.record_size {
-        properties.push(Property::new("recordsize", size.to_string())?);
-    }
-    if let Some(compression) = parameters.compression {
-        let name = match compression {
-            Compression::Off => "off",
-            Compression::On => "on",
-            Compression::Lzjb => "lzjb",
-            Compression::Gzip => "gzip",
-            Compression::Lz4 => "lz4",
-            Compression::Zstd => "zstd",
-        };
-        properties.push(Property::new("compression", name)?);
-    }
-    Ok(properties)
-}
-
 /// What an Event about a volume refers to.
 pub fn reference(volume: &PortableVolume) -> ObjectReference {
     volume.object_ref(&())
+}
+
+#[cfg(test)]
+mod tests {
+    use portolan_crds::{Compression, Filesystem, PortableVolumeSpec, VolumeParameters};
+
+    use super::*;
+
+    #[test]
+    fn a_dataset_is_marked_last() {
+        let parameters = VolumeParameters {
+            compression: Some(Compression::Zstd),
+            record_size: Some(8192),
+            block_size: Some(16_384),
+            ..VolumeParameters::default()
+        };
+        let mut spec = PortableVolumeSpec { size_bytes: 1 << 30, parameters, ..PortableVolumeSpec::default() };
+        let text = |spec: &PortableVolumeSpec| {
+            let volume = PortableVolume::new("pvc-1", spec.clone());
+            properties(&volume, Path::new("/m")).unwrap().iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(
+            text(&spec),
+            "canmount=noauto mountpoint=/m atime=off refquota=1073741824 recordsize=8192 compression=zstd \
+             portolan:volume=pvc-1 portolan:uid="
+        );
+        spec.filesystem = Filesystem::Ext4;
+        assert_eq!(text(&spec), "volsize=1073741824 compression=zstd portolan:volume=pvc-1 portolan:uid=");
+    }
 }

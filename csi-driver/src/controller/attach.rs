@@ -13,11 +13,11 @@ use kube::runtime::controller::Action;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::{Controller, watcher};
 use kube::{Api, ResourceExt};
-use portolan_crds::{ATTACH_FINALIZER, DRIVER, PortableVolume, StorageNode, condition};
-use portolan_runtime::conditions;
+use portolan_crds::{ATTACH_FINALIZER, DRIVER, PortableVolume};
 use serde_json::json;
 
 use super::decide::{self, Decision};
+use super::wish::no_pool;
 use super::{Hub, RESYNC, exhaust, retry, set_finalizer};
 use crate::volume;
 
@@ -75,7 +75,8 @@ async fn reconcile(attachment: Arc<VolumeAttachment>, hub: Arc<Hub>) -> kube::Re
     let mut decision = decide::decide(&volume, node, &[]);
     if decision == Decision::Move {
         // Only then does it matter who else has it; asking is a list.
-        decision = decide::decide(&volume, node, &attached_elsewhere(&hub, &attachment).await?);
+        let pv = attachment.spec.source.persistent_volume_name.as_deref().unwrap_or_default();
+        decision = decide::decide(&volume, node, &attached_elsewhere(&hub, pv, node).await?);
     }
     tracing::debug!(volume = volume.name_any(), node, ?decision, "attachment");
     match decision {
@@ -109,59 +110,50 @@ async fn find(hub: &Hub, attachment: &VolumeAttachment) -> kube::Result<Result<P
     Ok(volume.ok_or_else(|| format!("there is no PortableVolume {handle}")))
 }
 
-/// The other nodes that the same PersistentVolume is attached to, asked of the API: a watch may be behind.
-async fn attached_elsewhere(hub: &Hub, attachment: &VolumeAttachment) -> kube::Result<Vec<String>> {
+/// The other nodes that a PersistentVolume is attached to, asked of the API: a watch may be behind.
+pub(super) async fn attached_elsewhere(hub: &Hub, pv: &str, node: &str) -> kube::Result<Vec<String>> {
     let all = hub.attachments.list(&Default::default()).await?;
-    let source = &attachment.spec.source.persistent_volume_name;
     let other = |it: &VolumeAttachment| {
         it.spec.attacher == DRIVER
-            && it.spec.source.persistent_volume_name == *source
-            && it.spec.node_name != attachment.spec.node_name
+            && it.spec.source.persistent_volume_name.as_deref() == Some(pv)
+            && it.spec.node_name != node
             && it.status.as_ref().is_some_and(|status| status.attached)
     };
     Ok(all.items.into_iter().filter(other).map(|it| it.spec.node_name).collect())
 }
 
 async fn start_move(hub: &Hub, attachment: &VolumeAttachment, volume: &PortableVolume) -> kube::Result<Action> {
-    let (name, node) = (volume.name_any(), &attachment.spec.node_name);
-    if let Some(why) = no_pool(&hub.storage_nodes, node).await? {
+    let node = &attachment.spec.node_name;
+    if let Some(why) = no_pool(&hub.storage_nodes, node, volume.spec.is_zvol()).await? {
         return refuse(hub, attachment, &why).await;
     }
+    ask_for_move(hub, volume, node).await?;
+    set_finalizer(&hub.attachments, attachment, ATTACH_FINALIZER, true).await?;
+    Ok(Action::requeue(WAITING))
+}
+
+/// Writes that the volume moves to `node`.
+pub(super) async fn ask_for_move(hub: &Hub, volume: &PortableVolume, node: &str) -> kube::Result<()> {
     let mut next = volume.clone();
     let mut status = volume::status(volume);
     decide::start(&mut status, node, Timestamp::now());
-    let from = status.owner.clone().unwrap_or_default();
+    let (name, from) = (volume.name_any(), status.owner.clone().unwrap_or_default());
     next.status = Some(status);
     hub.volumes.replace_status(&name, &PostParams::default(), &next).await?;
     hub.moves.inc();
     tracing::info!(volume = name, from, to = node, "asked for a move");
     // The move goes on without what follows; what fails here is done when it has ended.
-    place(hub, volume, node).await?;
-    set_finalizer(&hub.attachments, attachment, ATTACH_FINALIZER, true).await?;
-    Ok(Action::requeue(WAITING))
+    place(hub, volume, node).await
 }
 
 /// Says where the volume is wanted now.
-async fn place(hub: &Hub, volume: &PortableVolume, node: &str) -> kube::Result<()> {
+pub(super) async fn place(hub: &Hub, volume: &PortableVolume, node: &str) -> kube::Result<()> {
     if volume.spec.placement.node == node {
         return Ok(());
     }
     let patch = Patch::Merge(json!({ "spec": { "placement": { "node": node } } }));
     hub.volumes.patch(&volume.name_any(), &PatchParams::default(), &patch).await?;
     Ok(())
-}
-
-/// Why a node can't take a volume, if it can't.
-pub(super) async fn no_pool(storage_nodes: &Api<StorageNode>, node: &str) -> kube::Result<Option<String>> {
-    let Some(found) = storage_nodes.get_opt(node).await? else {
-        return Ok(Some(format!("node {node} has no StorageNode: the storage agent has not run there")));
-    };
-    let ready = found.status.as_ref().and_then(|status| conditions::find(&status.conditions, condition::READY));
-    Ok(match ready {
-        Some(ready) if ready.status == condition::TRUE => None,
-        Some(ready) => Some(format!("StorageNode {node} is not ready: {}: {}", ready.reason, ready.message)),
-        None => Some(format!("StorageNode {node} does not say whether it is ready")),
-    })
 }
 
 async fn refuse(hub: &Hub, attachment: &VolumeAttachment, why: &str) -> kube::Result<Action> {

@@ -1,25 +1,31 @@
 //! `portolan-csi controller`: provisions volumes, gives them back, and attaches them, which may mean to move them.
 //!
-//! Four loops over the API, each driven by watches. None keeps state of its own: each looks at the objects as they are now.
+//! Loops over the API, each driven by watches, and the CSI Controller service for the sidecars. None keeps state of its own: each
+//! looks at the objects as they are now.
 
 mod attach;
 pub(crate) mod decide;
 mod provision;
 mod reclaim;
+mod service;
+mod snapshots;
+mod source;
 mod volumes;
+mod wish;
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use futures::{Stream, StreamExt};
 use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim};
-use k8s_openapi::api::storage::v1::{StorageClass, VolumeAttachment};
+use k8s_openapi::api::storage::v1::{StorageClass, VolumeAttachment, VolumeAttributesClass};
 use kube::api::{Patch, PatchParams};
 use kube::runtime::controller::Action;
 use kube::{Api, Client, Resource, ResourceExt};
-use portolan_crds::{DRIVER, PortableVolume, StorageNode};
+use portolan_crds::{DRIVER, PortableSnapshot, PortableVolume, StorageNode};
 use portolan_runtime::events::Events;
 use portolan_runtime::http::{self, Health};
 use portolan_runtime::leader;
@@ -46,6 +52,9 @@ pub struct Options {
     /// Value of the topology key that new volumes ask of a node.
     #[arg(long, env = "ZONE_OF_POOL", default_value = "default")]
     pub zone_of_pool: String,
+    /// The Unix socket at which the CSI Controller service is answered, for the sidecars; none if not given.
+    #[arg(long, env = "CSI_SOCKET")]
+    pub csi_socket: Option<PathBuf>,
     /// This process's name among those that may lead.
     #[arg(long, env = "POD_NAME", default_value = "portolan-csi-controller")]
     pub pod_name: String,
@@ -53,10 +62,12 @@ pub struct Options {
 
 /// What the loops share.
 struct Hub {
-    claims: Client,
+    client: Client,
     classes: Api<StorageClass>,
+    attribute_classes: Api<VolumeAttributesClass>,
     pvs: Api<PersistentVolume>,
     volumes: Api<PortableVolume>,
+    snapshots: Api<PortableSnapshot>,
     storage_nodes: Api<StorageNode>,
     attachments: Api<VolumeAttachment>,
     nodes: Api<Node>,
@@ -68,7 +79,7 @@ struct Hub {
 
 impl Hub {
     fn claims(&self, namespace: &str) -> Api<PersistentVolumeClaim> {
-        Api::namespaced(self.claims.clone(), namespace)
+        Api::namespaced(self.client.clone(), namespace)
     }
 }
 
@@ -83,10 +94,12 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     registry.register("volumes_provisioned", "PersistentVolumes made", provisioned.clone());
     registry.register("moves_started", "Moves asked of nodes", moves.clone());
     let hub = Arc::new(Hub {
-        claims: client.clone(),
+        client: client.clone(),
         classes: Api::all(client.clone()),
+        attribute_classes: Api::all(client.clone()),
         pvs: Api::all(client.clone()),
         volumes: Api::all(client.clone()),
+        snapshots: Api::all(client.clone()),
         storage_nodes: Api::all(client.clone()),
         attachments: Api::all(client.clone()),
         nodes: Api::all(client.clone()),
@@ -101,19 +114,26 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let address = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), options.http_port);
     let http = http::serve(address, health, Arc::new(registry), shutdown.clone());
     let namespace = portolan_runtime::namespace();
+    // Every process answers CSI calls: what they ask for is in the API, where the leader finds it.
+    let csi = service::serve(hub.clone(), options.csi_socket, shutdown.clone());
     let work = |token: CancellationToken| async move {
         tokio::select! {
             () = token.cancelled() => {}
-            _ = futures::future::join4(
+            _ = futures::future::join5(
                 provision::run(hub.clone()),
                 reclaim::run(hub.clone()),
                 volumes::run(hub.clone()),
+                snapshots::run(hub.clone()),
                 attach::run(hub),
             ) => {}
         }
     };
     let leading = leader::run(client, &namespace, LEASE, &options.pod_name, shutdown, work);
-    tokio::try_join!(async { http.await.context("health and metrics") }, async { leading.await.context("leading") },)?;
+    tokio::try_join!(
+        async { http.await.context("health and metrics") },
+        async { csi.await.context("CSI") },
+        async { leading.await.context("leading") },
+    )?;
     Ok(())
 }
 

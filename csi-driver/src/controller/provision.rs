@@ -7,24 +7,24 @@ use k8s_openapi::api::core::v1::{
     CSIPersistentVolumeSource, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, ObjectReference,
     PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimSpec, PersistentVolumeSpec, VolumeNodeAffinity,
 };
-use k8s_openapi::api::storage::v1::StorageClass;
+use k8s_openapi::api::storage::v1::{StorageClass, VolumeAttributesClass};
 use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
 use kube::runtime::controller::Action;
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::{Controller, watcher};
 use kube::{Api, Resource, ResourceExt};
 use portolan_crds::{
-    DRIVER, PV_FINALIZER, Placement, PortableVolume, PortableVolumeSpec, TOPOLOGY_KEY, VOLUME_FINALIZER,
-    VolumeParameters, VolumePhase, condition,
+    DRIVER, Filesystem, PV_FINALIZER, PortableVolume, PortableVolumeSpec, TOPOLOGY_KEY, VolumePhase,
 };
-use portolan_runtime::conditions;
 use serde_json::json;
 
-use super::attach::no_pool;
+use super::source::{self, Named, Resolved, Source};
 use super::volumes::{self, name_of};
+use super::wish::{self, Wish, no_pool};
 use super::{Hub, PROVISIONED_BY, RESYNC, exhaust, retry};
 use crate::parameters::{self, Refusal};
-use crate::{quantity, volume};
+use crate::quantity::{self, Human};
+use crate::volume;
 
 /// Annotation of a claim: the node that the scheduler has chosen for its first pod.
 const SELECTED_NODE: &str = "volume.kubernetes.io/selected-node";
@@ -32,9 +32,11 @@ const SELECTED_NODE: &str = "volume.kubernetes.io/selected-node";
 const PROVISIONERS: [&str; 2] =
     ["volume.kubernetes.io/storage-provisioner", "volume.beta.kubernetes.io/storage-provisioner"];
 const WAITING: std::time::Duration = std::time::Duration::from_secs(15);
+/// How soon a claim is looked at again whose source is not there yet.
+const SOURCE: std::time::Duration = std::time::Duration::from_secs(1);
 
 pub(super) async fn run(hub: Arc<Hub>) {
-    let claims: Api<PersistentVolumeClaim> = Api::all(hub.claims.clone());
+    let claims: Api<PersistentVolumeClaim> = Api::all(hub.client.clone());
     let stream = Controller::new(claims, watcher::Config::default())
         .watches(hub.volumes.clone(), watcher::Config::default(), |volume: PortableVolume| {
             let claim = volume.spec.claim.split_once('/');
@@ -44,27 +46,31 @@ pub(super) async fn run(hub: Arc<Hub>) {
     exhaust("claims", stream).await;
 }
 
-/// What a claim asks for, checked.
-struct Wish {
-    size: String,
-    size_bytes: i64,
-    parameters: VolumeParameters,
-}
-
-fn check(spec: &PersistentVolumeClaimSpec, class: &StorageClass) -> Result<Wish, Refusal> {
-    parameters::check_volume_mode(spec.volume_mode.as_deref())?;
+/// What a claim asks for, checked; its source is not.
+fn check(
+    claim: &PersistentVolumeClaim,
+    spec: &PersistentVolumeClaimSpec,
+    class: &StorageClass,
+    attributes: Option<&VolumeAttributesClass>,
+) -> Result<Wish, Refusal> {
+    let mode = parameters::volume_mode(spec.volume_mode.as_deref())?;
     parameters::check_access_modes(spec.access_modes.as_deref().unwrap_or_default())?;
-    if let Some(source) = &spec.data_source {
-        return Err(Refusal::DataSource { given: format!("{} {}", source.kind, source.name) });
+    let mut asked = parameters::parse(class.parameters.as_ref().unwrap_or(&BTreeMap::new()), mode)?;
+    if let Some(given) = attributes.and_then(|attributes| attributes.parameters.as_ref()) {
+        parameters::change(&mut asked.parameters, given)?;
     }
-    if let Some(source) = &spec.data_source_ref {
-        return Err(Refusal::DataSource { given: format!("{} {}", source.kind, source.name) });
-    }
-    let parameters = parameters::parse(class.parameters.as_ref().unwrap_or(&BTreeMap::new()))?;
     let requests = spec.resources.as_ref().and_then(|resources| resources.requests.as_ref());
     let size = requests.and_then(|requests| requests.get("storage")).map(|size| size.0.clone()).unwrap_or_default();
     let size_bytes = quantity::bytes(&size)?;
-    Ok(Wish { size, size_bytes, parameters })
+    Ok(Wish {
+        size,
+        size_bytes,
+        mode,
+        asked,
+        source: None,
+        claim: format!("{}/{}", claim.namespace().unwrap_or_default(), claim.name_any()),
+        claim_uid: claim.uid().unwrap_or_default(),
+    })
 }
 
 async fn reconcile(claim: Arc<PersistentVolumeClaim>, hub: Arc<Hub>) -> kube::Result<Action> {
@@ -81,8 +87,28 @@ async fn reconcile(claim: Arc<PersistentVolumeClaim>, hub: Arc<Hub>) -> kube::Re
     if class.provisioner != DRIVER {
         return Ok(Action::await_change());
     }
-    match check(spec, &class) {
-        Ok(wish) => provision(&claim, &class, wish, &hub).await,
+    let attributes = match spec.volume_attributes_class_name.as_deref().filter(|name| !name.is_empty()) {
+        None => None,
+        Some(name) => {
+            let Some(found) = hub.attribute_classes.get_opt(name).await? else {
+                failed(&hub, &claim, &format!("there is no VolumeAttributesClass {name}")).await;
+                return Ok(Action::requeue(WAITING));
+            };
+            Some(found)
+        }
+    };
+    let wish = match check(&claim, spec, &class, attributes.as_ref()) {
+        Ok(wish) => source::named(&hub, &claim, spec).await?.map(|named| (wish, named)),
+        Err(refusal) => Err(refusal),
+    };
+    match wish {
+        Ok((wish, Named::Nothing)) => provision(&claim, &class, wish, None, &hub).await,
+        Ok((wish, Named::Ours(source))) => provision(&claim, &class, wish, Some(source), &hub).await,
+        Ok((_, Named::Foreign)) => Ok(Action::await_change()),
+        Ok((_, Named::Waiting(why))) => {
+            tracing::debug!(claim = claim.name_any(), why, "a claim's source is not there yet");
+            Ok(Action::requeue(SOURCE))
+        }
         Err(refusal) => {
             let message = format!("can't provision with StorageClass {}: {refusal}", class.name_any());
             failed(&hub, &claim, &message).await;
@@ -96,7 +122,13 @@ async fn failed(hub: &Hub, claim: &PersistentVolumeClaim, message: &str) {
     hub.events.warning(&claim.object_ref(&()), "ProvisioningFailed", "Provision", message).await;
 }
 
-async fn provision(claim: &PersistentVolumeClaim, class: &StorageClass, wish: Wish, hub: &Hub) -> kube::Result<Action> {
+async fn provision(
+    claim: &PersistentVolumeClaim,
+    class: &StorageClass,
+    mut wish: Wish,
+    source: Option<Source>,
+    hub: &Hub,
+) -> kube::Result<Action> {
     let Some(name) = name_of(claim) else { return Ok(Action::await_change()) };
     let present = hub.volumes.get_opt(&name).await?;
     if let Some(volume) = &present {
@@ -109,13 +141,35 @@ async fn provision(claim: &PersistentVolumeClaim, class: &StorageClass, wish: Wi
         }
     }
     let Some(node) = choose(claim, class, present.as_ref(), hub).await? else { return Ok(Action::requeue(WAITING)) };
-    if let Some(why) = no_pool(&hub.storage_nodes, &node).await? {
+    let zvol = wish.clone().spec(node.clone()).is_zvol();
+    if let Some(why) = no_pool(&hub.storage_nodes, &node, zvol).await? {
         failed(hub, claim, &format!("no volume can be made on the chosen node: {why}")).await;
         give_back(claim, hub).await?;
         return Ok(Action::requeue(WAITING));
     }
     match present {
-        None => create(claim, &name, node, wish, hub).await?,
+        None => {
+            if let Some(source) = source {
+                match source::resolve(hub, &source, &name).await? {
+                    Resolved::Ready(_, least) if wish.size_bytes < least => {
+                        let message =
+                            format!("spec.resources.requests.storage is {}: the source has {}", wish.size, Human(least));
+                        failed(hub, claim, &message).await;
+                        return Ok(Action::requeue(RESYNC));
+                    }
+                    Resolved::Ready(found, _) => wish.source = Some(found),
+                    Resolved::Waiting(_) => return Ok(Action::requeue(SOURCE)),
+                    Resolved::Missing(why) => {
+                        failed(hub, claim, &format!("spec.dataSource: {why}")).await;
+                        return Ok(Action::requeue(WAITING));
+                    }
+                }
+            }
+            let message = format!("making volume {name} on node {node}");
+            wish::create(hub, &name, wish.spec(node)).await?;
+            tracing::info!(volume = name, message);
+            hub.events.normal(&claim.object_ref(&()), "Provisioning", "Provision", &message).await;
+        }
         Some(volume) if volume.spec.placement.node != node => {
             // Nobody owns it yet, and the scheduler has thought again.
             let patch = json!({
@@ -145,17 +199,11 @@ async fn choose(
     if let Some(volume) = present {
         return Ok(Some(volume.spec.placement.node.clone()));
     }
-    let all = hub.storage_nodes.list(&Default::default()).await?;
-    let room = |node: &portolan_crds::StorageNode| {
-        let status = node.status.as_ref()?;
-        let ready = conditions::find(&status.conditions, condition::READY)?.status == condition::TRUE;
-        ready.then_some((status.available_bytes?, node.name_any()))
-    };
-    let best = all.items.iter().filter_map(room).max();
+    let best = wish::candidates(&hub.storage_nodes).await?.into_iter().next();
     if best.is_none() {
         failed(hub, claim, "no StorageNode is ready: see `kubectl get storagenodes`").await;
     }
-    Ok(best.map(|(_, node)| node))
+    Ok(best.map(|best| best.node))
 }
 
 /// Takes the scheduler's choice back, so that it makes another.
@@ -167,33 +215,6 @@ async fn give_back(claim: &PersistentVolumeClaim, hub: &Hub) -> kube::Result<()>
         json!({ "metadata": { "annotations": { SELECTED_NODE: null }, "resourceVersion": claim.resource_version() } });
     let claims = hub.claims(&claim.namespace().unwrap_or_default());
     claims.patch(&claim.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await?;
-    Ok(())
-}
-
-async fn create(claim: &PersistentVolumeClaim, name: &str, node: String, wish: Wish, hub: &Hub) -> kube::Result<()> {
-    let message = format!("making volume {name} on node {node}");
-    let volume = PortableVolume {
-        metadata: ObjectMeta {
-            name: Some(name.to_owned()),
-            finalizers: Some(vec![VOLUME_FINALIZER.to_owned()]),
-            ..ObjectMeta::default()
-        },
-        spec: PortableVolumeSpec {
-            size: wish.size,
-            size_bytes: wish.size_bytes,
-            claim: format!("{}/{}", claim.namespace().unwrap_or_default(), claim.name_any()),
-            claim_uid: claim.uid().unwrap_or_default(),
-            parameters: wish.parameters,
-            placement: Placement { node },
-        },
-        status: None,
-    };
-    match hub.volumes.create(&PostParams::default(), &volume).await {
-        Err(kube::Error::Api(status)) if status.is_already_exists() => return Ok(()),
-        result => result?,
-    };
-    tracing::info!(volume = name, message);
-    hub.events.normal(&claim.object_ref(&()), "Provisioning", "Provision", &message).await;
     Ok(())
 }
 
@@ -215,6 +236,7 @@ async fn bind(
         }
     }
     volumes::mark(volume, hub).await?;
+    source::release(hub, volume.spec.source.as_ref(), &volume.name_any()).await?;
     Ok(Action::requeue(RESYNC))
 }
 
@@ -247,6 +269,7 @@ fn persistent_volume(
             csi: Some(CSIPersistentVolumeSource {
                 driver: DRIVER.to_owned(),
                 volume_handle: name,
+                fs_type: fs_type(&volume.spec).map(str::to_owned),
                 ..CSIPersistentVolumeSource::default()
             }),
             mount_options: class.mount_options.clone(),
@@ -255,10 +278,20 @@ fn persistent_volume(
             }),
             persistent_volume_reclaim_policy: Some(class.reclaim_policy.clone().unwrap_or_else(|| "Delete".to_owned())),
             storage_class_name: Some(class.name_any()),
-            volume_mode: Some("Filesystem".to_owned()),
+            volume_attributes_class_name: asked.and_then(|spec| spec.volume_attributes_class_name.clone()),
+            volume_mode: Some(format!("{:?}", volume.spec.mode)),
             ..PersistentVolumeSpec::default()
         }),
         status: None,
+    }
+}
+
+/// The filesystem by name, where it isn't the dataset's own.
+fn fs_type(spec: &PortableVolumeSpec) -> Option<&'static str> {
+    match spec.filesystem {
+        Filesystem::Zfs => None,
+        Filesystem::Ext4 => Some("ext4"),
+        Filesystem::Xfs => Some("xfs"),
     }
 }
 
@@ -287,14 +320,15 @@ mod tests {
     #[test]
     fn a_claim_is_checked_field_by_field() {
         let refused = |change, parameters| {
-            check(&claim(change).spec.unwrap(), &class(parameters)).err().map(|refusal| refusal.to_string())
+            let claim = claim(change);
+            check(&claim, claim.spec.as_ref().unwrap(), &class(parameters), None).err().map(|refusal| refusal.to_string())
         };
         assert_eq!(refused(json!({}), json!({ "recordsize": "16K" })), None);
         for (change, parameters, named) in [
             (json!({}), json!({ "recordsize": "17K" }), "recordsize"),
-            (json!({ "volumeMode": "Block" }), json!({}), "volumeMode"),
+            (json!({ "volumeMode": "Tape" }), json!({}), "volumeMode"),
+            (json!({ "volumeMode": "Block" }), json!({ "recordsize": "16K" }), "volblocksize"),
             (json!({ "accessModes": ["ReadWriteMany"] }), json!({}), "ReadWriteMany"),
-            (json!({ "dataSource": { "kind": "PersistentVolumeClaim", "name": "old" } }), json!({}), "dataSource"),
             (json!({ "resources": {} }), json!({}), "requests.storage"),
         ] {
             assert!(refused(change, parameters).unwrap().contains(named), "{named}");
@@ -310,7 +344,7 @@ mod tests {
         assert_eq!(text["spec"]["csi"], json!({ "driver": "portolan.dev", "volumeHandle": "pvc-u1" }));
         let term = &text["spec"]["nodeAffinity"]["required"]["nodeSelectorTerms"][0]["matchExpressions"];
         assert_eq!(*term, json!([{ "key": TOPOLOGY_KEY, "operator": "In", "values": ["default"] }]));
-        assert_eq!(text["spec"]["claimRef"]["uid"], "u1");
+        assert_eq!((&text["spec"]["claimRef"]["uid"], &text["spec"]["volumeMode"]), (&json!("u1"), &json!("Filesystem")));
         assert_eq!(text["spec"]["persistentVolumeReclaimPolicy"], "Delete");
         assert_eq!(text["metadata"]["finalizers"], json!([PV_FINALIZER]));
     }

@@ -11,6 +11,7 @@ use kube::runtime::{Controller, watcher};
 use portolan_crds::{DRIVER, PV_FINALIZER, PortableVolume};
 
 use super::{Hub, PROVISIONED_BY, RESYNC, exhaust, retry, set_finalizer, unless_gone, volumes};
+use crate::volume;
 
 pub(super) async fn run(hub: Arc<Hub>) {
     let stream = Controller::new(hub.pvs.clone(), watcher::Config::default())
@@ -82,8 +83,10 @@ async fn destroy(pv: &PersistentVolume, handle: &str, hub: &Hub) -> kube::Result
             };
             unless_gone(hub.volumes.delete(handle, &exactly).await)?;
         }
-        // Its end is an event.
-        return Ok(());
+        // Its end is an event. One that is only kept for its snapshots is gone for those who had it.
+        if !volume::is_kept(&volume) {
+            return Ok(());
+        }
     }
     if pv.metadata.deletion_timestamp.is_none() {
         let exactly = DeleteParams {

@@ -28,7 +28,7 @@ pub(super) fn name_of(claim: &PersistentVolumeClaim) -> Option<String> {
 }
 
 pub(super) async fn run(hub: Arc<Hub>) {
-    let claims: Api<PersistentVolumeClaim> = Api::all(hub.claims.clone());
+    let claims: Api<PersistentVolumeClaim> = Api::all(hub.client.clone());
     let stream = Controller::new(hub.volumes.clone(), watcher::Config::default())
         .watches(claims, watcher::Config::default(), |claim| name_of(&claim).map(|name| ObjectRef::new(&name)))
         .watches(hub.pvs.clone(), watcher::Config::default(), |pv: PersistentVolume| {
@@ -141,7 +141,8 @@ async fn delete(volume: &PortableVolume, hub: &Hub) -> kube::Result<Action> {
     next.phase = VolumePhase::Deleting;
     let waiting: Vec<&str> = next.replicas.iter().map(|replica| replica.node.as_str()).collect();
     // An agent that has more to say, that it is still mounted for one, has said it here.
-    let said = conditions::find(&status.conditions, condition::READY).is_some_and(|ready| ready.reason == "Deleting");
+    let said = conditions::find(&status.conditions, condition::READY)
+        .is_some_and(|ready| ready.reason == "Deleting" || ready.reason == volume::KEPT);
     if !said || !gone.is_empty() {
         let message = format!("waiting for these nodes to destroy their copies: {}", waiting.join(", "));
         conditions::set(&mut next.conditions, condition::READY, condition::FALSE, "Deleting", &message, None);

@@ -12,7 +12,7 @@ mod tests;
 use kube::ResourceExt;
 use portolan_crds::{Handoff, HandoffPhase, PortableVolume, PortableVolumeStatus, VolumePhase, condition};
 
-pub use snapshots::{Known, fresh_name};
+pub use snapshots::{Asked, Known, fresh_name};
 
 use crate::volume;
 
@@ -29,8 +29,10 @@ pub struct Local {
     pub mounted: bool,
     /// Bytes that it uses, snapshots included.
     pub used: i64,
-    /// Its snapshots, oldest first.
+    /// Its snapshots, oldest first; not those that only a clone still keeps.
     pub snapshots: Vec<Known>,
+    /// What it is a clone of: dataset and snapshot by their short names.
+    pub origin: Option<(String, String)>,
 }
 
 impl Local {
@@ -66,6 +68,8 @@ pub enum Action {
     RecordUsed(i64),
     /// Make the dataset of a new volume, stamped with epoch 1.
     Create,
+    /// Make the dataset of a new volume from the snapshot that it begins as, stamped with epoch 1; or go on with that.
+    Restore,
     /// Write: this node owns the new volume, at epoch 1.
     Own,
     /// Set `readonly` and read it back.
@@ -74,13 +78,8 @@ pub enum Action {
     CheckQuiet,
     /// Take the final snapshot under this name, and write it with its GUID; phase FinalSync.
     PublishFinal(String),
-    /// Receive up to a snapshot of the source. An optional one that the source hasn't got is left out.
-    Fetch {
-        /// The snapshot.
-        snapshot: Known,
-        /// Whether the handoff goes on without it.
-        optional: bool,
-    },
+    /// Receive what the source has up to this snapshot, and this snapshot.
+    Fetch(Known),
     /// Set the properties that a received dataset lacks because an earlier attempt was cut short, its `portolan:uid` last.
     Adopt,
     /// Write: this node owns the volume, at the handoff's epoch; phase Activating.
@@ -89,6 +88,26 @@ pub enum Action {
     Stamp(i64),
     /// Write: the handoff is done; phase Ready.
     Finish,
+    /// Bring size and parameters of the owner's dataset up to the spec, and write that they are.
+    ApplySpec,
+    /// Take the snapshots that these objects ask for; more than one are a group's, of one moment.
+    Take(Asked),
+    /// Write: the object's snapshot is this one.
+    RecordTaken {
+        /// The PortableSnapshot.
+        object: String,
+        /// Its snapshot.
+        snapshot: Known,
+    },
+    /// Destroy a snapshot whose object is being deleted, as soon as no clone needs it.
+    DestroyTaken(Known),
+    /// Write: this node has no snapshot of that object any more.
+    RecordDestroyed {
+        /// The PortableSnapshot.
+        object: String,
+    },
+    /// The volume is gone for its users; its dataset stays for what still needs it, and for what.
+    Keep(String),
     /// Destroy the dataset and its snapshots, if it is this volume's.
     Destroy,
     /// Destroy one snapshot that no copy needs any more.
@@ -110,8 +129,16 @@ pub fn concerns(me: &str, volume: &PortableVolume) -> bool {
 pub fn is_copy(volume: &PortableVolume, local: &Local) -> bool {
     match &local.uid {
         Some(uid) => volume.uid().as_ref() == Some(uid),
-        None => known_guids(&volume::status(volume)).iter().any(|guid| local.has(guid)),
+        None => known_guids(&volume::status(volume)).iter().any(|guid| local.has(guid)) || is_restored(volume, local),
     }
+}
+
+/// Whether a dataset without a mark is what an interrupted [`Action::Restore`] has left.
+fn is_restored(volume: &PortableVolume, local: &Local) -> bool {
+    let Some(source) = &volume.spec.source else { return false };
+    let cloned = local.origin.as_ref() == Some(&(source.volume.clone(), source.short_name.clone()));
+    let received = local.snapshots.len() == 1 && local.has(&source.guid);
+    volume::status(volume).owner.is_none() && (cloned || received)
 }
 
 fn known_guids(status: &PortableVolumeStatus) -> Vec<String> {
@@ -119,12 +146,13 @@ fn known_guids(status: &PortableVolumeStatus) -> Vec<String> {
     status.replicas.iter().filter_map(|replica| replica.guid.clone()).chain(handoff).collect()
 }
 
-/// What node `me` does next about `volume`, whose copy here is `local` (none: the pool is there and has no such dataset).
-pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>) -> Vec<Action> {
+/// What node `me` does next about `volume`, whose copy here is `local` (none: the pool is there and has no such dataset) and
+/// whose snapshots are `asked` for.
+pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>, asked: &[Asked]) -> Vec<Action> {
     let status = volume::status(volume);
     let recorded = status.replicas.iter().any(|replica| replica.node == me);
     if volume.metadata.deletion_timestamp.is_some() {
-        return delete(volume, recorded, local);
+        return delete(me, volume, recorded, local, asked);
     }
     if let Some(local) = local.filter(|local| !is_copy(volume, local)) {
         // A copy that isn't one is nobody's concern while the owner has its own.
@@ -144,10 +172,10 @@ pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>) -> Vec<Act
         return Vec::new();
     }
     match &status.owner {
-        None if volume.spec.placement.node == me => create(recorded, local),
+        None if volume.spec.placement.node == me => create(volume, recorded, local),
         None => withdraw(recorded, local),
-        Some(owner) if owner == me => own(me, &status, recorded, local),
-        Some(_) => keep(me, &status, recorded, local),
+        Some(owner) if owner == me => own(me, volume, &status, recorded, local, asked),
+        Some(_) => keep(me, &status, recorded, local, asked),
     }
 }
 
@@ -163,14 +191,25 @@ fn foreign(me: &str, volume: &PortableVolume, local: &Local) -> Vec<Action> {
     vec![Action::Report { reason: "DatasetConflict", message }]
 }
 
-fn delete(volume: &PortableVolume, recorded: bool, local: Option<&Local>) -> Vec<Action> {
-    let mut actions = Vec::new();
-    match local.filter(|local| is_copy(volume, local)) {
-        Some(local) if local.mounted => {
-            return vec![Action::Wait("the volume is being deleted and is still mounted".into())];
-        }
-        Some(_) => actions.push(Action::Destroy),
-        None => {}
+fn delete(
+    me: &str,
+    volume: &PortableVolume,
+    recorded: bool,
+    local: Option<&Local>,
+    asked: &[Asked],
+) -> Vec<Action> {
+    let local = local.filter(|local| is_copy(volume, local));
+    if let Some(local) = local.filter(|local| local.mounted) {
+        return vec![Action::Wait(format!("the volume is being deleted and dataset is still mounted ({} bytes)", local.used))];
+    }
+    let mut actions = snapshots::destroy_asked(me, local, asked);
+    let kept: Vec<&str> = local.map(|local| snapshots::kept(local, asked)).unwrap_or_default();
+    if !kept.is_empty() {
+        actions.push(Action::Keep(format!("its snapshots are kept: {}", kept.join(", "))));
+        return actions;
+    }
+    if local.is_some() {
+        actions.push(Action::Destroy);
     }
     if recorded {
         actions.push(Action::ForgetReplica);
@@ -179,9 +218,10 @@ fn delete(volume: &PortableVolume, recorded: bool, local: Option<&Local>) -> Vec
 }
 
 /// A new volume that is wanted here.
-fn create(recorded: bool, local: Option<&Local>) -> Vec<Action> {
+fn create(volume: &PortableVolume, recorded: bool, local: Option<&Local>) -> Vec<Action> {
     match (recorded, local) {
         (false, _) => vec![Action::RecordReplica],
+        (true, _) if volume.spec.source.is_some() => vec![Action::Restore, Action::Own],
         (true, None) => vec![Action::Create, Action::Own],
         (true, Some(_)) => vec![Action::Own],
     }
@@ -198,7 +238,14 @@ fn withdraw(recorded: bool, local: Option<&Local>) -> Vec<Action> {
 }
 
 /// The owner's copy when no handoff is under way.
-fn own(me: &str, status: &PortableVolumeStatus, recorded: bool, local: Option<&Local>) -> Vec<Action> {
+fn own(
+    me: &str,
+    volume: &PortableVolume,
+    status: &PortableVolumeStatus,
+    recorded: bool,
+    local: Option<&Local>,
+    asked: &[Asked],
+) -> Vec<Action> {
     let local = match at_epoch(local, status.epoch) {
         Ok(local) => local,
         Err(report) => return vec![report],
@@ -210,6 +257,11 @@ fn own(me: &str, status: &PortableVolumeStatus, recorded: bool, local: Option<&L
     if local.readonly {
         actions.push(Action::SetReadonly(false));
     }
+    if status.size_bytes != Some(volume.spec.size_bytes) || status.parameters.as_ref() != Some(&volume.spec.parameters) {
+        actions.push(Action::ApplySpec);
+    }
+    actions.extend(snapshots::take_asked(local, asked));
+    actions.extend(snapshots::destroy_asked(me, Some(local), asked));
     actions.extend(record_and_prune(me, status, local));
     let noticeable = status.used_bytes.is_none_or(|used| (used - local.used).abs() > (used / 100).max(64 << 10));
     let well = status
@@ -223,9 +275,19 @@ fn own(me: &str, status: &PortableVolumeStatus, recorded: bool, local: Option<&L
 }
 
 /// A copy on a node that is not the owner.
-fn keep(me: &str, status: &PortableVolumeStatus, recorded: bool, local: Option<&Local>) -> Vec<Action> {
+fn keep(
+    me: &str,
+    status: &PortableVolumeStatus,
+    recorded: bool,
+    local: Option<&Local>,
+    asked: &[Asked],
+) -> Vec<Action> {
     match (recorded, local) {
-        (true, Some(local)) => record_and_prune(me, status, local),
+        (true, Some(local)) => {
+            let mut actions = snapshots::destroy_asked(me, Some(local), asked);
+            actions.extend(record_and_prune(me, status, local));
+            actions
+        }
         (true, None) => vec![Action::ForgetReplica],
         (false, Some(_)) => vec![Action::RecordReplica],
         (false, None) => Vec::new(),
@@ -303,9 +365,7 @@ fn target(me: &str, status: &PortableVolumeStatus, handoff: &Handoff, local: Opt
             let known = known_guids(status);
             let unpublished =
                 local.into_iter().flat_map(|local| snapshots::unpublished(&known, entry, &local.snapshots));
-            let fetch = snapshots::to_fetch(&status.replicas, last, local).into_iter();
-            let fetch = fetch.map(|(snapshot, optional)| Action::Fetch { snapshot, optional });
-            unpublished.map(Action::DestroySnapshot).chain(fetch).collect()
+            unpublished.map(Action::DestroySnapshot).chain([Action::Fetch(last)]).collect()
         }
         (HandoffPhase::Activating, Some(local)) => activate(handoff, local),
         (HandoffPhase::Activating, None) => {

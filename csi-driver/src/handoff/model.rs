@@ -116,7 +116,7 @@ impl World {
     fn plan(&self, me: &'static str) -> (usize, VecDeque<Action>) {
         let read = self.versions.len() - 1;
         let local = self.disks.get(me).map(|disk| disk.local.clone());
-        (read, plan(me, &self.versions[read], local.as_ref()).into())
+        (read, plan(me, &self.versions[read], local.as_ref(), &[]).into())
     }
 
     fn delay(&mut self, me: &'static str) {
@@ -153,7 +153,7 @@ impl World {
                     write::ready(status);
                 });
             }
-            Action::Own => return self.write(read, |status| write::own(status, me)),
+            Action::Own => return self.write(read, |status| write::own(status, me, &PortableVolumeSpec::default())),
             Action::TakeOver => return self.write(read, |status| write::taken_over(status, me)),
             Action::Finish => return self.write(read, |status| write::finished(status, now())),
             Action::Create => {
@@ -167,7 +167,7 @@ impl World {
                 let known = self.snapshot(me, name);
                 return self.write(read, |status| write::published(status, me, known, now()));
             }
-            Action::Fetch { snapshot, optional } => return self.fetch(me, &snapshot) || optional,
+            Action::Fetch(snapshot) => return self.fetch(me, &snapshot),
             Action::Adopt => self.disk(me).local.uid = Some(UID.into()),
             Action::Stamp(epoch) => self.disk(me).local.epoch = Some(epoch),
             Action::Destroy => {

@@ -4,9 +4,10 @@
 //! attempt that was cut short has left one of that name, the next takes `portolan-<epoch>-2` and so on: a snapshot that was
 //! taken before the last look at the mount table proves nothing, and zfs-fuse can't tell what was written since one.
 
-use portolan_crds::Replica;
+use kube::ResourceExt;
+use portolan_crds::{PortableSnapshot, Replica, SnapshotGroup};
 
-use super::Local;
+use super::{Action, Local};
 
 const PREFIX: &str = "portolan-";
 
@@ -17,6 +18,80 @@ pub struct Known {
     pub name: String,
     /// The GUID.
     pub guid: String,
+}
+
+/// A snapshot that somebody wants, by its PortableSnapshot.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Asked {
+    /// The PortableSnapshot's name.
+    pub object: String,
+    /// Its short name in ZFS.
+    pub short: String,
+    /// Its GUID, once it is taken.
+    pub guid: Option<String>,
+    /// Whether it is never to be taken, only found.
+    pub import: bool,
+    /// The group that it is one of.
+    pub group: Option<SnapshotGroup>,
+    /// Whether its object is being deleted.
+    pub deleting: bool,
+    /// The nodes that have said that they have none any more.
+    pub destroyed_on: Vec<String>,
+}
+
+impl Asked {
+    /// What an object asks for.
+    pub fn of(object: &PortableSnapshot) -> Self {
+        Self {
+            object: object.name_any(),
+            short: object.short_name(),
+            guid: object.guid().map(str::to_owned),
+            import: object.spec.import,
+            group: object.spec.group.clone(),
+            deleting: object.metadata.deletion_timestamp.is_some(),
+            destroyed_on: object.status.as_ref().map(|status| status.destroyed_on.clone()).unwrap_or_default(),
+        }
+    }
+
+    fn is(&self, snapshot: &Known) -> bool {
+        match &self.guid {
+            Some(guid) => snapshot.guid == *guid,
+            None => snapshot.name == self.short,
+        }
+    }
+}
+
+/// Takes what is asked for and not there; writes down what is.
+pub(super) fn take_asked(local: &Local, asked: &[Asked]) -> Vec<Action> {
+    let open = asked.iter().filter(|asked| asked.guid.is_none() && !asked.deleting);
+    open.filter_map(|asked| match local.snapshots.iter().find(|snapshot| asked.is(snapshot)) {
+        Some(found) => Some(Action::RecordTaken { object: asked.object.clone(), snapshot: found.clone() }),
+        None if asked.import => None,
+        None => Some(Action::Take(asked.clone())),
+    })
+    .collect()
+}
+
+/// Destroys those whose objects are being deleted, and says so.
+pub(super) fn destroy_asked(me: &str, local: Option<&Local>, asked: &[Asked]) -> Vec<Action> {
+    let mut actions = Vec::new();
+    for asked in asked.iter().filter(|asked| asked.deleting) {
+        let here = local.and_then(|local| local.snapshots.iter().find(|snapshot| asked.is(snapshot)));
+        // One that was never taken is somebody else's of the same name.
+        if let Some(here) = here.filter(|_| asked.guid.is_some() || !asked.import) {
+            actions.push(Action::DestroyTaken(here.clone()));
+        }
+        if here.is_some() || !asked.destroyed_on.iter().any(|node| node == me) {
+            actions.push(Action::RecordDestroyed { object: asked.object.clone() });
+        }
+    }
+    actions
+}
+
+/// The objects whose snapshots a copy must stay for.
+pub(super) fn kept<'a>(local: &Local, asked: &'a [Asked]) -> Vec<&'a str> {
+    let is_here = |asked: &&Asked| local.snapshots.iter().any(|snapshot| asked.is(snapshot));
+    asked.iter().filter(|asked| !asked.deleting).filter(is_here).map(|asked| asked.object.as_str()).collect()
 }
 
 impl Known {
@@ -49,24 +124,6 @@ pub fn fresh_name(epoch: i64, present: &[Known]) -> String {
         }
         attempt += 1;
     }
-}
-
-/// What a target fetches, in order, and whether the handoff can go on without it: before the last snapshot come those that other
-/// replicas have as their newest, so that a later move to one of them is a delta from here too.
-pub(super) fn to_fetch(replicas: &[Replica], last: Known, local: Option<&Local>) -> Vec<(Known, bool)> {
-    let here = local.map(|local| local.snapshots.as_slice()).unwrap_or_default();
-    let newest_here = here.iter().filter_map(|snapshot| order(&snapshot.name)).max();
-    let mut between: Vec<((u64, u64), Known)> = replicas
-        .iter()
-        .filter_map(|replica| Some(Known { name: replica.snapshot.clone()?, guid: replica.guid.clone()? }))
-        .filter(|snapshot| snapshot.guid != last.guid)
-        .filter_map(|snapshot| Some((order(&snapshot.name)?, snapshot)))
-        .filter(|(place, _)| newest_here.is_none_or(|newest| *place > newest) && Some(*place) < order(&last.name))
-        .collect();
-    between.sort_by_key(|(place, _)| *place);
-    between.dedup_by(|a, b| a.1.guid == b.1.guid);
-    let between = between.into_iter().map(|(_, snapshot)| (snapshot, true));
-    between.chain([(last, false)]).collect()
 }
 
 /// Our snapshots that come after the one recorded for this copy and that nobody knows of: attempts at a final snapshot whose write
@@ -115,15 +172,38 @@ mod tests {
         assert_eq!((order("daily-1"), order("portolan-x"), order("portolan-1-x")), (None, None, None));
     }
 
+    fn asked(name: &str, guid: Option<&str>, deleting: bool) -> Asked {
+        let guid = guid.map(Into::into);
+        Asked { object: format!("o-{name}"), short: name.into(), guid, deleting, ..Asked::default() }
+    }
+
     #[test]
-    fn a_third_node_gets_the_snapshots_that_others_share() {
-        // a moved to b at 2, b moves to c at 3: c also gets what a has.
-        let replicas = [replica("a", Some("portolan-2")), replica("b", Some("portolan-3")), replica("c", None)];
-        let all = vec![(known("portolan-2"), true), (known("portolan-3"), false)];
-        assert_eq!(to_fetch(&replicas, known("portolan-3"), None), all);
-        // What is here already is not fetched again, nor anything older.
-        let local = Local { snapshots: vec![known("portolan-2")], ..Local::default() };
-        assert_eq!(to_fetch(&replicas, known("portolan-3"), Some(&local)), all[1..]);
+    fn what_is_asked_for_is_taken_once() {
+        let local = Local { snapshots: vec![known("there")], ..Local::default() };
+        let all = [
+            asked("there", None, false),
+            asked("new", None, false),
+            asked("done", Some("g-done"), false),
+            asked("going", None, true),
+            Asked { import: true, ..asked("by-hand", None, false) },
+        ];
+        let record = Action::RecordTaken { object: "o-there".into(), snapshot: known("there") };
+        assert_eq!(take_asked(&local, &all), [record, Action::Take(all[1].clone())]);
+    }
+
+    #[test]
+    fn what_is_deleted_is_destroyed_by_its_guid_and_acknowledged_once() {
+        let local = Local { snapshots: vec![known("daily"), known("weekly")], ..Local::default() };
+        let acknowledged = |name: &str| Action::RecordDestroyed { object: format!("o-{name}") };
+        let all = [asked("daily", Some("g-daily"), true), asked("weekly", Some("another"), true), asked("x", None, false)];
+        let wanted = [Action::DestroyTaken(known("daily")), acknowledged("daily"), acknowledged("weekly")];
+        assert_eq!(destroy_asked("a", Some(&local), &all), wanted);
+        let done = Asked { destroyed_on: vec!["a".into()], ..all[1].clone() };
+        assert_eq!(destroy_asked("a", Some(&local), &[done]), []);
+        assert_eq!(destroy_asked("a", None, &all[..1]), [acknowledged("daily")]);
+        let imported = Asked { import: true, ..asked("daily", None, true) };
+        assert_eq!(destroy_asked("a", Some(&local), &[imported]), [acknowledged("daily")], "never ours");
+        assert_eq!(kept(&local, &[asked("daily", Some("g-daily"), false), all[1].clone()]), ["o-daily"]);
     }
 
     #[test]

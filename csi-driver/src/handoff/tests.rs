@@ -87,15 +87,15 @@ fn waits(actions: &[Action]) -> bool {
 #[test]
 fn a_new_volume_is_recorded_then_made_then_owned() {
     let new = volume(|_| {});
-    assert_eq!(plan("a", &new, None), [Action::RecordReplica]);
-    assert!(!concerns("b", &new) && plan("b", &new, None).is_empty());
+    assert_eq!(plan("a", &new, None, &[]), [Action::RecordReplica]);
+    assert!(!concerns("b", &new) && plan("b", &new, None, &[]).is_empty());
     let recorded = volume(|status| status.replicas = vec![replica("a", None)]);
-    assert_eq!(plan("a", &recorded, None), [Action::Create, Action::Own]);
-    assert_eq!(plan("a", &recorded, Some(&copy(1, &[]))), [Action::Own]);
+    assert_eq!(plan("a", &recorded, None, &[]), [Action::Create, Action::Own]);
+    assert_eq!(plan("a", &recorded, Some(&copy(1, &[])), &[]), [Action::Own]);
     // Wanted elsewhere before anybody owned it.
     let elsewhere = volume(|status| status.replicas = vec![replica("c", None)]);
-    assert_eq!(plan("c", &elsewhere, None), [Action::ForgetReplica]);
-    assert_eq!(plan("c", &elsewhere, Some(&copy(1, &[]))), [Action::Destroy, Action::ForgetReplica]);
+    assert_eq!(plan("c", &elsewhere, None, &[]), [Action::ForgetReplica]);
+    assert_eq!(plan("c", &elsewhere, Some(&copy(1, &[])), &[]), [Action::Destroy, Action::ForgetReplica]);
 }
 
 #[test]
@@ -105,49 +105,49 @@ fn a_dataset_that_is_not_ours_is_left_alone() {
     for local in [other, unmarked] {
         for volume in [volume(|_| {}), owned(|_| {}), moving(HandoffPhase::Quiescing), moving(HandoffPhase::FinalSync)]
         {
-            assert_eq!(reason(&plan("a", &volume, Some(&local))), Some("DatasetConflict"));
+            assert_eq!(reason(&plan("a", &volume, Some(&local), &[])), Some("DatasetConflict"));
         }
         for volume in [moving(HandoffPhase::Quiescing), moving(HandoffPhase::FinalSync)] {
-            assert_eq!(reason(&plan("b", &volume, Some(&local))), Some("DatasetConflict"));
+            assert_eq!(reason(&plan("b", &volume, Some(&local), &[])), Some("DatasetConflict"));
         }
         let replicated = owned(|status| status.replicas.push(replica("b", Some("portolan-3"))));
-        assert_eq!(plan("b", &replicated, Some(&local)), [Action::ForgetReplica]);
-        assert_eq!(plan("b", &owned(|_| {}), Some(&local)), []);
+        assert_eq!(plan("b", &replicated, Some(&local), &[]), [Action::ForgetReplica]);
+        assert_eq!(plan("b", &owned(|_| {}), Some(&local), &[]), []);
         let mut deleted = owned(|_| {});
         deleted.metadata.deletion_timestamp = Some(Time(jiff::Timestamp::UNIX_EPOCH));
-        assert_eq!(plan("a", &deleted, Some(&local)), [Action::ForgetReplica]);
+        assert_eq!(plan("a", &deleted, Some(&local), &[]), [Action::ForgetReplica]);
     }
 }
 
 #[test]
 fn an_owner_keeps_its_copy_in_order() {
-    assert_eq!(plan("a", &owned(|_| {}), Some(&copy(3, &["portolan-3"]))), []);
-    assert_eq!(reason(&plan("a", &owned(|_| {}), None)), Some("DatasetMissing"));
-    assert_eq!(reason(&plan("a", &owned(|_| {}), Some(&copy(2, &["portolan-3"])))), Some("EpochMismatch"));
+    assert_eq!(plan("a", &owned(|_| {}), Some(&copy(3, &["portolan-3"])), &[]), []);
+    assert_eq!(reason(&plan("a", &owned(|_| {}), None, &[])), Some("DatasetMissing"));
+    assert_eq!(reason(&plan("a", &owned(|_| {}), Some(&copy(2, &["portolan-3"])), &[])), Some("EpochMismatch"));
     let readonly = Local { readonly: true, ..copy(3, &["portolan-3"]) };
-    assert_eq!(plan("a", &owned(|_| {}), Some(&readonly)), [Action::SetReadonly(false)]);
+    assert_eq!(plan("a", &owned(|_| {}), Some(&readonly), &[]), [Action::SetReadonly(false)]);
     let old = copy(3, &["portolan-2", "portolan-3"]);
-    assert_eq!(plan("a", &owned(|_| {}), Some(&old)), [Action::DestroySnapshot(known("portolan-2"))]);
+    assert_eq!(plan("a", &owned(|_| {}), Some(&old), &[]), [Action::DestroySnapshot(known("portolan-2"))]);
     let grown = Local { used: 1 << 20, ..copy(3, &["portolan-3"]) };
-    assert_eq!(plan("a", &owned(|_| {}), Some(&grown)), [Action::RecordUsed(1 << 20)]);
+    assert_eq!(plan("a", &owned(|_| {}), Some(&grown), &[]), [Action::RecordUsed(1 << 20)]);
     let barely = Local { used: 100, ..copy(3, &["portolan-3"]) };
-    assert_eq!(plan("a", &owned(|_| {}), Some(&barely)), []);
+    assert_eq!(plan("a", &owned(|_| {}), Some(&barely), &[]), []);
 }
 
 #[test]
 fn a_source_proves_that_it_is_quiet_before_its_final_snapshot() {
     let volume = moving(HandoffPhase::Quiescing);
     let mounted = Local { mounted: true, ..copy(3, &["portolan-3"]) };
-    assert!(waits(&plan("a", &volume, Some(&mounted))));
+    assert!(waits(&plan("a", &volume, Some(&mounted), &[])));
     let steps = |name: &str| [Action::SetReadonly(true), Action::CheckQuiet, Action::PublishFinal(name.into())];
-    assert_eq!(plan("a", &volume, Some(&copy(3, &["portolan-3"]))), steps("portolan-4"));
+    assert_eq!(plan("a", &volume, Some(&copy(3, &["portolan-3"])), &[]), steps("portolan-4"));
     // A snapshot of an attempt that was cut short is not trusted.
-    assert_eq!(plan("a", &volume, Some(&copy(3, &["portolan-3", "portolan-4"]))), steps("portolan-4-2"));
+    assert_eq!(plan("a", &volume, Some(&copy(3, &["portolan-3", "portolan-4"])), &[]), steps("portolan-4-2"));
     // A copy that isn't the newest is never the source of anything.
-    assert_eq!(reason(&plan("a", &volume, Some(&copy(2, &[])))), Some("EpochMismatch"));
-    assert_eq!(reason(&plan("a", &volume, None)), Some("DatasetMissing"));
-    assert_eq!(plan("a", &moving(HandoffPhase::FinalSync), Some(&copy(3, &["portolan-4"]))), []);
-    assert_eq!(reason(&plan("a", &moving(HandoffPhase::FinalSync), Some(&copy(3, &[])))), Some("SnapshotMissing"));
+    assert_eq!(reason(&plan("a", &volume, Some(&copy(2, &[])), &[])), Some("EpochMismatch"));
+    assert_eq!(reason(&plan("a", &volume, None, &[])), Some("DatasetMissing"));
+    assert_eq!(plan("a", &moving(HandoffPhase::FinalSync), Some(&copy(3, &["portolan-4"])), &[]), []);
+    assert_eq!(reason(&plan("a", &moving(HandoffPhase::FinalSync), Some(&copy(3, &[])), &[])), Some("SnapshotMissing"));
 }
 
 #[test]
@@ -157,22 +157,22 @@ fn a_target_is_recorded_receives_and_takes_over() {
         volume.status.as_mut().unwrap().replicas.pop();
         volume
     };
-    assert_eq!(plan("b", &unrecorded, None), [Action::RecordReplica]);
-    assert_eq!(plan("b", &moving(HandoffPhase::Quiescing), None), []);
+    assert_eq!(plan("b", &unrecorded, None, &[]), [Action::RecordReplica]);
+    assert_eq!(plan("b", &moving(HandoffPhase::Quiescing), None, &[]), []);
     let volume = moving(HandoffPhase::FinalSync);
-    let fetch = Action::Fetch { snapshot: known("portolan-4"), optional: false };
-    assert_eq!(plan("b", &volume, None), std::slice::from_ref(&fetch));
-    assert_eq!(plan("b", &volume, Some(&copy(2, &["portolan-2"]))), [fetch]);
+    let fetch = Action::Fetch(known("portolan-4"));
+    assert_eq!(plan("b", &volume, None, &[]), std::slice::from_ref(&fetch));
+    assert_eq!(plan("b", &volume, Some(&copy(2, &["portolan-2"])), &[]), [fetch]);
     let mounted = Local { mounted: true, ..copy(2, &["portolan-2"]) };
-    assert!(waits(&plan("b", &volume, Some(&mounted))));
+    assert!(waits(&plan("b", &volume, Some(&mounted), &[])));
     let unmarked = Local { uid: None, epoch: None, ..copy(0, &["portolan-4"]) };
     let activated = [Action::TakeOver, Action::Stamp(4), Action::SetReadonly(false), Action::Finish];
-    assert_eq!(plan("b", &volume, Some(&unmarked)), [&[Action::Adopt][..], &activated].concat());
+    assert_eq!(plan("b", &volume, Some(&unmarked), &[]), [&[Action::Adopt][..], &activated].concat());
     // The name alone is no proof: the GUID is.
     let impostor = Local { snapshots: vec![Known { name: "portolan-4".into(), guid: "other".into() }], ..copy(2, &[]) };
-    assert!(!plan("b", &volume, Some(&impostor)).contains(&Action::TakeOver));
+    assert!(!plan("b", &volume, Some(&impostor), &[]).contains(&Action::TakeOver));
     let received = Local { readonly: true, ..copy(2, &["portolan-2", "portolan-4"]) };
-    assert_eq!(plan("b", &volume, Some(&received)), activated);
+    assert_eq!(plan("b", &volume, Some(&received), &[]), activated);
 }
 
 #[test]
@@ -181,12 +181,12 @@ fn a_final_snapshot_whose_write_was_lost_parts_nobody() {
     let local = copy(2, &["portolan-2", "portolan-3", "portolan-3-2"]);
     let mut volume = moving(HandoffPhase::FinalSync);
     volume.status.as_mut().unwrap().replicas[1] = replica("b", Some("portolan-3"));
-    let fetch = Action::Fetch { snapshot: known("portolan-4"), optional: false };
-    assert_eq!(plan("b", &volume, Some(&local)), [Action::DestroySnapshot(known("portolan-3-2")), fetch]);
+    let fetch = Action::Fetch(known("portolan-4"));
+    assert_eq!(plan("b", &volume, Some(&local), &[]), [Action::DestroySnapshot(known("portolan-3-2")), fetch]);
     // It is never taken for what the copies share.
     let at_rest =
         owned(|status| status.replicas = vec![replica("a", Some("portolan-3")), replica("b", Some("portolan-3"))]);
-    let actions = plan("b", &at_rest, Some(&local));
+    let actions = plan("b", &at_rest, Some(&local), &[]);
     assert_eq!(actions, [known("portolan-2"), known("portolan-3-2")].map(Action::DestroySnapshot));
 }
 
@@ -194,11 +194,11 @@ fn a_final_snapshot_whose_write_was_lost_parts_nobody() {
 fn a_new_owner_stamps_the_epoch_before_it_is_writable() {
     let volume = moving(HandoffPhase::Activating);
     let received = Local { readonly: true, ..copy(2, &["portolan-4"]) };
-    assert_eq!(plan("b", &volume, Some(&received)), [Action::Stamp(4), Action::SetReadonly(false), Action::Finish]);
-    assert_eq!(plan("b", &volume, Some(&copy(4, &["portolan-4"]))), [Action::Finish]);
-    assert_eq!(reason(&plan("b", &volume, None)), Some("DatasetMissing"));
+    assert_eq!(plan("b", &volume, Some(&received), &[]), [Action::Stamp(4), Action::SetReadonly(false), Action::Finish]);
+    assert_eq!(plan("b", &volume, Some(&copy(4, &["portolan-4"])), &[]), [Action::Finish]);
+    assert_eq!(reason(&plan("b", &volume, None, &[])), Some("DatasetMissing"));
     // The old owner does nothing, and its copy stays as it is.
-    assert_eq!(plan("a", &volume, Some(&Local { readonly: true, ..copy(3, &["portolan-4"]) })), []);
+    assert_eq!(plan("a", &volume, Some(&Local { readonly: true, ..copy(3, &["portolan-4"]) }), &[]), []);
 }
 
 #[test]
@@ -206,17 +206,17 @@ fn deletion_waits_for_the_mount_and_ends_with_the_entry() {
     let mut volume = owned(|_| {});
     volume.metadata.deletion_timestamp = Some(Time(jiff::Timestamp::UNIX_EPOCH));
     let mounted = Local { mounted: true, ..copy(3, &[]) };
-    assert!(waits(&plan("a", &volume, Some(&mounted))));
-    assert_eq!(plan("a", &volume, Some(&copy(3, &[]))), [Action::Destroy, Action::ForgetReplica]);
-    assert_eq!(plan("a", &volume, None), [Action::ForgetReplica]);
-    assert_eq!(plan("b", &volume, None), []);
+    assert!(waits(&plan("a", &volume, Some(&mounted), &[])));
+    assert_eq!(plan("a", &volume, Some(&copy(3, &[])), &[]), [Action::Destroy, Action::ForgetReplica]);
+    assert_eq!(plan("a", &volume, None, &[]), [Action::ForgetReplica]);
+    assert_eq!(plan("b", &volume, None, &[]), []);
 }
 
 #[test]
 fn a_replica_is_recorded_as_long_as_its_dataset_is_there() {
     let volume = owned(|status| status.replicas.push(replica("b", Some("portolan-3"))));
     let local = Local { readonly: true, ..copy(2, &["portolan-2", "portolan-3"]) };
-    assert_eq!(plan("b", &volume, Some(&local)), [Action::DestroySnapshot(known("portolan-2"))]);
-    assert_eq!(plan("b", &volume, None), [Action::ForgetReplica]);
-    assert_eq!(plan("b", &owned(|_| {}), Some(&copy(2, &["portolan-3"]))), [Action::RecordReplica]);
+    assert_eq!(plan("b", &volume, Some(&local), &[]), [Action::DestroySnapshot(known("portolan-2"))]);
+    assert_eq!(plan("b", &volume, None, &[]), [Action::ForgetReplica]);
+    assert_eq!(plan("b", &owned(|_| {}), Some(&copy(2, &["portolan-3"])), &[]), [Action::RecordReplica]);
 }

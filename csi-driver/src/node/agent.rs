@@ -7,21 +7,22 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use kube::runtime::controller::Action as Requeue;
-use kube::runtime::reflector::ObjectRef;
-use kube::runtime::{Controller, watcher};
+use kube::api::ListParams;
+use kube::runtime::reflector::{self, ObjectRef, Store, reflector};
+use kube::runtime::{Controller, WatchStreamExt, watcher};
 use kube::{Api, ResourceExt};
-use portolan_crds::{PortableVolume, condition};
+use portolan_crds::{PortableSnapshot, PortableVolume, condition};
 use portolan_runtime::conditions;
-use portolan_zfs::Zfs;
+use portolan_zfs::{ErrorKind, Zfs};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use super::steps::{StepError, Steps};
 use super::{Node, disk, write};
-use crate::handoff::{self, Action};
+use crate::handoff::{self, Action, Asked};
 use crate::transfer::TransferError;
-use crate::volume;
+use crate::volume::{self, KEPT};
 
 /// How soon a volume is looked at again that waits for something on this node.
 const WAIT: Duration = Duration::from_secs(1);
@@ -38,12 +39,18 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// Plans in a row for one volume before others of its events are looked at.
 const PLANS: usize = 32;
 
-/// Watches all volumes, and looks at those that `nudged` names.
+/// Watches all volumes and the snapshots asked of them, and looks at those that `nudged` names. The snapshots are in the store.
 pub(super) fn controller(
     volumes: Api<PortableVolume>,
+    snapshots: Api<PortableSnapshot>,
     nudged: UnboundedReceiver<ObjectRef<PortableVolume>>,
-) -> Controller<PortableVolume> {
-    Controller::new(volumes, watcher::Config::default()).reconcile_on(UnboundedReceiverStream::new(nudged))
+) -> (Controller<PortableVolume>, Store<PortableSnapshot>) {
+    let (store, writer) = reflector::store();
+    let watched = reflector(writer, watcher(snapshots, watcher::Config::default())).default_backoff().touched_objects();
+    let controller = Controller::new(volumes, watcher::Config::default())
+        .reconcile_on(UnboundedReceiverStream::new(nudged))
+        .watches_stream(watched, |snapshot: PortableSnapshot| Some(ObjectRef::new(&snapshot.spec.volume)));
+    (controller, store)
 }
 
 struct Agent<Z> {
@@ -93,6 +100,11 @@ async fn reconcile<Z: Zfs>(volume: Arc<PortableVolume>, agent: Arc<Agent<Z>>) ->
         }
         // Somebody else has written: their write is an event of its own, but it may have come already.
         Err(StepError::Api(error)) if write::is_conflict(&error) => Requeue::requeue(Duration::from_millis(20)),
+        // A clone keeps it: looked at again when that may be gone.
+        Err(StepError::Zfs(error)) if error.kind == ErrorKind::HasClones => {
+            let why = format!("a clone keeps its data: {}", error.stderr.trim());
+            Requeue::requeue(keep(&mut steps, &why).await.unwrap_or(REPORTED))
+        }
         Err(StepError::Deleted) => Requeue::requeue(Duration::ZERO),
         Err(error) => agent.failed(&steps, error).await,
     })
@@ -104,13 +116,15 @@ async fn drive<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<Duration, StepError> 
     let mut fresh = false;
     for _ in 0..PLANS {
         let local = disk::read(node.zfs.as_ref(), &node.mounts, &steps.dataset).await?;
-        let mut actions = handoff::plan(&node.name, &steps.volume, local.as_ref());
+        let mut snapshots = asked(steps).await?;
+        let mut actions = handoff::plan(&node.name, &steps.volume, local.as_ref(), &snapshots);
         if !fresh && !actions.is_empty() {
             // The watch may be behind: what is done is decided on the object as it is now.
             let Some(now) = node.volumes.get_opt(&steps.volume.name_any()).await? else { return Ok(RESYNC) };
             steps.volume = now;
             fresh = true;
-            actions = handoff::plan(&node.name, &steps.volume, local.as_ref());
+            snapshots = asked(steps).await?;
+            actions = handoff::plan(&node.name, &steps.volume, local.as_ref(), &snapshots);
         }
         if actions.is_empty() {
             let owned = volume::status(&steps.volume).owner.as_ref() == Some(&node.name);
@@ -120,6 +134,7 @@ async fn drive<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<Duration, StepError> 
             match action {
                 Action::Wait(why) => return wait(steps, &why).await,
                 Action::Report { reason, message } => return report(steps, reason, &message).await,
+                Action::Keep(why) => return keep(steps, &why).await,
                 action => {
                     tracing::debug!(volume = steps.volume.name_any(), ?action, "step");
                     steps.apply(action).await?;
@@ -128,6 +143,24 @@ async fn drive<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<Duration, StepError> 
         }
     }
     Ok(Duration::ZERO)
+}
+
+/// The snapshots that are wanted of the volume. The watch may be behind, which matters only where the volume is destroyed: what is
+/// not known to be wanted is destroyed with it.
+async fn asked<Z: Zfs>(steps: &Steps<'_, Z>) -> Result<Vec<Asked>, StepError> {
+    let (node, name) = (steps.node, steps.volume.name_any());
+    if steps.volume.metadata.deletion_timestamp.is_some() {
+        let of_volume = ListParams::default().fields(&format!("spec.volume={name}"));
+        return Ok(node.snapshots.list(&of_volume).await?.iter().map(Asked::of).collect());
+    }
+    let seen = node.snapshots_seen.state();
+    Ok(seen.iter().filter(|snapshot| snapshot.spec.volume == name).map(|snapshot| Asked::of(snapshot)).collect())
+}
+
+/// A dataset that outlives its volume.
+async fn keep<Z: Zfs>(steps: &mut Steps<'_, Z>, why: &str) -> Result<Duration, StepError> {
+    condition(steps, KEPT, why, false).await?;
+    Ok(REPORTED)
 }
 
 async fn wait<Z: Zfs>(steps: &mut Steps<'_, Z>, why: &str) -> Result<Duration, StepError> {

@@ -1,4 +1,4 @@
-//! Who may have a volume's data: the target of its running handoff, and nobody else.
+//! Who may have a volume's data: the target of its running handoff, a node that makes a new volume of one of its snapshots, and nobody else.
 
 use std::sync::Arc;
 
@@ -9,20 +9,40 @@ use super::Node;
 use crate::transfer::{Authorise, Refusal, RefusalCode, Request};
 use crate::volume;
 
-/// Asks the API, not a cache: what counts is the handoff as it is now.
-pub(super) struct ByHandoff<Z>(pub(super) Arc<Node<Z>>);
+/// Asks the API, not a cache: what counts is the volume as it is now.
+pub(super) struct ByVolume<Z>(pub(super) Arc<Node<Z>>);
 
-impl<Z: Zfs> Authorise for ByHandoff<Z> {
+impl<Z: Zfs> Authorise for ByVolume<Z> {
     async fn authorise(&self, peer_node: &str, request: &Request) -> Result<DatasetName, Refusal> {
-        let found = self.0.volumes.get_opt(&request.volume).await;
+        let name = request.restore.as_ref().unwrap_or(&request.volume);
+        let found = self.0.volumes.get_opt(name).await;
         let found =
             found.map_err(|error| Refusal::new(RefusalCode::Failed, format!("can't read the volume: {error}")))?;
-        let found = found
-            .ok_or_else(|| Refusal::new(RefusalCode::NotFound, format!("there is no volume {}", request.volume)))?;
-        check(&self.0.name, peer_node, request, &found).map_err(|why| Refusal::new(RefusalCode::NotAuthorised, why))?;
+        let found = found.ok_or_else(|| Refusal::new(RefusalCode::NotFound, format!("there is no volume {name}")))?;
+        let checked = match request.restore {
+            Some(_) => check_restore(peer_node, request, &found),
+            None => check(&self.0.name, peer_node, request, &found),
+        };
+        checked.map_err(|why| Refusal::new(RefusalCode::NotAuthorised, why))?;
         let dataset = volume::dataset(&self.0.pool, &request.volume);
         dataset.map_err(|error| Refusal::new(RefusalCode::Invalid, error.to_string()))
     }
+}
+
+/// Whether the peer makes this new volume, and of the snapshot that it asks for.
+fn check_restore(peer: &str, request: &Request, new: &PortableVolume) -> Result<(), String> {
+    let name = request.restore.as_deref().unwrap_or_default();
+    if volume::status(new).owner.is_some() || new.spec.placement.node != peer {
+        return Err(format!("volume {name} is made already, or not on node {peer}"));
+    }
+    let source = new.spec.source.as_ref().ok_or_else(|| format!("volume {name} begins empty"))?;
+    if source.volume != request.volume
+        || source.short_name != request.snapshot
+        || source.guid != request.guid.to_string()
+    {
+        return Err(format!("volume {name} begins as {}@{}, not as what is asked for", source.volume, source.short_name));
+    }
+    Ok(())
 }
 
 fn check(me: &str, peer: &str, request: &Request, volume: &PortableVolume) -> Result<(), String> {
@@ -38,13 +58,7 @@ fn check(me: &str, peer: &str, request: &Request, volume: &PortableVolume) -> Re
         return Err(format!("the handoff is in phase {:?} for epoch {}", handoff.phase, handoff.epoch));
     }
     let guid = request.guid.to_string();
-    let is = |name: &Option<String>, its: &Option<String>| {
-        name.as_ref() == Some(&request.snapshot) && its.as_ref() == Some(&guid)
-    };
-    // What other replicas share with the source may go ahead of the final snapshot: a later move to one of them is a delta then.
-    if is(&handoff.snapshot, &handoff.guid)
-        || status.replicas.iter().any(|replica| is(&replica.snapshot, &replica.guid))
-    {
+    if handoff.snapshot.as_ref() == Some(&request.snapshot) && handoff.guid.as_ref() == Some(&guid) {
         return Ok(());
     }
     Err(format!("snapshot {} ({guid}) is no part of the handoff", request.snapshot))
@@ -52,7 +66,7 @@ fn check(me: &str, peer: &str, request: &Request, volume: &PortableVolume) -> Re
 
 #[cfg(test)]
 mod tests {
-    use portolan_crds::{Handoff, PortableVolumeSpec, PortableVolumeStatus, Replica};
+    use portolan_crds::{Handoff, Placement, PortableVolumeSpec, PortableVolumeStatus, Replica, VolumeSource};
     use portolan_zfs::Guid;
 
     use super::*;
@@ -76,13 +90,13 @@ mod tests {
             ..PortableVolumeStatus::default()
         });
         assert_eq!(check("a", "b", &good, &volume), Ok(()));
-        assert_eq!(check("a", "b", &Request::new("pvc-1", 2, "portolan-1", Guid(5)), &volume), Ok(()));
         for (me, peer, request) in [
             ("a", "c", good.clone()),
             ("b", "b", good.clone()),
             ("a", "b", Request::new("pvc-1", 3, "portolan-2", Guid(7))),
             ("a", "b", Request::new("pvc-1", 2, "portolan-2", Guid(8))),
             ("a", "b", Request::new("pvc-1", 2, "daily", Guid(7))),
+            ("a", "b", Request::new("pvc-1", 2, "portolan-1", Guid(5))),
         ] {
             assert!(check(me, peer, &request, &volume).is_err(), "{me} {peer} {request:?}");
         }
@@ -90,5 +104,26 @@ mod tests {
             handoff.phase = HandoffPhase::Quiescing;
         }
         assert!(check("a", "b", &good, &volume).is_err());
+    }
+
+    #[test]
+    fn only_the_maker_of_a_volume_that_begins_as_the_snapshot() {
+        let source = VolumeSource {
+            volume: "pvc-1".into(),
+            short_name: "daily".into(),
+            guid: "7".into(),
+            ..VolumeSource::default()
+        };
+        let placement = Placement { node: "b".into() };
+        let spec = PortableVolumeSpec { source: Some(source), placement, ..PortableVolumeSpec::default() };
+        let mut new = PortableVolume::new("pvc-2", spec);
+        let good = Request::new("pvc-1", 1, "daily", Guid(7));
+        assert_eq!(check_restore("b", &good, &new), Ok(()));
+        assert!(check_restore("c", &good, &new).is_err());
+        for bad in [Request::new("pvc-3", 1, "daily", Guid(7)), Request::new("pvc-1", 1, "daily", Guid(8))] {
+            assert!(check_restore("b", &bad, &new).is_err(), "{bad:?}");
+        }
+        new.status = Some(PortableVolumeStatus { owner: Some("b".into()), ..PortableVolumeStatus::default() });
+        assert!(check_restore("b", &good, &new).is_err(), "it is made already");
     }
 }

@@ -29,6 +29,8 @@ pub async fn read(zfs: &impl Zfs, mounts: &Mounts, dataset: &DatasetName) -> Res
     };
     let snapshots = snapshots?
         .into_iter()
+        // Nobody's any more but its clones'.
+        .filter(|snapshot| !snapshot.defer_destroy)
         .map(|snapshot| Known { name: snapshot.name.short().to_owned(), guid: snapshot.guid.to_string() })
         .collect();
     Ok(Some(Local {
@@ -38,5 +40,6 @@ pub async fn read(zfs: &impl Zfs, mounts: &Mounts, dataset: &DatasetName) -> Res
         mounted: found.mounted || !mounts.of(dataset.as_str())?.is_empty(),
         used: i64::try_from(found.used).unwrap_or(i64::MAX),
         snapshots,
+        origin: found.origin.map(|origin| (origin.dataset().short().to_owned(), origin.short().to_owned())),
     }))
 }

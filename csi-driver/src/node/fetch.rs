@@ -7,12 +7,12 @@ use std::time::Duration;
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
 use portolan_crds::Handoff;
-use portolan_zfs::Zfs;
+use portolan_zfs::{Property, Zfs};
 
 use super::steps::{StepError, Steps};
 use super::write;
 use crate::handoff::Known;
-use crate::transfer::{self, Fetch, Limits, Received, RefusalCode, Request, TransferError};
+use crate::transfer::{self, Fetch, Limits, Received, Request};
 use crate::volume;
 
 /// How often the bytes in the status are brought up to date.
@@ -35,49 +35,39 @@ impl Progress {
     }
 }
 
-/// Fetches `snapshot`; an optional one that the source hasn't got is left out.
-pub(super) async fn run<Z: Zfs>(steps: &mut Steps<'_, Z>, snapshot: Known, optional: bool) -> Result<(), StepError> {
+/// Fetches the handoff's final snapshot, and those on the way to it.
+pub(super) async fn run<Z: Zfs>(steps: &mut Steps<'_, Z>, snapshot: Known) -> Result<(), StepError> {
     let Some(handoff) = volume::status(&steps.volume).handoff else { return Ok(()) };
     let name = steps.volume.name_any();
+    let request = Request::new(name.as_str(), handoff.epoch, snapshot.name.as_str(), snapshot.guid.parse()?);
+    let properties = steps.received_properties()?;
+    let Received { bytes, base, .. } = transfer(steps, &handoff.from, request, properties).await?;
+    steps.progress = Some(Progress { bytes, base: base.map(|base| base.short().to_owned()) });
+    tracing::info!(volume = name, snapshot = snapshot.name, bytes, from = handoff.from, "received");
+    Ok(())
+}
+
+/// Fetches what `request` asks node `from` for into the volume's dataset; tells how far it is as it goes.
+pub(super) async fn transfer<Z: Zfs>(
+    steps: &mut Steps<'_, Z>,
+    from: &str,
+    request: Request,
+    properties: Vec<Property>,
+) -> Result<Received, StepError> {
     let identity = certificate(steps).await?;
-    let fetch = Fetch {
-        address: address_of(steps, &handoff.from).await?,
-        node: handoff.from.clone(),
-        request: Request::new(name.as_str(), handoff.epoch, snapshot.name.as_str(), snapshot.guid.parse()?),
-        target: steps.dataset.clone(),
-        properties: steps.received_properties()?,
-    };
-    let before = steps.progress.clone();
-    let so_far = before.as_ref().map_or(0, |progress| progress.bytes);
-    let bytes = AtomicU64::new(so_far);
+    let address = address_of(steps, from).await?;
+    let fetch = Fetch { address, node: from.to_owned(), request, target: steps.dataset.clone(), properties };
+    let bytes = AtomicU64::new(0);
     let zfs = steps.node.zfs.clone();
-    let fetched = {
-        let report = |received| bytes.store(so_far + received, Ordering::Relaxed);
-        let transfer = transfer::fetch(&identity, zfs.as_ref(), Limits::default(), fetch, report);
-        let mut transfer = std::pin::pin!(transfer);
-        let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + REPORT_EVERY, REPORT_EVERY);
-        loop {
-            tokio::select! {
-                fetched = &mut transfer => break fetched,
-                _ = tick.tick() => tell(steps, bytes.load(Ordering::Relaxed)).await?,
-            }
+    let report = |received| bytes.store(received, Ordering::Relaxed);
+    let transfer = transfer::fetch(&identity, zfs.as_ref(), Limits::default(), fetch, report);
+    let mut transfer = std::pin::pin!(transfer);
+    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + REPORT_EVERY, REPORT_EVERY);
+    loop {
+        tokio::select! {
+            fetched = &mut transfer => return Ok(fetched?),
+            _ = tick.tick() => tell(steps, bytes.load(Ordering::Relaxed)).await?,
         }
-    };
-    match fetched {
-        Ok(Received { bytes, base, .. }) => {
-            let progress = steps.progress.get_or_insert_default();
-            progress.bytes = so_far + bytes;
-            if before.is_none() {
-                progress.base = base.map(|base| base.short().to_owned());
-            }
-            tracing::info!(volume = name, snapshot = snapshot.name, bytes, from = handoff.from, "received");
-            Ok(())
-        }
-        Err(TransferError::Refused { refusal, .. }) if optional && refusal.code == RefusalCode::NotFound => {
-            tracing::info!(volume = name, snapshot = snapshot.name, "the source does not have this one any more");
-            Ok(())
-        }
-        Err(error) => Err(error.into()),
     }
 }
 

@@ -12,9 +12,10 @@ mod locks;
 mod metrics;
 mod mounts;
 mod registration;
-mod socket;
+mod restore;
 mod steps;
 mod storage_node;
+mod take;
 pub(crate) mod write;
 
 use std::collections::HashMap;
@@ -27,7 +28,7 @@ use anyhow::Context;
 use jiff::Timestamp;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Api, Client};
-use portolan_crds::{PortableVolume, StorageNode};
+use portolan_crds::{PortableSnapshot, PortableVolume, StorageNode};
 use portolan_runtime::events::Events;
 use portolan_runtime::http::{self, Health};
 use portolan_zfs::{CommandLine, DatasetName, Runner, Zfs};
@@ -79,7 +80,9 @@ pub struct Node<Z> {
     zfs: Arc<Z>,
     volumes: Api<PortableVolume>,
     storage_nodes: Api<StorageNode>,
+    snapshots: Api<PortableSnapshot>,
     seen: Store<PortableVolume>,
+    snapshots_seen: Store<PortableSnapshot>,
     events: Events,
     metrics: Metrics,
     locks: Locks,
@@ -125,7 +128,8 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let (identity_sender, identity) = watch::channel(None);
     let mut registry = prometheus_client::registry::Registry::with_prefix("portolan");
     let volumes = Api::all(client.clone());
-    let controller = agent::controller(volumes.clone(), nudged);
+    let snapshots = Api::all(client.clone());
+    let (controller, snapshots_seen) = agent::controller(volumes.clone(), snapshots.clone(), nudged);
     let node = Arc::new(Node {
         name: options.node_name.clone(),
         zone: options.zone_of_pool.clone(),
@@ -135,7 +139,9 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
         zfs: Arc::new(CommandLine::new(runner)),
         volumes,
         storage_nodes: Api::all(client.clone()),
+        snapshots,
         seen: controller.store(),
+        snapshots_seen,
         events: Events::new(client.clone(), "portolan-storage"),
         metrics: Metrics::register(&mut registry),
         locks: Locks::default(),
@@ -189,7 +195,7 @@ async fn serve_transfers<Z: Zfs>(
         std::future::pending::<()>().await;
     };
     let zfs = node.zfs.clone();
-    let authorise = Arc::new(authorise::ByHandoff(node));
+    let authorise = Arc::new(authorise::ByVolume(node));
     tokio::select! {
         () = transfer::serve(listener, shown, authorise, zfs, Limits::default(), shutdown) => {}
         () = follow => {}

@@ -15,14 +15,14 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
 use super::csi::Service;
-use super::{Node, socket};
+use super::Node;
 use crate::identity::Identity;
 use crate::proto::csi::{identity_server::IdentityServer, node_server::NodeServer};
 use crate::proto::registration::{
     InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse,
     registration_server::{self, RegistrationServer},
 };
-use crate::volume;
+use crate::{socket, volume};
 
 /// How often a missing pool is looked for.
 const LOOK_FOR_POOL: Duration = Duration::from_secs(3);
@@ -62,7 +62,7 @@ pub(super) async fn serve<Z: Zfs>(node: Arc<Node<Z>>, shutdown: CancellationToke
     let endpoint = volume::plugin_dir(&node.kubelet_dir).join("csi.sock");
     let register = node.kubelet_dir.join("plugins_registry").join(format!("{DRIVER}-reg.sock"));
     let csi =
-        socket::listen(&node.mounts, &endpoint).with_context(|| format!("can't listen at {}", endpoint.display()))?;
+        socket::listen(&node.mounts.here(&endpoint)).with_context(|| format!("can't listen at {}", endpoint.display()))?;
     let csi = Server::builder()
         .add_service(IdentityServer::new(Identity))
         .add_service(NodeServer::new(Service(node.clone())))
@@ -72,7 +72,7 @@ pub(super) async fn serve<Z: Zfs>(node: Arc<Node<Z>>, shutdown: CancellationToke
             () = shutdown.cancelled() => return Ok(()),
             () = pool_present(&node) => {}
         }
-        let sockets = socket::listen(&node.mounts, &register);
+        let sockets = socket::listen(&node.mounts.here(&register));
         let sockets = sockets.with_context(|| format!("can't listen at {}", register.display()))?;
         let server = Server::builder().add_service(RegistrationServer::new(Registration { endpoint }));
         server

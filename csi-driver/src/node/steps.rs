@@ -10,7 +10,7 @@ use portolan_zfs::{DatasetName, ErrorKind, InvalidName, Property, Zfs, ZfsError}
 use super::disk::{self, ReadError};
 use super::fetch::{self, Progress};
 use super::mounts::MountError;
-use super::{Node, write};
+use super::{Node, restore, take, write};
 use crate::handoff::{Action, Known};
 use crate::transfer::TransferError;
 use crate::volume;
@@ -47,6 +47,22 @@ pub enum StepError {
     /// The source has not said where it can be reached.
     #[error("StorageNode {0} has no status.transferAddress yet: is its storage agent running?")]
     NoAddress(String),
+    /// The snapshot that a new volume begins as can't be had.
+    #[error("PortableSnapshot {snapshot}, from which the volume is to be made, {why}")]
+    Source {
+        /// The snapshot.
+        snapshot: String,
+        /// What is the matter.
+        why: String,
+    },
+    /// A group's snapshots can't be of one moment.
+    #[error("group {group}: {why}")]
+    Group {
+        /// The group.
+        group: String,
+        /// What is the matter.
+        why: String,
+    },
     /// The volume is being deleted, so that the transfer is of no use.
     #[error("the volume is being deleted")]
     Deleted,
@@ -78,7 +94,7 @@ impl<Z: Zfs> Steps<'_, Z> {
         let zfs = self.node.zfs.as_ref();
         match action {
             // The caller's.
-            Action::Wait(_) | Action::Report { .. } => {}
+            Action::Wait(_) | Action::Report { .. } | Action::Keep(_) => {}
             Action::RecordReplica => self.write(|status| write::replica(status, &me, None)).await?,
             Action::ForgetReplica => {
                 self.write(|status| status.replicas.retain(|replica| replica.node != me)).await?;
@@ -94,11 +110,22 @@ impl<Z: Zfs> Steps<'_, Z> {
                 .await?;
             }
             Action::Create => self.create().await?,
-            Action::Own => self.write(|status| write::own(status, &me)).await?,
+            Action::Restore => restore::run(self).await?,
+            Action::Own => {
+                let spec = self.volume.spec.clone();
+                self.write(|status| write::own(status, &me, &spec)).await?;
+            }
+            Action::ApplySpec => self.apply_spec().await?,
+            Action::Take(asked) => take::run(self, &asked).await?,
+            Action::RecordTaken { object, snapshot } => take::record(self, &object, &snapshot).await?,
+            Action::DestroyTaken(snapshot) => {
+                ignore_missing(zfs.destroy_snapshot_deferred(&self.dataset.snapshot(&snapshot.name)?).await)?;
+            }
+            Action::RecordDestroyed { object } => take::record_destroyed(self.node, &object).await?,
             Action::SetReadonly(on) => zfs.set_readonly(&self.dataset, on).await?,
             Action::CheckQuiet => self.check_quiet().await?,
             Action::PublishFinal(name) => self.publish(&name).await?,
-            Action::Fetch { snapshot, optional } => fetch::run(self, snapshot, optional).await?,
+            Action::Fetch(snapshot) => fetch::run(self, snapshot).await?,
             Action::Adopt => self.adopt().await?,
             Action::TakeOver => {
                 let progress = self.progress.take();
@@ -120,7 +147,7 @@ impl<Z: Zfs> Steps<'_, Z> {
         Ok(())
     }
 
-    async fn write(&mut self, change: impl FnOnce(&mut portolan_crds::PortableVolumeStatus)) -> kube::Result<()> {
+    pub(super) async fn write(&mut self, change: impl FnOnce(&mut portolan_crds::PortableVolumeStatus)) -> kube::Result<()> {
         self.volume = write::status(&self.node.volumes, &self.volume, change).await?;
         Ok(())
     }
@@ -133,12 +160,34 @@ impl<Z: Zfs> Steps<'_, Z> {
         Ok(properties)
     }
 
-    async fn create(&self) -> Result<(), StepError> {
+    /// What the dataset of a new volume is given, the mark that it is ours last.
+    pub(super) fn new_properties(&self) -> Result<Vec<Property>, StepError> {
         let mountpoint = volume::mountpoint(&self.node.kubelet_dir, &self.volume.name_any());
-        let mut properties = volume::properties(&self.volume, &mountpoint)?;
-        properties.push(volume::epoch_property(1)?);
-        self.node.zfs.create_filesystem(&self.dataset, &properties).await?;
+        let mut properties = vec![volume::epoch_property(1)?];
+        properties.extend(volume::properties(&self.volume, &mountpoint)?);
+        Ok(properties)
+    }
+
+    async fn create(&self) -> Result<(), StepError> {
+        let properties = self.new_properties()?;
+        let spec = &self.volume.spec;
+        let size = u64::try_from(spec.size_bytes).unwrap_or_default();
+        match spec.is_zvol() {
+            true => self.node.zfs.create_volume(&self.dataset, size, &properties).await?,
+            false => self.node.zfs.create_filesystem(&self.dataset, &properties).await?,
+        }
         tracing::info!(dataset = %self.dataset, "made the dataset of a new volume");
+        Ok(())
+    }
+
+    /// Sets what the spec says and the dataset can be given while it is in use.
+    async fn apply_spec(&mut self) -> Result<(), StepError> {
+        for property in volume::changeable(&self.volume)? {
+            self.node.zfs.set_property(&self.dataset, &property).await?;
+        }
+        let spec = self.volume.spec.clone();
+        tracing::info!(volume = self.volume.name_any(), size = spec.size_bytes, "the dataset is as the spec says");
+        self.write(|status| write::applied(status, &spec)).await?;
         Ok(())
     }
 
@@ -222,7 +271,7 @@ fn quiescing(volume: &PortableVolume) -> Option<i64> {
     waits.then_some(handoff.epoch)
 }
 
-fn ignore_missing(result: Result<(), ZfsError>) -> Result<(), ZfsError> {
+pub(super) fn ignore_missing(result: Result<(), ZfsError>) -> Result<(), ZfsError> {
     match result {
         Err(error) if error.kind == ErrorKind::NotFound => Ok(()),
         result => result,

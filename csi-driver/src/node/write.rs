@@ -4,7 +4,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::api::PostParams;
 use kube::{Api, ResourceExt};
 use portolan_crds::{
-    Handoff, HandoffPhase, HandoffReport, PortableVolume, PortableVolumeStatus, Replica, VolumePhase, condition,
+    Handoff, HandoffPhase, HandoffReport, PortableVolume, PortableVolumeSpec, PortableVolumeStatus, Replica, VolumePhase,
+    condition,
 };
 use portolan_runtime::conditions;
 
@@ -50,10 +51,18 @@ pub(crate) fn replica(status: &mut PortableVolumeStatus, node: &str, snapshot: O
     }
 }
 
-pub(crate) fn own(status: &mut PortableVolumeStatus, node: &str) {
+/// A node owns a volume that it has just made.
+pub(crate) fn own(status: &mut PortableVolumeStatus, node: &str, spec: &PortableVolumeSpec) {
     status.owner = Some(node.to_owned());
     status.epoch = 1;
+    applied(status, spec);
     ready(status);
+}
+
+/// The owner's dataset is what the spec says.
+pub(crate) fn applied(status: &mut PortableVolumeStatus, spec: &PortableVolumeSpec) {
+    status.size_bytes = Some(spec.size_bytes);
+    status.parameters = Some(spec.parameters.clone());
 }
 
 pub(crate) fn ready(status: &mut PortableVolumeStatus) {
@@ -126,7 +135,7 @@ mod tests {
         let known = |name: &str| Known { name: name.into(), guid: "7".into() };
         let mut status = PortableVolumeStatus::default();
         replica(&mut status, "a", None);
-        own(&mut status, "a");
+        own(&mut status, "a", &PortableVolumeSpec::default());
         status.handoff = Some(Handoff { from: "a".into(), to: "b".into(), epoch: 2, bytes: 5, ..Handoff::default() });
         replica(&mut status, "b", None);
         let at = |millisecond| MicroTime(jiff::Timestamp::from_millisecond(millisecond).unwrap());

@@ -41,8 +41,9 @@ pub struct Received {
 
 type Stream = BufReader<TlsStream<TcpStream>>;
 
-/// Fetches a snapshot. `progress` is told the bytes so far after each frame. Can be called again after any failure, and may be dropped at any time:
-/// the target's dataset then is as it was before, or has the snapshot.
+/// Fetches a snapshot, and before it, a stream each, those that the source has between it and the newest that we have too. `progress` is told
+/// the bytes so far after each frame. Can be called again after any failure, and may be dropped at any time: the target's dataset then has
+/// what it had before, and each snapshot that had come whole.
 pub async fn fetch(
     identity: &Identity,
     zfs: &impl Zfs,
@@ -50,30 +51,56 @@ pub async fn fetch(
     what: Fetch,
     progress: impl Fn(u64) + Send + Sync,
 ) -> Result<Received, TransferError> {
-    let ours = snapshots(zfs, &what.target).await?;
-    if let Some(there) = ours.iter().flatten().find(|snapshot| snapshot.guid == what.request.guid) {
-        // What received it may have been stopped before it had set them.
-        for property in &what.properties {
-            zfs.set_property(&what.target, property).await?;
+    let mut so_far = 0;
+    let mut first_base = None;
+    loop {
+        let ours = snapshots(zfs, &what.target).await?;
+        if let Some(there) = ours.iter().flatten().find(|snapshot| snapshot.guid == what.request.guid) {
+            if so_far == 0 {
+                // What received it may have been stopped before it had set them.
+                for property in &what.properties {
+                    zfs.set_property(&what.target, property).await?;
+                }
+            }
+            return Ok(Received { snapshot: there.clone(), bytes: so_far, base: first_base });
         }
-        return Ok(Received { snapshot: there.clone(), bytes: 0, base: None });
+        let told = |bytes| progress(so_far + bytes);
+        let (bytes, base) = one(identity, zfs, limits, &what, ours, told).await?;
+        if so_far == 0 {
+            first_base = base;
+        }
+        so_far += bytes;
     }
-    let mut request = what.request.clone();
-    request.have = ours.iter().flatten().map(|snapshot| snapshot.guid).collect();
+}
+
+/// One stream: its bytes, and the snapshot of ours that it started from.
+async fn one(
+    identity: &Identity,
+    zfs: &impl Zfs,
+    limits: Limits,
+    what: &Fetch,
+    ours: Option<Vec<Snapshot>>,
+    progress: impl Fn(u64) + Send + Sync,
+) -> Result<(u64, Option<SnapshotName>), TransferError> {
+    let request = what.request.clone().having(ours.iter().flatten().map(|snapshot| snapshot.guid));
     request.validate().map_err(|error| TransferError::Protocol(error.to_string()))?;
 
-    let mut stream = connect(identity, limits, &what).await?;
-    let reply = ask(&mut stream, limits, &what, &request).await?;
-    let base = base_of(&what, ours.as_deref(), reply.base)?;
+    let mut stream = connect(identity, limits, what).await?;
+    let reply = ask(&mut stream, limits, what, &request).await?;
+    let coming = reply.guid.unwrap_or(request.guid);
+    if request.have.contains(&coming) {
+        return Err(TransferError::Protocol(format!("a stream of {coming}, which we have")));
+    }
+    let base = base_of(what, ours.as_deref(), reply.base)?;
     let receive = zfs.receive(&what.target, &what.properties).await?;
-    let copied = copy(&mut stream, receive, limits, &what, &progress).await;
+    let copied = copy(&mut stream, receive, limits, what, &progress).await;
 
     let now = snapshots(zfs, &what.target).await;
-    let snapshot = now.map(|found| found.into_iter().flatten().find(|snapshot| snapshot.guid == request.guid));
+    let snapshot = now.map(|found| found.into_iter().flatten().find(|snapshot| snapshot.guid == coming));
     match (copied, snapshot) {
-        (Ok(bytes), Ok(Some(snapshot))) => Ok(Received { snapshot, bytes, base }),
+        (Ok(bytes), Ok(Some(_))) => Ok((bytes, base)),
         (Ok(_), Ok(None)) => {
-            Err(TransferError::WrongGuid { snapshot: what.target.snapshot(&request.snapshot)?, expected: request.guid })
+            Err(TransferError::WrongGuid { snapshot: what.target.snapshot(&request.snapshot)?, expected: coming })
         }
         (Ok(_), Err(error)) => Err(error),
         (Err(cause), Ok(Some(snapshot))) if must_not_count(&cause) => {

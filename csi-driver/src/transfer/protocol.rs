@@ -38,12 +38,29 @@ pub struct Request {
     /// The GUIDs of the snapshots that the target has, in any order.
     #[serde(default)]
     pub have: Vec<Guid>,
+    /// The new volume that the snapshot is to become; none for a copy of the same volume.
+    #[serde(default)]
+    pub restore: Option<String>,
 }
 
 impl Request {
     /// Asks for a snapshot; what we have is filled in by [`fetch`](super::fetch).
     pub fn new(volume: impl Into<String>, epoch: i64, snapshot: impl Into<String>, guid: Guid) -> Self {
-        Self { version: VERSION, volume: volume.into(), epoch, snapshot: snapshot.into(), guid, have: Vec::new() }
+        Self {
+            version: VERSION,
+            volume: volume.into(),
+            epoch,
+            snapshot: snapshot.into(),
+            guid,
+            have: Vec::new(),
+            restore: None,
+        }
+    }
+
+    /// Names snapshots that the target has, oldest first. Of very many the newest: only the newest common one matters.
+    pub(super) fn having(mut self, guids: impl DoubleEndedIterator<Item = Guid>) -> Self {
+        self.have = guids.rev().take(MAX_HAVE).collect();
+        self
     }
 
     /// Checks what came from a peer.
@@ -64,6 +81,9 @@ impl Request {
         }
         if !is_name(&self.snapshot) {
             return invalid("snapshot", &self.snapshot, "A-Z a-z 0-9 - _ . :");
+        }
+        if let Some(volume) = self.restore.as_ref().filter(|volume| !is_name(volume)) {
+            return invalid("restore", volume, "A-Z a-z 0-9 - _ . :");
         }
         if self.have.len() > MAX_HAVE {
             return invalid("have", &self.have.len(), "up to 2048 GUIDs");
@@ -89,6 +109,9 @@ pub struct InvalidRequest {
 pub struct Reply {
     /// Whether a stream follows.
     pub ok: bool,
+    /// The GUID of the snapshot that the stream brings: the one asked for, or one on the way to it.
+    #[serde(default)]
+    pub guid: Option<Guid>,
     /// The GUID of the snapshot that the stream starts from; none for a full stream.
     pub base: Option<Guid>,
     /// That snapshot's short name at the source.
@@ -98,13 +121,13 @@ pub struct Reply {
 }
 
 impl Reply {
-    pub(crate) fn stream(base: Option<(Guid, String)>) -> Self {
+    pub(crate) fn stream(guid: Guid, base: Option<(Guid, String)>) -> Self {
         let (base, base_snapshot) = base.unzip();
-        Self { ok: true, base, base_snapshot, error: None }
+        Self { ok: true, guid: Some(guid), base, base_snapshot, error: None }
     }
 
     pub(crate) fn refusal(refusal: Refusal) -> Self {
-        Self { ok: false, base: None, base_snapshot: None, error: Some(refusal) }
+        Self { ok: false, guid: None, base: None, base_snapshot: None, error: Some(refusal) }
     }
 }
 
@@ -214,6 +237,9 @@ mod tests {
         assert_eq!(field(|r| r.epoch = 0), "epoch");
         assert_eq!(field(|r| r.snapshot = "a/b".into()), "snapshot");
         assert_eq!(field(|r| r.have = vec![Guid(1); 3000]), "have");
+        assert_eq!(field(|r| r.restore = Some("a b".into())), "restore");
+        let many = good.having((0..5000).map(Guid));
+        assert_eq!((many.have.len(), many.have[0], many.validate()), (2048, Guid(4999), Ok(())));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use portolan_zfs::{DatasetName, ErrorKind, Guid, SendStream, Snapshot, Zfs, ZfsError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
@@ -74,6 +74,14 @@ pub async fn serve<A: Authorise, Z: Zfs>(
     }
 }
 
+/// A running `zfs send`, with its place among the streams.
+struct Opened<'a> {
+    _permit: SemaphorePermit<'a>,
+    guid: Guid,
+    base: Option<(Guid, String)>,
+    source: SendStream,
+}
+
 impl<A: Authorise, Z: Zfs> Server<A, Z> {
     async fn connection(&self, socket: TcpStream, peer: SocketAddr) {
         let (mut stream, node) = match self.handshake(socket).await {
@@ -105,10 +113,10 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
     async fn answer(&self, stream: &mut TlsStream<TcpStream>, node: &str) -> io::Result<Option<(Request, u64)>> {
         let request: Request = within(self.limits.handshake, "waiting for the request", read_header(stream)).await?;
         match self.open(node, &request).await {
-            Ok((_permit, base, source)) => {
-                let reply = Reply::stream(base);
+            Ok(opened) => {
+                let reply = Reply::stream(opened.guid, opened.base);
                 within(self.limits.idle, "replying", write_header(stream, &reply)).await?;
-                let bytes = self.pump(source, stream).await?;
+                let bytes = self.pump(opened.source, stream).await?;
                 Ok(Some((request, bytes)))
             }
             Err(refusal) => {
@@ -120,11 +128,7 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
     }
 
     /// From a request to a running `zfs send`, with its place among the streams.
-    async fn open(
-        &self,
-        node: &str,
-        request: &Request,
-    ) -> Result<(tokio::sync::SemaphorePermit<'_>, Option<(Guid, String)>, SendStream), Refusal> {
+    async fn open(&self, node: &str, request: &Request) -> Result<Opened<'_>, Refusal> {
         request.validate().map_err(|error| Refusal::new(RefusalCode::Invalid, error.to_string()))?;
         let dataset = self.authorise.authorise(node, request).await?;
         let busy = || Refusal::new(RefusalCode::Busy, format!("{} streams are running", self.limits.streams));
@@ -135,10 +139,10 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
             let message = format!("{dataset} has no snapshot {} with GUID {}", request.snapshot, request.guid);
             Refusal::new(RefusalCode::NotFound, message)
         })?;
-        let base = newest_common(&snapshots, wanted, &request.have);
-        let source =
-            self.zfs.send(&wanted.name, base.map(|base| &base.name)).await.map_err(|error| refusal_of(&error))?;
-        Ok((permit, base.map(|base| (base.guid, base.name.short().to_owned())), source))
+        let (base, next) = next_step(&snapshots, wanted, &request.have);
+        let source = self.zfs.send(&next.name, base.map(|base| &base.name)).await.map_err(|error| refusal_of(&error))?;
+        let base = base.map(|base| (base.guid, base.name.short().to_owned()));
+        Ok(Opened { _permit: permit, guid: next.guid, base, source })
     }
 
     /// Copies a stream into frames. The trailer is written only if `zfs send` ended well.
@@ -165,13 +169,25 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
     }
 }
 
-/// The newest snapshot older than `wanted` that the target has too. `snapshots` are in the order of their making.
-fn newest_common<'a>(snapshots: &'a [Snapshot], wanted: &Snapshot, have: &[Guid]) -> Option<&'a Snapshot> {
-    snapshots
-        .iter()
-        .take_while(|snapshot| snapshot.guid != wanted.guid)
-        .filter(|snapshot| have.contains(&snapshot.guid))
-        .last()
+/// The stream that brings the target one snapshot nearer to `wanted`, and its base: the newest snapshot that the target has too, else none.
+/// One snapshot a stream, so that each is verified before ZFS keeps it. `snapshots` are in the order of their making; one that only a
+/// clone still keeps is nobody's any more.
+fn next_step<'a>(
+    snapshots: &'a [Snapshot],
+    wanted: &'a Snapshot,
+    have: &[Guid],
+) -> (Option<&'a Snapshot>, &'a Snapshot) {
+    let before = snapshots.iter().take_while(|snapshot| snapshot.guid != wanted.guid);
+    let mut base = None;
+    let mut next = None;
+    for snapshot in before {
+        if have.contains(&snapshot.guid) {
+            (base, next) = (Some(snapshot), None);
+        } else if next.is_none() {
+            next = Some(snapshot);
+        }
+    }
+    (base, next.unwrap_or(wanted))
 }
 
 fn refusal_of(error: &ZfsError) -> Refusal {
@@ -184,7 +200,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_base_is_the_newest_that_both_have() {
+    fn each_stream_brings_the_next_snapshot() {
         let dataset = DatasetName::new("tank/v").unwrap();
         let snapshots: Vec<Snapshot> = (1..=4)
             .map(|n| Snapshot {
@@ -195,14 +211,16 @@ mod tests {
                 holds: 0,
             })
             .collect();
-        let base = |have: &[u64]| {
+        let step = |have: &[u64]| {
             let have: Vec<Guid> = have.iter().copied().map(Guid).collect();
-            newest_common(&snapshots, &snapshots[2], &have).map(|snapshot| snapshot.guid.0)
+            let (base, next) = next_step(&snapshots, &snapshots[2], &have);
+            (base.map(|base| base.guid.0), next.guid.0)
         };
-        assert_eq!(base(&[]), None);
-        assert_eq!(base(&[9]), None);
-        assert_eq!(base(&[2, 1, 9]), Some(2));
-        assert_eq!(base(&[1]), Some(1));
-        assert_eq!(base(&[4]), None, "newer than what is wanted");
+        assert_eq!(step(&[]), (None, 1));
+        assert_eq!(step(&[9]), (None, 1));
+        assert_eq!(step(&[1]), (Some(1), 2));
+        assert_eq!(step(&[2, 1, 9]), (Some(2), 3));
+        assert_eq!(step(&[2]), (Some(2), 3), "what is older than the common one is not missed");
+        assert_eq!(step(&[4]), (None, 1), "newer than what is wanted");
     }
 }

@@ -1,4 +1,4 @@
-//! Unix sockets on the host, for gRPC.
+//! Unix sockets for gRPC.
 //!
 //! The kubelet's registration client (grpc-go given a bare path) sends the socket's path as `:authority`, which h2 refuses as no
 //! authority of a URI (hyperium/h2#487). So what a client sends passes through [`relay`], which puts `localhost` in its place.
@@ -10,8 +10,6 @@ use futures::{Stream, StreamExt};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_stream::wrappers::UnixListenerStream;
-
-use super::mounts::Mounts;
 
 /// What the client's side of an HTTP/2 connection begins with (RFC 9113, 3.4).
 const PREFACE: usize = 24;
@@ -28,17 +26,16 @@ const END_HEADERS: u8 = 0x04;
 const AUTHORITY: usize = 1;
 const BUFFER: usize = 64 * 1024;
 
-/// Listens at a path of the host, in place of whatever socket an earlier process has left there.
-pub(super) fn listen(mounts: &Mounts, path: &Path) -> io::Result<impl Stream<Item = io::Result<DuplexStream>> + use<>> {
-    let here = mounts.here(path);
+/// Listens at a path, in place of whatever socket an earlier process has left there.
+pub(crate) fn listen(here: &Path) -> io::Result<impl Stream<Item = io::Result<DuplexStream>> + use<>> {
     if let Some(parent) = here.parent() {
         std::fs::create_dir_all(parent)?;
     }
-    match std::fs::remove_file(&here) {
+    match std::fs::remove_file(here) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let accepted = UnixListenerStream::new(UnixListener::bind(&here)?);
+    let accepted = UnixListenerStream::new(UnixListener::bind(here)?);
     Ok(accepted.map(|socket| socket.map(relayed)))
 }
 

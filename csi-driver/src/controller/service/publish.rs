@@ -1,0 +1,52 @@
+//! ControllerPublishVolume: the volume is brought to the node.
+
+use std::time::Instant;
+
+use kube::ResourceExt;
+use portolan_crds::PortableVolume;
+use tonic::Status;
+
+use super::super::attach::{ask_for_move, attached_elsewhere, place};
+use super::super::decide::{self, Decision};
+use super::super::wish::no_pool;
+use super::{PATIENCE, Service, api_failed, required, until};
+use crate::proto::csi::ControllerPublishVolumeRequest;
+
+/// Answers when the node may write the volume.
+pub(super) async fn publish(service: &Service, request: &ControllerPublishVolumeRequest) -> Result<(), Status> {
+    let id = required("volume_id", &request.volume_id)?;
+    let node = required("node_id", &request.node_id)?;
+    if request.volume_capability.is_none() {
+        return Err(Status::invalid_argument("volume_capability is missing"));
+    }
+    let hub = &service.hub;
+    let mut volume = service.volume(id).await?;
+    if hub.storage_nodes.get_opt(node).await.map_err(api_failed)?.is_none() {
+        return Err(Status::not_found(format!("node {node} has no StorageNode: the storage agent has not run there")));
+    }
+    let begin = Instant::now();
+    while begin.elapsed() < PATIENCE {
+        let mut decision = decide::decide(&volume, node, &[]);
+        if decision == Decision::Move {
+            let elsewhere = attached_elsewhere(hub, id, node).await.map_err(api_failed)?;
+            decision = decide::decide(&volume, node, &elsewhere);
+        }
+        match decision {
+            Decision::Attached => return place(hub, &volume, node).await.map_err(api_failed),
+            Decision::Refuse(why) => return Err(Status::failed_precondition(format!("volume {id}: {why}"))),
+            Decision::Move => {
+                let zvol = volume.spec.is_zvol();
+                if let Some(why) = no_pool(&hub.storage_nodes, node, zvol).await.map_err(api_failed)? {
+                    return Err(Status::failed_precondition(why));
+                }
+                ask_for_move(hub, &volume, node).await.map_err(api_failed)?;
+            }
+            Decision::Wait => {}
+        }
+        let read = volume.resource_version();
+        let changed = |now: Option<&PortableVolume>| now.is_none_or(|now| now.resource_version() != read);
+        let now = until(&hub.volumes, id, changed).await?;
+        volume = now.ok_or_else(|| Status::not_found(format!("there is no volume {id}")))?;
+    }
+    Err(Status::aborted(format!("volume {id} is moving to node {node}")))
+}

@@ -1,0 +1,135 @@
+//! What somebody wants a new volume to be, and the PortableVolume that says so. A claim's wish and a CSI call's are the same from here on.
+
+use kube::api::{ObjectMeta, PostParams};
+use kube::{Api, ResourceExt};
+use portolan_crds::{
+    Placement, PortableVolume, PortableVolumeSpec, StorageNode, VOLUME_FINALIZER, VolumeMode, VolumeSource, condition,
+};
+use portolan_runtime::conditions;
+
+use super::Hub;
+use crate::parameters::Asked;
+use crate::quantity::Human;
+
+/// The unit of a zvol's size: a multiple of every block size.
+const ZVOL_UNIT: i64 = 1 << 20;
+
+/// A wish, checked.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Wish {
+    /// As it was asked for, for people.
+    pub(super) size: String,
+    pub(super) size_bytes: i64,
+    pub(super) mode: VolumeMode,
+    pub(super) asked: Asked,
+    /// What it begins as.
+    pub(super) source: Option<VolumeSource>,
+    /// The claim, `namespace/name`, and its UID; empty if there is none.
+    pub(super) claim: String,
+    pub(super) claim_uid: String,
+}
+
+impl Wish {
+    /// The spec of the volume, on a node.
+    pub(super) fn spec(self, node: String) -> PortableVolumeSpec {
+        let mut spec = PortableVolumeSpec {
+            size: self.size,
+            size_bytes: self.size_bytes,
+            claim: self.claim,
+            claim_uid: self.claim_uid,
+            mode: self.mode,
+            filesystem: self.asked.filesystem,
+            parameters: self.asked.parameters,
+            source: self.source,
+            placement: Placement { node },
+        };
+        if spec.is_zvol() {
+            spec.size_bytes = round_up(spec.size_bytes);
+            spec.size = Human(spec.size_bytes).to_string();
+        }
+        spec
+    }
+}
+
+/// A zvol's size is a whole number of blocks.
+pub(super) fn round_up(bytes: i64) -> i64 {
+    bytes.checked_add(ZVOL_UNIT - 1).map_or(bytes, |more| more / ZVOL_UNIT * ZVOL_UNIT)
+}
+
+/// Makes the volume's object. Idempotent.
+pub(super) async fn create(hub: &Hub, name: &str, spec: PortableVolumeSpec) -> kube::Result<()> {
+    let volume = PortableVolume {
+        metadata: ObjectMeta {
+            name: Some(name.to_owned()),
+            finalizers: Some(vec![VOLUME_FINALIZER.to_owned()]),
+            ..ObjectMeta::default()
+        },
+        spec,
+        status: None,
+    };
+    match hub.volumes.create(&PostParams::default(), &volume).await {
+        Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(()),
+        result => result.map(drop),
+    }
+}
+
+/// A node that can take a volume.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct Candidate {
+    pub(super) node: String,
+    pub(super) available: i64,
+    pub(super) capacity: i64,
+    pub(super) zvol: bool,
+}
+
+/// The nodes whose pools can be used, the one with the most room first.
+pub(super) async fn candidates(storage_nodes: &Api<StorageNode>) -> kube::Result<Vec<Candidate>> {
+    let all = storage_nodes.list(&Default::default()).await?;
+    let mut found: Vec<Candidate> = all.items.iter().filter_map(candidate).collect();
+    found.sort_by_key(|candidate| std::cmp::Reverse(candidate.available));
+    Ok(found)
+}
+
+fn candidate(node: &StorageNode) -> Option<Candidate> {
+    let status = node.status.as_ref()?;
+    let ready = conditions::find(&status.conditions, condition::READY)?.status == condition::TRUE;
+    ready.then_some(Candidate {
+        node: node.name_any(),
+        available: status.available_bytes?,
+        capacity: status.capacity_bytes?,
+        zvol: status.capabilities.iter().any(|can| can == "zvol"),
+    })
+}
+
+/// Why a node can't take a volume, if it can't.
+pub(super) async fn no_pool(storage_nodes: &Api<StorageNode>, node: &str, zvol: bool) -> kube::Result<Option<String>> {
+    let Some(found) = storage_nodes.get_opt(node).await? else {
+        return Ok(Some(format!("node {node} has no StorageNode: the storage agent has not run there")));
+    };
+    let ready = found.status.as_ref().and_then(|status| conditions::find(&status.conditions, condition::READY));
+    Ok(match ready {
+        Some(ready) if ready.status == condition::TRUE => {
+            let can = !zvol || candidate(&found).is_some_and(|candidate| candidate.zvol);
+            let which = found.status.and_then(|status| status.zfs_version).unwrap_or_default();
+            (!can).then(|| format!("the pool of node {node} ({which}) can't have zvols, which this volume is one of"))
+        }
+        Some(ready) => Some(format!("StorageNode {node} is not ready: {}: {}", ready.reason, ready.message)),
+        None => Some(format!("StorageNode {node} does not say whether it is ready")),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use portolan_crds::Filesystem;
+
+    use super::*;
+
+    #[test]
+    fn a_zvol_has_whole_blocks() {
+        let wish = Wish { size: "1500k".into(), size_bytes: 1_500_000, ..Wish::default() };
+        assert_eq!(wish.clone().spec("a".into()).size_bytes, 1_500_000);
+        let asked = Asked { filesystem: Filesystem::Ext4, ..Asked::default() };
+        let spec = Wish { asked, ..wish }.spec("a".into());
+        assert_eq!((spec.size_bytes, spec.size.as_str(), spec.placement.node.as_str()), (2 << 20, "2Mi", "a"));
+    }
+}
