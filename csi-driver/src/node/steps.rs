@@ -137,7 +137,7 @@ impl<Z: Zfs> Steps<'_, Z> {
         let mountpoint = volume::mountpoint(&self.node.kubelet_dir, &self.volume.name_any());
         let mut properties = volume::properties(&self.volume, &mountpoint)?;
         properties.push(volume::epoch_property(1)?);
-        self.node.zfs.create_filesystem(&self.dataset, &properties).await?;
+        self.node.zfs.create_filesystem(&self.dataset, &properties, None).await?;
         tracing::info!(dataset = %self.dataset, "made the dataset of a new volume");
         Ok(())
     }

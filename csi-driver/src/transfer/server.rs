@@ -193,6 +193,7 @@ mod tests {
                 created_txg: n,
                 created: 0,
                 holds: 0,
+                defer_destroy: false,
             })
             .collect();
         let base = |have: &[u64]| {
