@@ -10,7 +10,7 @@ use portolan_csi::transfer::{Limits, RefusalCode, TransferError, fetch};
 use portolan_zfs::memory::{Fault, Memory};
 use portolan_zfs::{DatasetName, ErrorKind, Property, Zfs};
 
-use crate::zfs::contract::{Node, create, noise, write_and_snapshot};
+use portolan_tests::contract::{Node, create, noise, write_and_snapshot};
 use rogue::{Lie, Rogue};
 use setup::{Authority, Server, cut_after, fetching};
 

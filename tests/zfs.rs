@@ -1,16 +1,17 @@
 //! portolan-zfs on real pools, and the implementation in memory held to the same behaviour.
 
-pub mod contract;
 pub mod node;
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use portolan_zfs::memory::{Fault, Memory};
-use portolan_zfs::{CommandLine, DatasetName, ErrorKind, Implementation, PoolHealth, Property, Runner, Zfs, ZfsError};
+use portolan_zfs::{
+    Capabilities, CommandLine, DatasetName, ErrorKind, Implementation, PoolHealth, Property, Runner, Zfs, ZfsError,
+};
 
-use contract::{Node, truncated_stream};
 use node::ZfsFuseNode;
+use portolan_tests::contract::{self, Node, create, truncated_stream};
 
 /// A node of the contract on a real pool.
 pub struct Real {
@@ -54,36 +55,16 @@ impl Node for Real {
         std::fs::read(self.file(dataset)).unwrap()
     }
 
+    fn write_device(&self, volume: &DatasetName, _content: &[u8]) {
+        panic!("zfs-fuse has no {}", volume.device().display());
+    }
+
+    fn read_device(&self, volume: &DatasetName, _length: usize) -> Vec<u8> {
+        panic!("zfs-fuse has no {}", volume.device().display());
+    }
+
     fn set_open(&self, dataset: &DatasetName, open: bool) {
         *self.open.lock().unwrap() = open.then(|| std::fs::File::open(self.file(dataset)).unwrap());
-    }
-}
-
-impl Node for Memory {
-    type Zfs = Self;
-
-    fn zfs(&self) -> &Self {
-        self
-    }
-
-    fn pool(&self) -> DatasetName {
-        DatasetName::new("tank").unwrap()
-    }
-
-    fn mountpoint(&self, volume: &str) -> Property {
-        Property::new("mountpoint", format!("/mnt/{volume}")).unwrap()
-    }
-
-    fn write(&self, dataset: &DatasetName, content: &[u8]) {
-        Memory::write(self, dataset, content).unwrap();
-    }
-
-    fn read(&self, dataset: &DatasetName) -> Vec<u8> {
-        Memory::read(self, dataset).unwrap()
-    }
-
-    fn set_open(&self, dataset: &DatasetName, open: bool) {
-        Memory::set_open(self, dataset, open).unwrap();
     }
 }
 
@@ -98,6 +79,27 @@ fn kind<T>(result: Result<T, ZfsError>) -> ErrorKind {
 #[tokio::test]
 async fn memory_keeps_the_contract() {
     contract::holds(&memory(), &memory()).await;
+}
+
+#[tokio::test]
+async fn memory_that_can_do_all_keeps_the_contract() {
+    let able = || memory().with_capabilities(Capabilities::all());
+    contract::holds(&able(), &able()).await;
+}
+
+#[tokio::test]
+async fn what_a_killed_snapshot_of_several_left_is_cleaned_up() {
+    let node = Real::start();
+    let (one, two, bystander) = (create(&node, "one").await, create(&node, "two").await, create(&node, "by").await);
+    let count = async |dataset: &DatasetName| node.zfs().snapshots(dataset).await.unwrap().len();
+    // What the first command of it leaves, and somebody else's that only looks like it.
+    node.node.run(&["zfs", "snapshot", "-r", "-o", "portolan:snapshot-all=group", "tank@group"]);
+    node.node.run(&["zfs", "snapshot", "-r", "-o", "portolan:snapshot-all=other", "tank@theirs"]);
+    let taken = node.zfs().snapshot_all(&node.pool(), &[one.clone(), two.clone()], "group").await.unwrap();
+    assert_eq!(taken.len(), 2);
+    node.zfs().snapshot_all(&node.pool(), &[one.clone(), two.clone()], "theirs").await.unwrap();
+    assert_eq!((count(&one).await, count(&two).await, count(&bystander).await), (2, 2, 1));
+    assert_eq!(node.zfs().snapshots(&bystander).await.unwrap()[0].name.short(), "theirs");
 }
 
 #[tokio::test]
@@ -121,14 +123,14 @@ async fn a_probe_says_which_zfs_it_is() {
 async fn a_pool_that_is_gone_is_not_empty() {
     let node = ZfsFuseNode::start(128);
     let (zfs, volume) = (node.zfs(), node.pool().child("v").unwrap());
-    zfs.create_filesystem(&volume, &[Property::canmount_noauto()]).await.unwrap();
+    zfs.create_filesystem(&volume, &[Property::canmount_noauto()], None).await.unwrap();
     node.run(&["zpool", "export", "tank"]);
     for kind in [
         kind(zfs.dataset(&volume).await),
         kind(zfs.children(&node.pool()).await),
         kind(zfs.snapshots(&volume).await),
         kind(zfs.destroy_with_snapshots(&volume).await),
-        kind(zfs.create_filesystem(&volume, &[]).await),
+        kind(zfs.create_filesystem(&volume, &[], None).await),
         kind(zfs.pool_health(&volume).await),
     ] {
         assert_eq!(kind, ErrorKind::PoolUnavailable);
@@ -221,10 +223,10 @@ async fn faults_come_where_they_were_asked_for() {
     zfs.inject("create_filesystem", 2, Fault::Fail(ErrorKind::NoSpace));
     zfs.inject("snapshot", 1, Fault::FailAfter(ErrorKind::Timeout));
     zfs.inject("mount", 1, Fault::Hang);
-    zfs.create_filesystem(&name("a"), &[]).await.unwrap();
-    assert_eq!(kind(zfs.create_filesystem(&name("b"), &[]).await), ErrorKind::NoSpace);
+    zfs.create_filesystem(&name("a"), &[], None).await.unwrap();
+    assert_eq!(kind(zfs.create_filesystem(&name("b"), &[], None).await), ErrorKind::NoSpace);
     assert_eq!(kind(zfs.dataset(&name("b")).await), ErrorKind::NotFound);
-    zfs.create_filesystem(&name("b"), &[]).await.unwrap();
+    zfs.create_filesystem(&name("b"), &[], None).await.unwrap();
     assert_eq!(kind(zfs.snapshot(&name("a").snapshot("s").unwrap()).await), ErrorKind::Timeout);
     assert_eq!(zfs.snapshots(&name("a")).await.unwrap().len(), 1);
     let hung = tokio::time::timeout(Duration::from_millis(50), zfs.mount(&name("a"))).await;

@@ -60,7 +60,8 @@ pub fn properties(volume: &PortableVolume, mountpoint: &Path) -> Result<Vec<Prop
             Property::new("atime", if volume.spec.parameters.atime == Some(true) { "on" } else { "off" })?,
         ]);
     }
-    properties.extend(changeable(volume)?);
+    // A zvol's size is not a property that it can be made or received with.
+    properties.extend(changeable(volume)?.into_iter().filter(|property| property.name() != "volsize"));
     properties.push(Property::new(VOLUME_PROPERTY, volume.name_any())?);
     properties.push(Property::new(UID_PROPERTY, volume.uid().unwrap_or_default())?);
     Ok(properties)
@@ -75,7 +76,7 @@ pub fn changeable(volume: &PortableVolume) -> Result<Vec<Property>, InvalidName>
     let size = u64::try_from(spec.size_bytes).unwrap_or_default();
     let mut properties = Vec::new();
     if spec.is_zvol() {
-        properties.push(Property::new("volsize", size.to_string())?);
+        properties.push(Property::volsize(size));
     } else {
         properties.push(Property::refquota(size));
         if let Some(size) = parameters.record_size {
@@ -137,6 +138,8 @@ mod tests {
              portolan:volume=pvc-1 portolan:uid="
         );
         spec.filesystem = Filesystem::Ext4;
-        assert_eq!(text(&spec), "volsize=1073741824 compression=zstd portolan:volume=pvc-1 portolan:uid=");
+        assert_eq!(text(&spec), "compression=zstd portolan:volume=pvc-1 portolan:uid=");
+        let volume = PortableVolume::new("pvc-1", spec);
+        assert_eq!(changeable(&volume).unwrap()[0].to_string(), "volsize=1073741824");
     }
 }

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::zfs::Real;
-use crate::zfs::contract::Node;
+use portolan_tests::contract::Node;
 
 /// A node on a real pool.
 pub fn real() -> Real {

@@ -28,6 +28,12 @@ pub(super) async fn run<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<(), StepErro
         // A copy of which snapshots have come that lie before the one asked for.
         Some(_) => copy(steps, &source).await?,
     }
+    if steps.volume.spec.is_zvol() {
+        // The source may be smaller.
+        for property in volume::changeable(&steps.volume)? {
+            zfs.set_property(&steps.dataset, &property).await?;
+        }
+    }
     let Some(copied) = received(steps, &source).await? else { return Ok(()) };
     zfs.set_readonly(&steps.dataset, false).await?;
     // The new volume has a history of its own.

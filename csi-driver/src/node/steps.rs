@@ -173,8 +173,8 @@ impl<Z: Zfs> Steps<'_, Z> {
         let spec = &self.volume.spec;
         let size = u64::try_from(spec.size_bytes).unwrap_or_default();
         match spec.is_zvol() {
-            true => self.node.zfs.create_volume(&self.dataset, size, &properties).await?,
-            false => self.node.zfs.create_filesystem(&self.dataset, &properties).await?,
+            true => self.node.zfs.create_volume(&self.dataset, size, &properties, None).await?,
+            false => self.node.zfs.create_filesystem(&self.dataset, &properties, None).await?,
         }
         tracing::info!(dataset = %self.dataset, "made the dataset of a new volume");
         Ok(())

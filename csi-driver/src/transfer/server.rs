@@ -209,6 +209,7 @@ mod tests {
                 created_txg: n,
                 created: 0,
                 holds: 0,
+                defer_destroy: false,
             })
             .collect();
         let step = |have: &[u64]| {

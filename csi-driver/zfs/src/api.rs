@@ -3,6 +3,7 @@
 use std::future::Future;
 
 use crate::error::ZfsError;
+use crate::key::Key;
 use crate::model::{Dataset, PoolHealth, Snapshot, Space};
 use crate::name::{DatasetName, Property, SnapshotName};
 use crate::probe::Probe;
@@ -25,13 +26,39 @@ pub trait Zfs: Send + Sync + 'static {
     fn space(&self, dataset: &DatasetName) -> impl Future<Output = Result<Space>> + Send;
 
     /// Makes a filesystem with all `properties` in one step. Its parent must be there. Not mounted if `canmount=noauto` is among them.
-    fn create_filesystem(&self, name: &DatasetName, properties: &[Property])
-    -> impl Future<Output = Result<()>> + Send;
+    ///
+    /// With a key it is encrypted, by `aes-256-gcm` unless `properties` say otherwise: `Unsupported` where ZFS can't.
+    fn create_filesystem(
+        &self,
+        name: &DatasetName,
+        properties: &[Property],
+        key: Option<&Key>,
+    ) -> impl Future<Output = Result<()>> + Send;
 
-    /// A dataset's state.
+    /// Makes a sparse volume (zvol) of `size` bytes, which ZFS rounds up to whole blocks; it grows by [`Property::volsize`].
+    /// `Unsupported` where ZFS can't.
+    fn create_volume(
+        &self,
+        name: &DatasetName,
+        size: u64,
+        properties: &[Property],
+        key: Option<&Key>,
+    ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Makes a dataset of the same pool that begins as the snapshot is, and keeps the snapshot from being destroyed. Not mounted if
+    /// `canmount=noauto` is among `properties`. Where they can't be set in one step (zfs-fuse) they are set in the order given, so that
+    /// the last of them may say that the clone is complete.
+    fn clone_snapshot(
+        &self,
+        snapshot: &SnapshotName,
+        target: &DatasetName,
+        properties: &[Property],
+    ) -> impl Future<Output = Result<()>> + Send;
+
+    /// A filesystem's or volume's state.
     fn dataset(&self, name: &DatasetName) -> impl Future<Output = Result<Dataset>> + Send;
 
-    /// The datasets directly below `parent`, by name.
+    /// The filesystems and volumes directly below `parent`, by name. Those whose names [`DatasetName`] doesn't allow are left out.
     fn children(&self, parent: &DatasetName) -> impl Future<Output = Result<Vec<Dataset>>> + Send;
 
     /// Sets one property. Idempotent.
@@ -46,14 +73,33 @@ pub trait Zfs: Send + Sync + 'static {
     /// Takes a snapshot.
     fn snapshot(&self, name: &SnapshotName) -> impl Future<Output = Result<Snapshot>> + Send;
 
-    /// Destroys one snapshot. A held one is `Busy`.
+    /// Takes snapshots of several datasets, all with the same short name, at one moment (in one transaction of the pool): all of them or
+    /// none. Idempotent: those of an earlier call are given again, known by their common transaction; `AlreadyExists` if there are
+    /// others of that name.
+    ///
+    /// `parent` is above all of the datasets. Where ZFS takes only one name (zfs-fuse) everything below it is snapshotted, and what was not
+    /// asked for is destroyed right after: it carries the user property `portolan:snapshot-all`, and the same call cleans up after one that
+    /// was killed. Until then a receive into one of those datasets is refused as `Diverged`.
+    fn snapshot_all(
+        &self,
+        parent: &DatasetName,
+        datasets: &[DatasetName],
+        short: &str,
+    ) -> impl Future<Output = Result<Vec<Snapshot>>> + Send;
+
+    /// Destroys one snapshot. A held one is `Busy`, one with clones `HasClones`.
     fn destroy_snapshot(&self, name: &SnapshotName) -> impl Future<Output = Result<()>> + Send;
+
+    /// Destroys a snapshot at once if nothing holds or clones it, else as soon as nothing does. Idempotent until it is gone.
+    fn destroy_snapshot_deferred(&self, name: &SnapshotName) -> impl Future<Output = Result<()>> + Send;
 
     /// Destroys an unmounted dataset that has neither snapshots nor children.
     fn destroy_dataset(&self, name: &DatasetName) -> impl Future<Output = Result<()>> + Send;
 
-    /// Unmounts a dataset (never by force) and destroys its own snapshots and itself. Refused if there are datasets below it or holds or
-    /// clones of its snapshots. Interrupted anywhere, it goes on when called again; `NotFound` if there is nothing to destroy.
+    /// Unmounts a dataset (never by force) and destroys its own snapshots and itself. Refused, with all left as it is, if there are datasets
+    /// below it, if one of its snapshots is held (`Busy`), or if one has clones (`HasClones`, naming them).
+    /// A volume whose device is open is `Busy`, but its snapshots are gone by then.
+    /// Interrupted anywhere, it goes on when called again; `NotFound` if there is nothing to destroy.
     fn destroy_with_snapshots(&self, name: &DatasetName) -> impl Future<Output = Result<()>> + Send;
 
     /// Keeps a snapshot from being destroyed until `tag` is released. Idempotent.

@@ -25,6 +25,8 @@ pub enum ErrorKind {
     AlreadyExists,
     /// Something has it mounted, open or held.
     Busy,
+    /// A snapshot of it has clones: these would have to go first.
+    HasClones,
     /// The pool is full, or a quota is.
     NoSpace,
     /// The pool isn't imported or its I/O is suspended, or ZFS itself doesn't answer. Says nothing of what the pool holds.
@@ -33,6 +35,14 @@ pub enum ErrorKind {
     Diverged,
     /// A stream ended early or was damaged; the destination is as it was.
     BrokenStream,
+    /// The destination of a receive holds a part of an earlier stream, to be resumed or aborted.
+    Unfinished,
+    /// Not the key that the dataset was sealed with.
+    WrongKey,
+    /// The dataset's key isn't loaded.
+    KeyNotLoaded,
+    /// This ZFS can't do it (see [`Capabilities`](crate::Capabilities)).
+    Unsupported,
     /// The command didn't end in time. It was killed; what it did is not known.
     Timeout,
     /// Anything else.
@@ -45,10 +55,15 @@ impl fmt::Display for ErrorKind {
             ErrorKind::NotFound => "not found",
             ErrorKind::AlreadyExists => "already exists",
             ErrorKind::Busy => "busy",
+            ErrorKind::HasClones => "has clones",
             ErrorKind::NoSpace => "no space",
             ErrorKind::PoolUnavailable => "pool unavailable",
             ErrorKind::Diverged => "diverged",
             ErrorKind::BrokenStream => "broken stream",
+            ErrorKind::Unfinished => "unfinished",
+            ErrorKind::WrongKey => "wrong key",
+            ErrorKind::KeyNotLoaded => "key not loaded",
+            ErrorKind::Unsupported => "unsupported",
             ErrorKind::Timeout => "timeout",
             ErrorKind::Other => "error",
         })
@@ -72,6 +87,11 @@ impl ZfsError {
         Self { kind, command: command.into(), status: None, stderr: stderr.into() }
     }
 
+    /// A command that wasn't run: `zfs`, a [`Probe`](crate::Probe) printed, lacks `capability`.
+    pub(crate) fn unsupported(command: impl Into<String>, zfs: &impl fmt::Display, capability: &str) -> Self {
+        Self::new(ErrorKind::Unsupported, command, format!("{zfs} can't do this: it has no {capability}"))
+    }
+
     pub(crate) fn exited(command: impl Into<String>, status: Option<i32>, stderr: impl Into<String>) -> Self {
         let stderr = stderr.into();
         Self { kind: classify(&stderr), command: command.into(), status, stderr }
@@ -92,10 +112,16 @@ const MESSAGES: &[(&str, ErrorKind)] = &[
     ("does not\nmatch incremental source", ErrorKind::Diverged),
     ("does not match incremental source", ErrorKind::Diverged),
     ("has been modified", ErrorKind::Diverged),
+    ("partially-complete state", ErrorKind::Unfinished),
     ("specify -f to overwrite it", ErrorKind::AlreadyExists),
     ("to overwrite it", ErrorKind::AlreadyExists),
     ("already exists", ErrorKind::AlreadyExists),
     ("pool or dataset exists", ErrorKind::AlreadyExists),
+    ("incorrect key provided", ErrorKind::WrongKey),
+    ("encryption key not loaded", ErrorKind::KeyNotLoaded),
+    ("key must be loaded", ErrorKind::KeyNotLoaded),
+    ("keys must be loaded", ErrorKind::KeyNotLoaded),
+    ("dependent clones", ErrorKind::HasClones),
     ("out of space", ErrorKind::NoSpace),
     ("no space left", ErrorKind::NoSpace),
     ("quota exceeded", ErrorKind::NoSpace),
@@ -169,6 +195,33 @@ mod tests {
             ("cannot receive: failed to read from stream", ErrorKind::BrokenStream),
             ("cannot receive incremental stream: destination 'tank/w' does not exist", ErrorKind::NotFound),
             ("WARNING: could not send tank/v2@nope: does not exist", ErrorKind::NotFound),
+            (
+                "cannot destroy 'tank/a@s': snapshot has dependent clones\nuse '-R' to destroy the following datasets:\ntank/c",
+                ErrorKind::HasClones,
+            ),
+            (
+                "cannot destroy 'tank/a': filesystem has dependent clones\nuse '-R' to destroy the following datasets:\ntank/c",
+                ErrorKind::HasClones,
+            ),
+            (
+                "cannot destroy 'tank/a': filesystem has children\nuse '-r' to destroy the following datasets:\ntank/a@s",
+                ErrorKind::Other,
+            ),
+            ("cannot destroy 'tank/v': dataset is busy", ErrorKind::Busy),
+            ("Key load error: Incorrect key provided for 'tank/e'.", ErrorKind::WrongKey),
+            ("Key unload error: 'tank/e' is busy.", ErrorKind::Busy),
+            ("cannot mount 'tank/e': encryption key not loaded", ErrorKind::KeyNotLoaded),
+            ("warning: cannot send 'tank/e@s': source key must be loaded", ErrorKind::KeyNotLoaded),
+            ("warning: cannot send 'tank/e@s': dataset key must be loaded", ErrorKind::KeyNotLoaded),
+            (
+                "cannot receive new filesystem stream: destination tank/v contains partially-complete state from \"zfs receive -s\".",
+                ErrorKind::Unfinished,
+            ),
+            (
+                "cannot receive new filesystem stream: checksum mismatch or incomplete stream.\nPartially received snapshot is saved.",
+                ErrorKind::BrokenStream,
+            ),
+            ("cannot create 'tank/e': encryption failure", ErrorKind::Other),
             ("internal error: out of memory", ErrorKind::Other),
         ] {
             assert_eq!(classify(stderr), kind, "{stderr}");

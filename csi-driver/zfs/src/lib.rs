@@ -8,6 +8,7 @@
 mod api;
 mod command;
 mod error;
+mod key;
 pub mod memory;
 mod model;
 mod name;
@@ -19,7 +20,8 @@ mod stream;
 pub use api::Zfs;
 pub use command::CommandLine;
 pub use error::{ErrorKind, ZfsError};
-pub use model::{Dataset, PoolHealth, Snapshot, Space};
+pub use key::Key;
+pub use model::{Dataset, Kind, PoolHealth, Snapshot, Space};
 pub use name::{DatasetName, Guid, InvalidName, Property, SnapshotName};
 pub use probe::{Capabilities, Implementation, Probe};
 pub use runner::Runner;

@@ -6,13 +6,27 @@ use std::path::PathBuf;
 
 use crate::name::{DatasetName, Guid, SnapshotName};
 
-/// A filesystem and its state. Sizes are in bytes.
+/// What a dataset holds.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Kind {
+    /// Files.
+    Filesystem,
+    /// A block device (zvol), at [`DatasetName::device`].
+    Volume {
+        /// Property `volsize`, in bytes.
+        size: u64,
+    },
+}
+
+/// A filesystem or volume and its state. Sizes are in bytes.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Dataset {
     /// Its name.
     pub name: DatasetName,
     /// Identifies it on this pool; a received copy has one of its own.
     pub guid: Guid,
+    /// A filesystem or a volume.
+    pub kind: Kind,
     /// Used by it and all below it, snapshots included. May lag behind writes by some seconds.
     pub used: u64,
     /// What can still be written.
@@ -29,6 +43,12 @@ pub struct Dataset {
     pub mountpoint: Option<PathBuf>,
     /// The snapshot it is a clone of.
     pub origin: Option<SnapshotName>,
+    /// By which a receive that was interrupted can go on (`send -t`); it holds a part of a stream until then.
+    pub resume_token: Option<String>,
+    /// Property `encryption`, such as `aes-256-gcm`; none if it isn't encrypted.
+    pub encryption: Option<String>,
+    /// Whether it can be read: its key is loaded, or it isn't encrypted.
+    pub key_available: bool,
     /// User properties set on it; not those inherited from its parent.
     pub user: BTreeMap<String, String>,
 }
@@ -46,6 +66,8 @@ pub struct Snapshot {
     pub created: i64,
     /// How many holds it has.
     pub holds: u64,
+    /// To be destroyed by ZFS itself when its last hold or clone is gone.
+    pub defer_destroy: bool,
 }
 
 /// Room in a dataset, in bytes.

@@ -1,6 +1,7 @@
 //! Names that ZFS accepts, checked before any command is run (zfsconcepts(7), zfsprops(7)).
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -68,6 +69,16 @@ impl DatasetName {
     /// The pool that holds it.
     pub fn pool(&self) -> &str {
         self.0.split('/').next().unwrap_or(&self.0)
+    }
+
+    /// The block device of a volume (zvol).
+    pub fn device(&self) -> PathBuf {
+        Path::new("/dev/zvol").join(&self.0)
+    }
+
+    /// Whether it is somewhere below `other`.
+    pub fn is_below(&self, other: &DatasetName) -> bool {
+        self.0.strip_prefix(&other.0).is_some_and(|rest| rest.starts_with('/'))
     }
 
     /// The last component.
@@ -235,6 +246,11 @@ impl Property {
         Self { name: "readonly".into(), value: if on { "on" } else { "off" }.into() }
     }
 
+    /// `volsize` in bytes: the size of a volume. It may grow; making it smaller cuts off what is at its end.
+    pub fn volsize(bytes: u64) -> Self {
+        Self { name: "volsize".into(), value: bytes.to_string() }
+    }
+
     /// `refquota` in bytes: what the dataset itself may use, its snapshots not counted.
     pub fn refquota(bytes: u64) -> Self {
         Self { name: "refquota".into(), value: bytes.to_string() }
@@ -278,6 +294,9 @@ mod tests {
         assert!(error.to_string().contains("allowed is up to 255"), "{error}");
         let name = DatasetName::new("tank/a/b").unwrap();
         assert_eq!((name.pool(), name.short()), ("tank", "b"));
+        assert_eq!(name.device().to_str(), Some("/dev/zvol/tank/a/b"));
+        let below = |other: &str| name.is_below(&DatasetName::new(other).unwrap());
+        assert_eq!([below("tank"), below("tank/a"), below("tank/a/b"), below("tan")], [true, true, false, false]);
         assert!(name.child("c/d").is_err());
         assert_eq!("tank/a@s".parse::<SnapshotName>().unwrap().to_string(), "tank/a@s");
         assert!("tank/a".parse::<SnapshotName>().is_err());

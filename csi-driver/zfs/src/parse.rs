@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::model::{Dataset, Snapshot, Space};
+use crate::model::{Dataset, Kind, Snapshot, Space};
 use crate::name::{DatasetName, Guid};
 
 /// The columns asked for: `-o name,property,value,source`.
@@ -41,12 +41,17 @@ fn number<T: std::str::FromStr>(properties: &Properties, name: &str) -> Result<T
     given.parse().map_err(|_| format!("property {name} is {given:?}, not a number"))
 }
 
-/// A filesystem from all its properties and its GUID.
+/// A filesystem or volume from all its properties and its GUID.
 pub(crate) fn dataset(name: &str, properties: &Properties) -> Result<Dataset, String> {
     let is_set = |source: &str| source == "local" || source == "received";
+    let kind = match value(properties, "type") {
+        Some("volume") => Kind::Volume { size: number(properties, "volsize")? },
+        _ => Kind::Filesystem,
+    };
     Ok(Dataset {
         name: DatasetName::new(name).map_err(|e| e.to_string())?,
         guid: Guid(number(properties, "guid")?),
+        kind,
         used: number(properties, "used")?,
         available: number(properties, "available")?,
         referenced: number(properties, "referenced")?,
@@ -55,6 +60,9 @@ pub(crate) fn dataset(name: &str, properties: &Properties) -> Result<Dataset, St
         mounted: value(properties, "mounted") == Some("yes"),
         mountpoint: value(properties, "mountpoint").filter(|path| path.starts_with('/')).map(Into::into),
         origin: value(properties, "origin").and_then(|name| name.parse().ok()),
+        resume_token: value(properties, "receive_resume_token").map(str::to_owned),
+        encryption: value(properties, "encryption").filter(|cipher| *cipher != "off").map(str::to_owned),
+        key_available: value(properties, "keystatus").is_none_or(|status| status == "available"),
         user: properties
             .iter()
             .filter(|(name, (_, source))| name.contains(':') && is_set(source))
@@ -77,6 +85,7 @@ pub(crate) fn snapshots(of: &DatasetName, text: &str) -> Result<Vec<Snapshot>, S
             created_txg: number(&properties, "createtxg")?,
             created: number(&properties, "creation")?,
             holds: number(&properties, "userrefs").unwrap_or(0),
+            defer_destroy: value(&properties, "defer_destroy") == Some("on"),
         });
     }
     found.sort_by_key(|snapshot| snapshot.created_txg);

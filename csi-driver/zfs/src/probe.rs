@@ -53,11 +53,29 @@ pub struct Capabilities {
     pub raw_send: bool,
     /// `send -c`.
     pub compressed_send: bool,
+    /// `create -o encryption=`, `load-key`.
+    pub encryption: bool,
+    /// Several snapshots by one command, in one transaction.
+    pub several_snapshots: bool,
     /// `recv -o`.
     pub receive_properties: bool,
 }
 
 impl Capabilities {
+    /// All of it, as OpenZFS has.
+    pub fn all() -> Self {
+        Self {
+            resume: true,
+            bookmarks: true,
+            zvol: true,
+            raw_send: true,
+            compressed_send: true,
+            encryption: true,
+            several_snapshots: true,
+            receive_properties: true,
+        }
+    }
+
     /// The names of what it can do, as StorageNode's status lists them.
     pub fn names(&self) -> Vec<&'static str> {
         [
@@ -66,6 +84,8 @@ impl Capabilities {
             (self.zvol, "zvol"),
             (self.raw_send, "raw-send"),
             (self.compressed_send, "compressed-send"),
+            (self.encryption, "encryption"),
+            (self.several_snapshots, "several-snapshots"),
             (self.receive_properties, "receive-properties"),
         ]
         .into_iter()
@@ -117,6 +137,8 @@ pub(crate) fn capabilities(usage: &str, implementation: Implementation) -> Capab
         zvol: implementation == Implementation::OpenZfs && lines("create").iter().any(|line| line.contains("-V ")),
         raw_send: flag("send", 'w'),
         compressed_send: flag("send", 'c'),
+        encryption: !lines("load-key").is_empty(),
+        several_snapshots: lines("snapshot").iter().any(|line| line.ends_with("> ...")),
         receive_properties: lines("receive").iter().any(|line| line.contains("[-o ")),
     }
 }
@@ -127,14 +149,25 @@ mod tests {
 
     const OPENZFS: &str = "usage: zfs command args ...\n\tcreate [-Pnpuv] [-o property=value] ... <filesystem>\n\
         \tcreate [-Pnpsv] [-b blocksize] [-o property=value] ... -V <size> <volume>\n\tbookmark <snapshot|bookmark> <newbookmark>\n\
+        \tload-key [-rn] [-L <keylocation>] <-a | filesystem|volume>\n\tsnapshot [-r] [-o property=value] ... <filesystem|volume>@<snap> ...\n\
         \tsend [-DLPbcehnpsVvw] [-i|-I snapshot]\n\tsend [-nVvPe] -t <receive_resume_token>\n\
         \treceive [-vMnsFhu] [-o <property>=<value>] ... [-x <property>] ...\n\t    <filesystem|volume|snapshot>\n";
     const FUSE: &str = "\tcreate [-ps] [-b blocksize] [-o property=value] ... -V <size> <volume>\n\
+        \tsnapshot [-r] [-o property=value] ... <filesystem@snapname|volume@snapname>\n\
         \tsend [-RDp] [-[iI] snapshot] <snapshot>\n\treceive [-vnF] <filesystem|volume|snapshot>\n";
 
     #[test]
     fn capabilities_are_read_from_the_usage_text() {
-        let all = ["resume", "bookmarks", "zvol", "raw-send", "compressed-send", "receive-properties"];
+        let all = [
+            "resume",
+            "bookmarks",
+            "zvol",
+            "raw-send",
+            "compressed-send",
+            "encryption",
+            "several-snapshots",
+            "receive-properties",
+        ];
         assert_eq!(capabilities(OPENZFS, Implementation::OpenZfs).names(), all);
         assert_eq!(capabilities(FUSE, Implementation::ZfsFuse), Capabilities::default());
     }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
+use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
 use crate::error::{ErrorKind, ZfsError};
@@ -81,11 +82,29 @@ impl Runner {
         Err(ZfsError::exited(words.join(" "), output.status, output.stderr))
     }
 
-    /// The same, whatever the exit status.
+    /// The same, with something to read on standard input: a key, which must not be seen in a list of processes.
+    pub(crate) async fn run_with_input(&self, words: &[String], input: &[u8]) -> Result<Output, ZfsError> {
+        let output = self.start(words, Some(input)).await?;
+        if output.status == Some(0) {
+            return Ok(output);
+        }
+        Err(ZfsError::exited(words.join(" "), output.status, output.stderr))
+    }
+
+    /// Runs a command to its end, whatever the exit status.
     pub(crate) async fn run_any(&self, words: &[String]) -> Result<Output, ZfsError> {
+        self.start(words, None).await
+    }
+
+    async fn start(&self, words: &[String], input: Option<&[u8]>) -> Result<Output, ZfsError> {
         let mut command = self.command(words)?;
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let child = command.spawn().map_err(|e| not_started(words, &e))?;
+        let stdin = if input.is_some() { Stdio::piped() } else { Stdio::null() };
+        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().map_err(|e| not_started(words, &e))?;
+        if let (Some(input), Some(mut stdin)) = (input, child.stdin.take()) {
+            // Far less than a pipe holds. A command that has ended already says by its status why it read nothing.
+            let _ = stdin.write_all(input).await;
+        }
         // On expiry the future is dropped, which kills the child; nobody waits for it: a process stuck in the kernel ends when it can.
         match tokio::time::timeout(self.deadline, child.wait_with_output()).await {
             Err(_) => Err(timed_out(words, self.deadline)),

@@ -6,8 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{Fault, Result};
 use crate::error::{ErrorKind, ZfsError};
-use crate::model::{Dataset, PoolHealth, Snapshot};
+use crate::key::Key;
+use crate::model::{Dataset, Kind, PoolHealth};
 use crate::name::{DatasetName, Guid, Property, SnapshotName};
+use crate::probe::{Capabilities, Implementation, Probe};
 
 /// What a dataset that holds nothing uses, in bytes.
 const EMPTY: u64 = 1024;
@@ -18,6 +20,7 @@ pub(super) struct State {
     pub(super) capacity: u64,
     pub(super) health: PoolHealth,
     pub(super) imported: bool,
+    pub(super) capabilities: Capabilities,
     pub(super) last: u64,
     pub(super) datasets: BTreeMap<DatasetName, Entry>,
     pub(super) faults: Vec<(&'static str, u32, Fault)>,
@@ -30,6 +33,11 @@ pub(super) struct Entry {
     pub(super) properties: BTreeMap<String, String>,
     pub(super) mounted: bool,
     pub(super) open: bool,
+    pub(super) origin: Option<SnapshotName>,
+    pub(super) key: Option<Key>,
+    pub(super) key_loaded: bool,
+    /// Of a volume, in bytes.
+    pub(super) size: Option<u64>,
     pub(super) data: Vec<u8>,
     pub(super) modified: bool,
     pub(super) snapshots: Vec<Taken>,
@@ -41,6 +49,9 @@ pub(super) struct Taken {
     pub(super) guid: u64,
     pub(super) txg: u64,
     pub(super) holds: Vec<String>,
+    /// Destroyed as soon as nothing holds or clones it.
+    pub(super) deferred: bool,
+    pub(super) size: Option<u64>,
     pub(super) data: Vec<u8>,
 }
 
@@ -50,6 +61,7 @@ pub(super) struct Stream {
     pub(super) base: Option<u64>,
     pub(super) short: String,
     pub(super) guid: u64,
+    pub(super) size: Option<u64>,
     pub(super) data: Vec<u8>,
     pub(super) end: String,
 }
@@ -70,6 +82,46 @@ impl State {
         Some(fault)
     }
 
+    pub(super) fn probe(&self) -> Probe {
+        Probe { implementation: Implementation::Memory, version: "0".into(), capabilities: self.capabilities }
+    }
+
+    pub(super) fn need(
+        &self,
+        capability: &str,
+        can: impl Fn(&Capabilities) -> bool,
+        operation: &str,
+        about: &impl ToString,
+    ) -> Result<()> {
+        match can(&self.capabilities) {
+            true => Ok(()),
+            false => {
+                Err(ZfsError::unsupported(format!("{operation} {}", about.to_string()), &self.probe(), capability))
+            }
+        }
+    }
+
+    /// A new dataset, not mounted yet.
+    pub(super) fn make(
+        &mut self,
+        name: &DatasetName,
+        properties: &[Property],
+        key: Option<&Key>,
+    ) -> Result<&mut Entry> {
+        if key.is_some() {
+            self.need("encryption", |can| can.encryption, "create", name)?;
+        }
+        let entry = self.create(name, "create")?;
+        entry.modified = true;
+        entry.set(properties);
+        if let Some(key) = key {
+            entry.properties.entry("encryption".to_owned()).or_insert_with(|| "aes-256-gcm".to_owned());
+            entry.key = Some(key.clone());
+            entry.key_loaded = true;
+        }
+        Ok(entry)
+    }
+
     /// A number that none of the earlier ones equals.
     pub(super) fn next(&mut self) -> u64 {
         self.last += 1;
@@ -83,12 +135,6 @@ impl State {
         self.datasets
             .get_mut(name)
             .ok_or_else(|| failure(ErrorKind::NotFound, operation, name, "dataset does not exist"))
-    }
-
-    pub(super) fn taken(&mut self, name: &SnapshotName, operation: &str) -> Result<&mut Taken> {
-        let snapshots = &mut self.entry(name.dataset(), operation)?.snapshots;
-        let found = snapshots.iter_mut().find(|taken| taken.short == name.short());
-        found.ok_or_else(|| failure(ErrorKind::NotFound, operation, name, "snapshot does not exist"))
     }
 
     pub(super) fn used(&self) -> u64 {
@@ -117,6 +163,7 @@ impl State {
         Dataset {
             name: name.clone(),
             guid: Guid(entry.guid),
+            kind: entry.kind(),
             used: entry.used(),
             available: refquota.map_or(available, |quota: u64| available.min(quota.saturating_sub(entry.referenced()))),
             referenced: entry.referenced(),
@@ -124,7 +171,10 @@ impl State {
             readonly: entry.get("readonly") == Some("on"),
             mounted: entry.mounted,
             mountpoint: entry.get("mountpoint").filter(|path| path.starts_with('/')).map(Into::into),
-            origin: None,
+            origin: entry.origin.clone(),
+            resume_token: None,
+            encryption: entry.get("encryption").filter(|cipher| *cipher != "off").map(str::to_owned),
+            key_available: entry.key.is_none() || entry.key_loaded,
             user: entry
                 .properties
                 .iter()
@@ -132,19 +182,6 @@ impl State {
                 .map(|(n, v)| (n.clone(), v.clone()))
                 .collect(),
         }
-    }
-
-    pub(super) fn destroy(&mut self, name: &DatasetName) -> Result<()> {
-        let children = self.has_children(name);
-        let entry = self.entry(name, "destroy")?;
-        if entry.mounted {
-            return Err(failure(ErrorKind::Busy, "destroy", name, "dataset is busy: it is mounted"));
-        }
-        if children || !entry.snapshots.is_empty() {
-            return Err(failure(ErrorKind::Other, "destroy", name, "filesystem has children"));
-        }
-        self.datasets.remove(name);
-        Ok(())
     }
 
     pub(super) fn unmount(&mut self, name: &DatasetName) -> Result<()> {
@@ -174,22 +211,47 @@ impl State {
                 entry
             }
         };
+        entry.size = stream.size;
         entry.data.clone_from(&stream.data);
         entry.snapshots.push(Taken {
             short: stream.short,
             guid: stream.guid,
             txg,
             holds: Vec::new(),
+            deferred: false,
+            size: stream.size,
             data: stream.data,
         });
-        for property in properties {
-            entry.properties.insert(property.name().to_owned(), property.value().to_owned());
-        }
+        entry.set(properties);
         Ok(())
     }
 }
 
 impl Entry {
+    pub(super) fn set(&mut self, properties: &[Property]) {
+        for property in properties {
+            match (self.size.as_mut(), property.name()) {
+                (Some(size), "volsize") => *size = property.value().parse().unwrap_or(*size),
+                (_, name) => drop(self.properties.insert(name.to_owned(), property.value().to_owned())),
+            }
+        }
+    }
+
+    pub(super) fn kind(&self) -> Kind {
+        self.size.map_or(Kind::Filesystem, |size| Kind::Volume { size })
+    }
+
+    pub(super) fn is_volume(&self) -> bool {
+        self.kind() != Kind::Filesystem
+    }
+
+    /// What `zfs` does with a new filesystem.
+    pub(super) fn mount_if_automatic(&mut self) {
+        self.mounted = !self.is_volume()
+            && self.get("canmount") != Some("noauto")
+            && self.get("mountpoint").is_some_and(|path| path.starts_with('/'));
+    }
+
     pub(super) fn get(&self, property: &str) -> Option<&str> {
         self.properties.get(property).map(String::as_str)
     }
@@ -200,14 +262,6 @@ impl Entry {
 
     pub(super) fn used(&self) -> u64 {
         self.referenced() + self.snapshots.iter().map(|taken| taken.data.len() as u64).sum::<u64>()
-    }
-}
-
-impl Taken {
-    pub(super) fn snapshot(&self, of: &DatasetName) -> Result<Snapshot> {
-        let name =
-            of.snapshot(&self.short).map_err(|error| failure(ErrorKind::Other, "snapshot", of, &error.to_string()))?;
-        Ok(Snapshot { name, guid: Guid(self.guid), created_txg: self.txg, created: 0, holds: self.holds.len() as u64 })
     }
 }
 

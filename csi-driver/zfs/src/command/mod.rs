@@ -1,15 +1,20 @@
 //! [`Zfs`] by the commands `zfs` and `zpool`.
 
+mod datasets;
+mod look;
+mod snapshots;
+
 use std::time::Duration;
 
 use tokio::sync::OnceCell;
 
 use crate::api::Zfs;
 use crate::error::{ErrorKind, ZfsError};
+use crate::key::Key;
 use crate::model::{Dataset, PoolHealth, Snapshot, Space};
 use crate::name::{DatasetName, Property, SnapshotName};
 use crate::parse;
-use crate::probe::{self, Implementation, Probe};
+use crate::probe::Probe;
 use crate::runner::Runner;
 use crate::stream::{ReceiveProcess, SendStream};
 
@@ -69,55 +74,13 @@ impl CommandLine {
         self.run(about, words).await
     }
 
-    /// A dataset and, with `depth` 1, those directly below it. The GUID is not among zfs-fuse's `all`, so it is asked for by name.
-    async fn datasets(&self, name: &DatasetName, depth: &str) -> Result<Vec<Dataset>, ZfsError> {
-        let get = |what| ["zfs", "get", "-Hp", "-d", depth, "-o", parse::COLUMNS, what, name.as_str()];
-        let guids = parse::table(&self.run(name, &get("guid")).await?);
-        let all = parse::table(&self.run(name, &get("all")).await?);
-        let mut found = Vec::new();
-        for (name, mut properties) in all {
-            let is_filesystem = properties.get("type").is_some_and(|(value, _)| value == "filesystem");
-            // One made between the two commands has no GUID yet: the next call finds it.
-            let Some((_, guid)) = guids.iter().find(|(other, _)| *other == name) else { continue };
-            if !is_filesystem {
-                continue;
-            }
-            properties.extend(guid.clone());
-            found.push(parse::dataset(&name, &properties).map_err(|why| odd_output(&get("all"), &why))?);
+    /// Runs a command that reads a key from its standard input.
+    async fn run_with_key(&self, about: &DatasetName, words: &[String], key: &Key) -> Result<(), ZfsError> {
+        match self.runner.run_with_input(words, key.material()).await {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind == ErrorKind::NotFound => Err(self.missing(about, error).await),
+            Err(error) => Err(error),
         }
-        Ok(found)
-    }
-
-    async fn look(&self) -> Result<Probe, ZfsError> {
-        let run = async |words: &[&str]| {
-            let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
-            self.runner.run_any(&words).await.map(|output| (words, output))
-        };
-        let (_, usage) = run(&["zfs"]).await?;
-        let (words, version) = run(&["zfs", "version"]).await?;
-        if version.status == Some(0) {
-            let version = probe::openzfs_version(&version.stdout)
-                .ok_or_else(|| odd_output(&["zfs", "version"], &version.stdout))?;
-            let implementation = Implementation::OpenZfs;
-            return Ok(Probe {
-                implementation,
-                version,
-                capabilities: probe::capabilities(&usage.stderr, implementation),
-            });
-        }
-        let failed = ZfsError::exited(words.join(" "), version.status, version.stderr);
-        if failed.kind == ErrorKind::PoolUnavailable {
-            return Err(failed);
-        }
-        let (_, upgrade) = run(&["zpool", "upgrade", "-v"]).await?;
-        // zfs-fuse doesn't say its version. 23 is that of the pools of 0.7.0, its last.
-        let version = match probe::pool_version(&upgrade.stdout) {
-            Some(23) => "0.7.0".to_owned(),
-            Some(other) => format!("with pool version {other}"),
-            None => return Err(failed),
-        };
-        let implementation = Implementation::ZfsFuse;
-        Ok(Probe { implementation, version, capabilities: probe::capabilities(&usage.stderr, implementation) })
     }
 }
 
@@ -136,7 +99,7 @@ fn already(result: Result<String, ZfsError>, message: &str) -> Result<(), ZfsErr
 
 impl Zfs for CommandLine {
     async fn probe(&self) -> Result<Probe, ZfsError> {
-        self.probed.get_or_try_init(|| self.look()).await.cloned()
+        self.probed().await.cloned()
     }
 
     async fn pool_health(&self, dataset: &DatasetName) -> Result<PoolHealth, ZfsError> {
@@ -148,23 +111,40 @@ impl Zfs for CommandLine {
         parse::space(&self.run(dataset, &words).await?).map_err(|why| odd_output(&words, &why))
     }
 
-    async fn create_filesystem(&self, name: &DatasetName, properties: &[Property]) -> Result<(), ZfsError> {
-        let properties: Vec<String> = properties.iter().map(Property::to_string).collect();
-        let mut words = vec!["zfs", "create"];
-        for property in &properties {
-            words.extend(["-o", property]);
-        }
-        words.push(name.as_str());
-        self.run(name, &words).await.map(drop)
+    async fn create_filesystem(
+        &self,
+        name: &DatasetName,
+        properties: &[Property],
+        key: Option<&Key>,
+    ) -> Result<(), ZfsError> {
+        self.create(name, None, properties, key).await
+    }
+
+    async fn create_volume(
+        &self,
+        name: &DatasetName,
+        size: u64,
+        properties: &[Property],
+        key: Option<&Key>,
+    ) -> Result<(), ZfsError> {
+        self.create(name, Some(size), properties, key).await
+    }
+
+    async fn clone_snapshot(
+        &self,
+        snapshot: &SnapshotName,
+        target: &DatasetName,
+        properties: &[Property],
+    ) -> Result<(), ZfsError> {
+        self.clone_to(snapshot, target, properties).await
     }
 
     async fn dataset(&self, name: &DatasetName) -> Result<Dataset, ZfsError> {
         let found = self.datasets(name, "0").await?;
         let is_it = |dataset: &Dataset| dataset.name == *name;
-        found
-            .into_iter()
-            .find(is_it)
-            .ok_or_else(|| ZfsError::new(ErrorKind::Other, format!("zfs get all {name}"), "is not a filesystem"))
+        found.into_iter().find(is_it).ok_or_else(|| {
+            ZfsError::new(ErrorKind::Other, format!("zfs get all {name}"), "is neither a filesystem nor a volume")
+        })
     }
 
     async fn children(&self, parent: &DatasetName) -> Result<Vec<Dataset>, ZfsError> {
@@ -190,22 +170,28 @@ impl Zfs for CommandLine {
     }
 
     async fn snapshots(&self, dataset: &DatasetName) -> Result<Vec<Snapshot>, ZfsError> {
-        let what = "guid,createtxg,creation,userrefs";
-        let words = ["zfs", "get", "-Hp", "-d", "1", "-o", parse::COLUMNS, what, dataset.as_str()];
-        parse::snapshots(dataset, &self.run(dataset, &words).await?).map_err(|why| odd_output(&words, &why))
+        self.snapshots_of(dataset).await
     }
 
     async fn snapshot(&self, name: &SnapshotName) -> Result<Snapshot, ZfsError> {
-        let full = name.to_string();
-        self.run(name.dataset(), &["zfs", "snapshot", &full]).await?;
-        let words = ["zfs", "get", "-Hp", "-o", parse::COLUMNS, "guid,createtxg,creation,userrefs", &full];
-        let found = parse::snapshots(name.dataset(), &self.run(name.dataset(), &words).await?)
-            .map_err(|why| odd_output(&words, &why))?;
-        found.into_iter().next().ok_or_else(|| odd_output(&words, "printed nothing"))
+        self.take(name).await
+    }
+
+    async fn snapshot_all(
+        &self,
+        parent: &DatasetName,
+        datasets: &[DatasetName],
+        short: &str,
+    ) -> Result<Vec<Snapshot>, ZfsError> {
+        self.take_all(parent, datasets, short).await
     }
 
     async fn destroy_snapshot(&self, name: &SnapshotName) -> Result<(), ZfsError> {
         self.run_unless_busy(name.dataset(), &["zfs", "destroy", &name.to_string()]).await.map(drop)
+    }
+
+    async fn destroy_snapshot_deferred(&self, name: &SnapshotName) -> Result<(), ZfsError> {
+        self.run_unless_busy(name.dataset(), &["zfs", "destroy", "-d", &name.to_string()]).await.map(drop)
     }
 
     async fn destroy_dataset(&self, name: &DatasetName) -> Result<(), ZfsError> {
@@ -217,23 +203,7 @@ impl Zfs for CommandLine {
     }
 
     async fn destroy_with_snapshots(&self, name: &DatasetName) -> Result<(), ZfsError> {
-        if let Some(child) = self.children(name).await?.first() {
-            let why = format!("there are datasets below it: {}", child.name);
-            return Err(ZfsError::new(ErrorKind::Other, format!("zfs destroy {name}"), why));
-        }
-        let snapshots = self.snapshots(name).await?;
-        if let Some(held) = snapshots.iter().find(|snapshot| snapshot.holds > 0) {
-            return Err(ZfsError::new(
-                ErrorKind::Busy,
-                format!("zfs destroy {name}"),
-                format!("{} is held", held.name),
-            ));
-        }
-        self.unmount(name).await?;
-        for snapshot in &snapshots {
-            self.destroy_snapshot(&snapshot.name).await?;
-        }
-        self.destroy_dataset(name).await
+        self.destroy_all_of(name).await
     }
 
     async fn hold(&self, name: &SnapshotName, tag: &str) -> Result<(), ZfsError> {
@@ -273,7 +243,7 @@ impl Zfs for CommandLine {
     }
 
     async fn receive(&self, dataset: &DatasetName, properties: &[Property]) -> Result<ReceiveProcess, ZfsError> {
-        let by_flag = self.probe().await?.capabilities.receive_properties;
+        let by_flag = self.probed().await?.capabilities.receive_properties;
         let mut words: Vec<String> = ["zfs", "recv", "-u"].map(str::to_owned).into();
         let mut later = Vec::new();
         for property in properties {

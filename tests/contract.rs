@@ -1,5 +1,9 @@
 //! What each implementation of `Zfs` must do, whatever it stands on.
 
+mod copies;
+mod volumes;
+
+use portolan_zfs::memory::Memory;
 use portolan_zfs::{DatasetName, ErrorKind, Property, Snapshot, Zfs, ZfsError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -17,8 +21,50 @@ pub trait Node {
     fn write(&self, dataset: &DatasetName, content: &[u8]);
     /// Reads it.
     fn read(&self, dataset: &DatasetName) -> Vec<u8>;
+    /// Writes to the beginning of a volume's block device.
+    fn write_device(&self, volume: &DatasetName, content: &[u8]);
+    /// Reads that much from its beginning.
+    fn read_device(&self, volume: &DatasetName, length: usize) -> Vec<u8>;
     /// Opens a file in it, or closes that.
     fn set_open(&self, dataset: &DatasetName, open: bool);
+}
+
+impl Node for Memory {
+    type Zfs = Self;
+
+    fn zfs(&self) -> &Self {
+        self
+    }
+
+    fn pool(&self) -> DatasetName {
+        DatasetName::new("tank").unwrap()
+    }
+
+    fn mountpoint(&self, volume: &str) -> Property {
+        Property::new("mountpoint", format!("/mnt/{volume}")).unwrap()
+    }
+
+    fn write(&self, dataset: &DatasetName, content: &[u8]) {
+        Memory::write(self, dataset, content).unwrap();
+    }
+
+    fn read(&self, dataset: &DatasetName) -> Vec<u8> {
+        Memory::read(self, dataset).unwrap()
+    }
+
+    fn write_device(&self, volume: &DatasetName, content: &[u8]) {
+        Memory::write(self, volume, content).unwrap();
+    }
+
+    fn read_device(&self, volume: &DatasetName, length: usize) -> Vec<u8> {
+        let mut content = Memory::read(self, volume).unwrap();
+        content.truncate(length);
+        content
+    }
+
+    fn set_open(&self, dataset: &DatasetName, open: bool) {
+        Memory::set_open(self, dataset, open).unwrap();
+    }
 }
 
 /// The whole contract, on two nodes.
@@ -27,11 +73,15 @@ pub async fn holds(a: &impl Node, b: &impl Node) {
     mounting(a).await;
     snapshots_and_holds(a).await;
     destroying(a).await;
+    copies::clones(a).await;
+    copies::deferred(a).await;
+    copies::several_at_once(a).await;
+    volumes::block_devices(a, b).await;
     full_and_incremental(a, b).await;
     streams_that_must_not_count(a, b).await;
 }
 
-fn kind<T>(result: Result<T, ZfsError>) -> ErrorKind {
+pub(crate) fn kind<T>(result: Result<T, ZfsError>) -> ErrorKind {
     result.err().expect("must fail").kind
 }
 
@@ -44,7 +94,7 @@ pub async fn create(node: &impl Node, volume: &str) -> DatasetName {
         Property::refquota(64 << 20),
         Property::new("portolan:volume", volume).unwrap(),
     ];
-    node.zfs().create_filesystem(&name, &properties).await.unwrap();
+    node.zfs().create_filesystem(&name, &properties, None).await.unwrap();
     name
 }
 
@@ -102,13 +152,13 @@ async fn names_and_properties(node: &impl Node) {
     assert_eq!(kind(zfs.snapshots(&missing).await), ErrorKind::NotFound);
     assert_eq!(kind(zfs.children(&missing).await), ErrorKind::NotFound);
     assert_eq!(kind(zfs.destroy_with_snapshots(&missing).await), ErrorKind::NotFound);
-    assert_eq!(kind(zfs.create_filesystem(&missing.child("x").unwrap(), &[]).await), ErrorKind::NotFound);
+    assert_eq!(kind(zfs.create_filesystem(&missing.child("x").unwrap(), &[], None).await), ErrorKind::NotFound);
     let elsewhere = DatasetName::new("nopool/v").unwrap();
     assert_eq!(kind(zfs.dataset(&elsewhere).await), ErrorKind::PoolUnavailable);
-    assert_eq!(kind(zfs.create_filesystem(&elsewhere, &[]).await), ErrorKind::PoolUnavailable);
+    assert_eq!(kind(zfs.create_filesystem(&elsewhere, &[], None).await), ErrorKind::PoolUnavailable);
 
     let volume = create(node, "named").await;
-    assert_eq!(kind(zfs.create_filesystem(&volume, &[]).await), ErrorKind::AlreadyExists);
+    assert_eq!(kind(zfs.create_filesystem(&volume, &[], None).await), ErrorKind::AlreadyExists);
     let found = zfs.dataset(&volume).await.unwrap();
     assert_eq!(
         (found.name.clone(), found.refquota, found.readonly, found.mounted),
@@ -122,7 +172,7 @@ async fn names_and_properties(node: &impl Node) {
     zfs.set_property(&volume, &Property::new("portolan:epoch", "7").unwrap()).await.unwrap();
     zfs.set_property(&volume, &Property::new("portolan:epoch", "7").unwrap()).await.unwrap();
     zfs.set_readonly(&volume, true).await.unwrap();
-    zfs.create_filesystem(&volume.child("kid").unwrap(), &[Property::canmount_noauto()]).await.unwrap();
+    zfs.create_filesystem(&volume.child("kid").unwrap(), &[Property::canmount_noauto()], None).await.unwrap();
     let children = zfs.children(&pool).await.unwrap();
     assert_eq!(children.iter().map(|child| child.name.short()).collect::<Vec<_>>(), ["named"]);
     assert!(children[0].readonly);

@@ -1,0 +1,238 @@
+//! Each of the trait's calls.
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::state::{Stream, failure};
+use super::{Memory, Result};
+use crate::api::Zfs;
+use crate::error::{ErrorKind, ZfsError};
+use crate::key::Key;
+use crate::model::{Dataset, PoolHealth, Snapshot, Space};
+use crate::name::{DatasetName, Property, SnapshotName};
+use crate::probe::Probe;
+use crate::stream::{ReceiveProcess, SendStream};
+
+impl Zfs for Memory {
+    async fn probe(&self) -> Result<Probe> {
+        self.call("probe", "", |state| Ok(state.probe())).await
+    }
+
+    async fn pool_health(&self, dataset: &DatasetName) -> Result<PoolHealth> {
+        self.call("pool_health", dataset, |state| match dataset.pool() == state.pool {
+            true => Ok(state.health.clone()),
+            false => Err(failure(ErrorKind::PoolUnavailable, "pool_health", dataset, "no such pool")),
+        })
+        .await
+    }
+
+    async fn space(&self, dataset: &DatasetName) -> Result<Space> {
+        self.call("space", dataset, |state| {
+            state.entry(dataset, "space")?;
+            let used = state.used();
+            Ok(Space { used, available: state.capacity.saturating_sub(used) })
+        })
+        .await
+    }
+
+    async fn create_filesystem(&self, name: &DatasetName, properties: &[Property], key: Option<&Key>) -> Result<()> {
+        self.call("create_filesystem", name, |state| {
+            state.make(name, properties, key)?.mount_if_automatic();
+            Ok(())
+        })
+        .await
+    }
+
+    async fn create_volume(
+        &self,
+        name: &DatasetName,
+        size: u64,
+        properties: &[Property],
+        key: Option<&Key>,
+    ) -> Result<()> {
+        self.call("create_volume", name, |state| {
+            state.need("zvol", |can| can.zvol, "create_volume", name)?;
+            state.make(name, properties, key)?.size = Some(size);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn clone_snapshot(
+        &self,
+        snapshot: &SnapshotName,
+        target: &DatasetName,
+        properties: &[Property],
+    ) -> Result<()> {
+        self.call("clone_snapshot", format!("{snapshot} {target}"), |state| {
+            state.clone_to(snapshot, target, properties)
+        })
+        .await
+    }
+
+    async fn dataset(&self, name: &DatasetName) -> Result<Dataset> {
+        self.call("dataset", name, |state| {
+            let entry = state.entry(name, "dataset")?.clone();
+            Ok(state.dataset(name, &entry))
+        })
+        .await
+    }
+
+    async fn children(&self, parent: &DatasetName) -> Result<Vec<Dataset>> {
+        self.call("children", parent, |state| {
+            state.entry(parent, "children")?;
+            let below =
+                |name: &DatasetName| name.as_str().rsplit_once('/').is_some_and(|(above, _)| above == parent.as_str());
+            Ok(state
+                .datasets
+                .iter()
+                .filter(|(name, _)| below(name))
+                .map(|(name, entry)| state.dataset(name, entry))
+                .collect())
+        })
+        .await
+    }
+
+    async fn set_property(&self, name: &DatasetName, property: &Property) -> Result<()> {
+        self.call("set_property", format!("{name} {property}"), |state| {
+            state.entry(name, "set")?.set(std::slice::from_ref(property));
+            Ok(())
+        })
+        .await
+    }
+
+    async fn set_readonly(&self, name: &DatasetName, readonly: bool) -> Result<()> {
+        self.call("set_readonly", format!("{name} {readonly}"), |state| {
+            let property = Property::readonly(readonly);
+            state.entry(name, "set")?.properties.insert(property.name().to_owned(), property.value().to_owned());
+            Ok(())
+        })
+        .await
+    }
+
+    async fn snapshots(&self, dataset: &DatasetName) -> Result<Vec<Snapshot>> {
+        self.call("snapshots", dataset, |state| {
+            state.entry(dataset, "snapshots")?.snapshots.iter().map(|taken| taken.snapshot(dataset)).collect()
+        })
+        .await
+    }
+
+    async fn snapshot(&self, name: &SnapshotName) -> Result<Snapshot> {
+        self.call("snapshot", name, |state| {
+            let txg = state.next();
+            state.take(name, txg)
+        })
+        .await
+    }
+
+    async fn snapshot_all(&self, parent: &DatasetName, datasets: &[DatasetName], short: &str) -> Result<Vec<Snapshot>> {
+        self.call("snapshot_all", format!("{parent}@{short}"), |state| state.take_all(parent, datasets, short)).await
+    }
+
+    async fn destroy_snapshot(&self, name: &SnapshotName) -> Result<()> {
+        self.call("destroy_snapshot", name, |state| state.destroy_snapshot(name)).await
+    }
+
+    async fn destroy_snapshot_deferred(&self, name: &SnapshotName) -> Result<()> {
+        self.call("destroy_snapshot_deferred", name, |state| {
+            state.taken(name, "destroy")?.deferred = true;
+            state.reap(name);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn destroy_dataset(&self, name: &DatasetName) -> Result<()> {
+        self.call("destroy_dataset", name, |state| state.destroy(name)).await
+    }
+
+    async fn destroy_with_snapshots(&self, name: &DatasetName) -> Result<()> {
+        self.call("destroy_with_snapshots", name, |state| state.destroy_all_of(name)).await
+    }
+
+    async fn hold(&self, name: &SnapshotName, tag: &str) -> Result<()> {
+        self.call("hold", format!("{name} {tag}"), |state| {
+            let holds = &mut state.taken(name, "hold")?.holds;
+            if !holds.iter().any(|held| held == tag) {
+                holds.push(tag.to_owned());
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn release(&self, name: &SnapshotName, tag: &str) -> Result<()> {
+        self.call("release", format!("{name} {tag}"), |state| {
+            state.taken(name, "release")?.holds.retain(|held| held != tag);
+            state.reap(name);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn mount(&self, name: &DatasetName) -> Result<()> {
+        self.call("mount", name, |state| {
+            let entry = state.entry(name, "mount")?;
+            if entry.get("mountpoint").is_none_or(|path| !path.starts_with('/')) {
+                return Err(failure(ErrorKind::Other, "mount", name, "no mountpoint set"));
+            }
+            entry.mounted = true;
+            Ok(())
+        })
+        .await
+    }
+
+    async fn unmount(&self, name: &DatasetName) -> Result<()> {
+        self.call("unmount", name, |state| state.unmount(name)).await
+    }
+
+    async fn is_mounted(&self, name: &DatasetName) -> Result<bool> {
+        self.call("is_mounted", name, |state| Ok(state.entry(name, "is_mounted")?.mounted)).await
+    }
+
+    async fn rename(&self, from: &DatasetName, to: &DatasetName) -> Result<()> {
+        self.call("rename", format!("{from} {to}"), |state| {
+            if state.entry(from, "rename")?.mounted {
+                return Err(failure(ErrorKind::Busy, "rename", from, "dataset is busy"));
+            }
+            state.create(to, "rename")?;
+            if let Some(entry) = state.datasets.remove(from) {
+                state.datasets.insert(to.clone(), entry);
+            }
+            state.move_origins(from, to);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn send(&self, name: &SnapshotName, base: Option<&SnapshotName>) -> Result<SendStream> {
+        let stream = self
+            .call("send", name, |state| {
+                let base = base.map(|base| state.taken(base, "send").map(|taken| taken.guid)).transpose()?;
+                let taken = state.taken(name, "send")?;
+                let (short, guid, size, data) = (taken.short.clone(), taken.guid, taken.size, taken.data.clone());
+                Ok(Stream { base, short, guid, size, data, end: "END".into() })
+            })
+            .await?;
+        let bytes = serde_json::to_vec(&stream).map_err(|e| failure(ErrorKind::Other, "send", name, &e.to_string()))?;
+        let (memory, name) = (self.clone(), name.clone());
+        let outcome = async move { memory.call("send_end", &name, |_| Ok(())).await };
+        Ok(SendStream::new(std::io::Cursor::new(bytes), Box::pin(outcome)))
+    }
+
+    async fn receive(&self, dataset: &DatasetName, properties: &[Property]) -> Result<ReceiveProcess> {
+        self.call("receive", dataset, |_| Ok(())).await?;
+        let (writer, mut reader) = tokio::io::duplex(64 * 1024);
+        // The process at the other end of the pipe: it reads whether or not somebody waits for it.
+        let (memory, name, properties) = (self.clone(), dataset.clone(), properties.to_vec());
+        let received = tokio::spawn(async move {
+            let mut bytes = Vec::new();
+            let _ = reader.read_to_end(&mut bytes).await;
+            let _ = reader.shutdown().await;
+            memory.call("receive_end", &name, |state| state.receive(&name, &bytes, &properties)).await
+        });
+        let outcome = async move {
+            received.await.unwrap_or_else(|e| Err(ZfsError::new(ErrorKind::Other, "receive", e.to_string())))
+        };
+        Ok(ReceiveProcess::new(writer, Box::pin(outcome)))
+    }
+}
