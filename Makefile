@@ -20,7 +20,7 @@ demo: tools
 
 ## test         everything that is tested, both lanes' scenes included
 test: tools
-	$(TIMED) "the lab's Kubernetes" e2e/lab/lab build
+	$(TIMED) "the lab's Kubernetes" e2e/lab/lab build csi e2e
 	$(MAKE) test-code
 	$(MAKE) test-scene LANE=native
 	$(MAKE) test-scene LANE=openzfs
@@ -41,9 +41,10 @@ test-scene: tools
 scene:
 	for i in $$(seq $(TIMES)); do LANE=$(LANE) $(CARGO) test --release --locked -p portolan-e2e -- --nocapture || exit 1; done
 
-## generate     the custom resource definitions from their types
+## generate     the custom resource definitions: ours from their types, those of snapshots from their Go module
 generate:
 	cargo run -q -p portolan-crds --bin generate-crds -- crds charts/portolan/crds
+	charts/snapshot-crds
 
 tools:
 	@e2e/tools
