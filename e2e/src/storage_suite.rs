@@ -26,10 +26,10 @@ const SELECTION: &[&str] = &[
     "[Testpattern: Dynamic PV (default fs)] read-write-once-pod",
     "[Testpattern: Dynamic PV (default fs)(allowExpansion)] volume-expand",
     "[Testpattern: Dynamic PV (filesystem volmode)] multiVolume",
-    "[Testpattern: Dynamic PV (filesystem volmode)] volume-modify",
+    "[Testpattern: Dynamic PV (default fs)] volume-modify [",
     "[Testpattern: Dynamic Snapshot (delete policy)] snapshottable",
     "[Testpattern: Pre-provisioned Snapshot (retain policy)] snapshottable",
-    "volumegroupsnapshottable",
+    "volumegroupsnapshottable [",
     "[Testpattern: Generic Ephemeral-volume (default fs) (late-binding)] ephemeral",
 ];
 
