@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(PORTOLAN_CACHE)/target
 CARGO := env RUSTFLAGS='-C target-feature=+crt-static' CARGO_BUILD_TARGET=x86_64-unknown-linux-gnu cargo
 TIMED := e2e/timed
 
-.PHONY: help demo test test-code test-scene scene generate tools lab-build lab-up lab-down lab-shell lab-status images
+.PHONY: help demo test test-code test-scene scene e2e-storage generate tools lab-build lab-up lab-down lab-shell lab-status images
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -20,7 +20,7 @@ demo: tools
 
 ## test         everything that is tested, both lanes' scenes included
 test: tools
-	$(TIMED) "the lab's Kubernetes" e2e/lab/lab build
+	$(TIMED) "the lab's Kubernetes" e2e/lab/lab build csi e2e
 	$(MAKE) test-code
 	$(MAKE) test-scene LANE=native
 	$(MAKE) test-scene LANE=openzfs
@@ -41,9 +41,15 @@ test-scene: tools
 scene:
 	for i in $$(seq $(TIMES)); do LANE=$(LANE) $(CARGO) test --release --locked -p portolan-e2e -- --nocapture || exit 1; done
 
-## generate     the custom resource definitions from their types
+## e2e-storage  all of Kubernetes' external-storage suite, on LANE, in a cluster of its own; ends with its result as a table
+e2e-storage: tools
+	$(TIMED) "the storage suite on lane $(LANE)" env LANE=$(LANE) e2e/on-lane \
+	  $(CARGO) run --release --locked -q -p portolan-e2e --bin e2e-storage
+
+## generate     the custom resource definitions: ours from their types, those of snapshots from their Go module
 generate:
 	cargo run -q -p portolan-crds --bin generate-crds -- crds charts/portolan/crds
+	charts/snapshot-crds
 
 tools:
 	@e2e/tools

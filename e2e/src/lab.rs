@@ -2,6 +2,7 @@
 
 use std::{
     fmt::Display,
+    fs::File,
     io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -15,7 +16,7 @@ use serde_json::Value;
 pub struct Lab {
     script: PathBuf,
     started: Instant,
-    patience: u32,
+    openzfs: bool,
 }
 
 impl Lab {
@@ -26,10 +27,14 @@ impl Lab {
     pub fn connect() -> Result<Self> {
         let script = repository().join("e2e/lab/lab");
         let openzfs = std::env::var("LANE").is_ok_and(|lane| lane == "openzfs");
-        // Guests are emulated: what a native node does in one second takes them four.
-        let lab = Self { script, started: Instant::now(), patience: if openzfs { 4 } else { 1 } };
+        let lab = Self { script, started: Instant::now(), openzfs };
         lab.kubectl(&["get", "--raw", "/readyz"]).context("is the lab up? (make lab-up)")?;
         Ok(lab)
+    }
+
+    /// Whether the nodes' pools can have zvols, so volumes can be block devices.
+    pub fn has_zvols(&self) -> bool {
+        self.openzfs
     }
 
     /// Prints what happens next, with the seconds since the start.
@@ -58,6 +63,55 @@ impl Lab {
     /// When it exits other than with 0.
     pub fn on_node(&self, node: &str, command: &str) -> Result<String> {
         self.lab(&["node", node, "sh", "-c", command], None)
+    }
+
+    /// Puts a copy of a file of this machine on a node.
+    ///
+    /// # Errors
+    /// When it can't be read, or written there.
+    pub fn copy_to_node(&self, node: &str, file: &Path, path: &str) -> Result<()> {
+        let from = File::open(file).with_context(|| format!("{}", file.display()))?;
+        let mut command = self.command(&["node", node, "sh", "-c", &format!("cat > '{path}'")]);
+        let out = command.stdin(from).output()?;
+        ensure!(out.status.success(), "{path} on {node}: {}", String::from_utf8_lossy(&out.stderr));
+        Ok(())
+    }
+
+    /// The folder with the programs of a group of `lab/build/binaries`, built if they are not there.
+    ///
+    /// # Errors
+    /// When they can't be.
+    pub fn binaries(&self, group: &str) -> Result<PathBuf> {
+        Ok(PathBuf::from(self.build("binaries", group)?.trim()))
+    }
+
+    /// Imports the images of a group of `lab/build/images` onto all nodes.
+    ///
+    /// # Errors
+    /// When they can't be built, or a node doesn't take them.
+    pub fn import(&self, group: &str) -> Result<()> {
+        let archives = self.build("images", group)?;
+        self.lab(&[&["import"], archives.lines().collect::<Vec<_>>().as_slice()].concat(), None)?;
+        Ok(())
+    }
+
+    fn build(&self, what: &str, group: &str) -> Result<String> {
+        let script = repository().join("e2e/lab/build").join(what);
+        // What it builds it says on standard error, which is ours.
+        let out = Command::new(&script).arg(group).stderr(Stdio::inherit()).output()?;
+        ensure!(out.status.success(), "{} {group}: {}", script.display(), out.status);
+        Ok(String::from_utf8(out.stdout)?)
+    }
+
+    /// Runs a program in the control plane's network with all its output in a file; returns whether it exited with 0.
+    ///
+    /// # Errors
+    /// When the file can't be written or the lab doesn't start it.
+    pub fn run_logged(&self, program: &[&str], log: &Path) -> Result<bool> {
+        let output = File::create(log).with_context(|| format!("{}", log.display()))?;
+        let mut command = self.command(&[&["run"], program].concat());
+        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        Ok(command.status()?.success())
     }
 
     /// `kubectl ARGS`, returning standard output.
@@ -98,22 +152,29 @@ impl Lab {
     /// # Errors
     /// When it isn't in time; the message has what was waited for and the newest reason.
     pub fn wait<T>(&self, what: &str, seconds: u32, mut ask: impl FnMut() -> Result<T>) -> Result<T> {
-        let deadline = Instant::now() + Duration::from_secs(u64::from(seconds * self.patience));
+        // Guests are emulated: what a native node does in one second takes them four.
+        let seconds = if self.openzfs { seconds * 4 } else { seconds };
+        let deadline = Instant::now() + Duration::from_secs(u64::from(seconds));
         loop {
             match ask() {
                 Ok(answer) => return Ok(answer),
                 Err(reason) if Instant::now() >= deadline => {
-                    return Err(reason).with_context(|| format!("waited {} s for: {what}", seconds * self.patience));
+                    return Err(reason).with_context(|| format!("waited {seconds} s for: {what}"));
                 }
                 Err(_) => std::thread::sleep(Duration::from_millis(200)),
             }
         }
     }
 
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.script);
+        command.args(args).current_dir(repository());
+        command
+    }
+
     fn lab(&self, args: &[&str], stdin: Option<&str>) -> Result<String> {
-        let mut child = Command::new(&self.script)
-            .args(args)
-            .current_dir(repository())
+        let mut child = self
+            .command(args)
             .stdin(if stdin.is_some() { Stdio::piped() } else { Stdio::null() })
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

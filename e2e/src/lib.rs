@@ -3,6 +3,9 @@
 //! The lab must be up (`make lab-up`); `LANE` chooses which one.
 
 pub mod bad_input;
+pub mod ginkgo;
 pub mod lab;
+pub mod sanity;
 pub mod scene;
+pub mod storage_suite;
 pub mod uninstall;

@@ -1,6 +1,12 @@
 //! The lab must be up, with the images imported.
 
-use portolan_e2e::{bad_input, lab::Lab, scene, uninstall};
+use portolan_e2e::{
+    bad_input,
+    lab::Lab,
+    sanity, scene,
+    storage_suite::{self, Scope},
+    uninstall,
+};
 
 /// One test, because the cluster is one: a test harness would run several side by side.
 #[test]
@@ -8,5 +14,10 @@ fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     let lab = Lab::connect()?;
     scene::play(&lab)?;
     bad_input::play(&lab)?;
+    sanity::play(&lab)?;
+    // Emulated nodes would take hours.
+    if !lab.has_zvols() {
+        storage_suite::play(&lab, Scope::Selection)?;
+    }
     uninstall::play(&lab)
 }

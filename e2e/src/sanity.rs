@@ -1,0 +1,90 @@
+//! csi-sanity (csi-test v5, by the makers of CSI) against the driver as it is installed: the sockets of a node's storage agent and of
+//! the controller, the latter as the sidecars see it.
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::{
+    ginkgo::{Outcome, Report},
+    lab::{Lab, text},
+    scene::{RELEASE_NAMESPACE, nothing_left, ready},
+};
+
+/// Where everything of a run lies on the node; in memory.
+const WORK: &str = "/run/csi-sanity";
+/// Where the suite stages and publishes; the agent sees what is below the kubelet's folder.
+const MOUNTS: &str = "/var/lib/kubelet/csi-sanity";
+const NODE_SOCKET: &str = "/var/lib/kubelet/plugins/portolan.dev/csi.sock";
+/// Bytes, before and after growing.
+const SIZE: u64 = 64 << 20;
+const GROWN: u64 = 128 << 20;
+const PARAMETERS: &str = "recordsize: 16K\n";
+const MUTABLE_PARAMETERS: &str = "compression: \"off\"\n";
+
+/// Specs that are not asked for: a regular expression of their names, and why not.
+const LEFT_OUT: &[(&str, &str)] = &[];
+
+/// Specs that the suite itself skips: a part of what it says, and why that is right.
+const SKIPPED: &[(&str, &str)] =
+    &[("testnodevolumeattachlimit not enabled", "it would make as many volumes as a node takes: hundreds")];
+
+/// Runs the suite for each kind of volume that the lane's pools have. Portolan must be installed.
+///
+/// # Errors
+/// When a spec fails, is skipped without a reason, or leaves something behind.
+pub fn play(lab: &Lab) -> Result<()> {
+    for access in if lab.has_zvols() { &["mount", "block"][..] } else { &["mount"] } {
+        lab.step(format!("csi-sanity, access type {access}"));
+        let (node, controller_socket) = lab.wait("a replica of the controller is Ready", 60, || controller(lab))?;
+        let report = run(lab, access, &node, &controller_socket)?;
+        lab.show(report.totals());
+        for (reason, count) in report.reasons() {
+            let why = SKIPPED.iter().find(|(part, _)| reason.contains(part)).map_or("not expected", |(_, why)| why);
+            lab.show(format!("{count} skipped: {reason} ({why})"));
+        }
+        for (name, why) in LEFT_OUT {
+            let count = report.of(Outcome::LeftOut).count();
+            lab.show(format!("left out (of {count}): {name} ({why})"));
+        }
+        report.check(SKIPPED)?;
+        lab.on_node(&node, &format!("rmdir {MOUNTS}")).context("the suite has left something mounted")?;
+        nothing_left(lab)?;
+    }
+    Ok(())
+}
+
+fn run(lab: &Lab, access: &str, node: &str, controller_socket: &str) -> Result<Report> {
+    lab.on_node(node, &format!("rm -rf {WORK}; mkdir -p {WORK} {MOUNTS}"))?;
+    lab.copy_to_node(node, &lab.binaries("csi")?.join("csi-sanity"), &format!("{WORK}/csi-sanity"))?;
+    lab.on_node(
+        node,
+        &format!("printf '{PARAMETERS}' > {WORK}/parameters; printf '{MUTABLE_PARAMETERS}' > {WORK}/mutable"),
+    )?;
+    let skip = LEFT_OUT.iter().map(|(name, _)| format!(" --ginkgo.skip='{name}'")).collect::<String>();
+    // Its exit status says no more than the report.
+    lab.on_node(
+        node,
+        &format!(
+            "chmod +x {WORK}/csi-sanity; {WORK}/csi-sanity --csi.endpoint=unix:{NODE_SOCKET} \
+             --csi.controllerendpoint=unix:{controller_socket} --csi.stagingdir={MOUNTS}/staging --csi.mountdir={MOUNTS}/mount \
+             --csi.testvolumesize={SIZE} --csi.testvolumeexpandsize={GROWN} --csi.testvolumeaccesstype={access} \
+             --csi.testvolumeparameters={WORK}/parameters --csi.testvolumemutableparameters={WORK}/mutable \
+             --ginkgo.no-color --ginkgo.timeout=30m --ginkgo.json-report={WORK}/report.json{skip} > {WORK}/log 2>&1 || true"
+        ),
+    )?;
+    let report = lab.on_node(node, &format!("cat {WORK}/report.json || {{ tail -n 60 {WORK}/log >&2; exit 1; }}"))?;
+    lab.on_node(node, &format!("rm -rf {WORK}"))?;
+    Report::parse(&report)
+}
+
+/// A node that has a Ready replica of the controller, and the path of that replica's socket there: a file of an emptyDir, whose
+/// folder the kubelet names by the pod's UID.
+fn controller(lab: &Lab) -> Result<(String, String)> {
+    let selector = "app.kubernetes.io/name=portolan-csi-controller";
+    let pods = lab.json(&["-n", RELEASE_NAMESPACE, "get", "pods", "-l", selector])?;
+    let pods = pods["items"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let pod: &Value = pods.iter().find(|pod| ready(pod).is_ok()).context("no replica is Ready")?;
+    let uid = text(pod, "/metadata/uid")?;
+    let socket = format!("/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/csi/csi.sock");
+    Ok((text(pod, "/spec/nodeName")?.to_string(), socket))
+}
