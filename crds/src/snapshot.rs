@@ -41,7 +41,7 @@ pub struct PortableSnapshotSpec {
 }
 
 /// Snapshots that are of one moment.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 pub struct SnapshotGroup {
     /// The group's name.
     pub name: String,

@@ -105,7 +105,7 @@ pub struct Placement {
 }
 
 /// The tunables of a volume's dataset, from the StorageClass. What is not given is the pool's default.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct VolumeParameters {
     /// ZFS property `compression` (zfsprops(7)).

@@ -207,14 +207,20 @@ fn compression(value: &str) -> Result<Compression, Refusal> {
 
 fn record_size(value: &str) -> Result<u32, Refusal> {
     let allowed = "a power of two from 512 to 1M, such as 8192, 16K or 128K";
-    power_of_two(value, SMALLEST_RECORD..=LARGEST_RECORD)
-        .ok_or_else(|| Refusal::Parameter { name: "recordsize", given: value.to_owned(), allowed })
+    power_of_two(value, SMALLEST_RECORD..=LARGEST_RECORD).ok_or_else(|| Refusal::Parameter {
+        name: "recordsize",
+        given: value.to_owned(),
+        allowed,
+    })
 }
 
 fn block_size(value: &str) -> Result<u32, Refusal> {
     let allowed = "a power of two from 4K to 128K, such as 8192 or 16K";
-    power_of_two(value, SMALLEST_BLOCK..=LARGEST_BLOCK)
-        .ok_or_else(|| Refusal::Parameter { name: "volblocksize", given: value.to_owned(), allowed })
+    power_of_two(value, SMALLEST_BLOCK..=LARGEST_BLOCK).ok_or_else(|| Refusal::Parameter {
+        name: "volblocksize",
+        given: value.to_owned(),
+        allowed,
+    })
 }
 
 /// Bytes, `K` or `M`.
@@ -321,7 +327,8 @@ mod tests {
 
     #[test]
     fn datasets_and_zvols_have_parameters_of_their_own() {
-        let zvol = BTreeMap::from([(FS_TYPE.to_owned(), "xfs".to_owned()), ("volblocksize".to_owned(), "16K".to_owned())]);
+        let zvol =
+            BTreeMap::from([(FS_TYPE.to_owned(), "xfs".to_owned()), ("volblocksize".to_owned(), "16K".to_owned())]);
         let asked = parse(&zvol, VolumeMode::Filesystem).unwrap();
         assert_eq!((asked.filesystem, asked.parameters.block_size), (Filesystem::Xfs, Some(16_384)));
         assert!(parsed("volblocksize", "16K").unwrap_err().to_string().contains("recordsize"));

@@ -129,11 +129,9 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
         }
     };
     let leading = leader::run(client, &namespace, LEASE, &options.pod_name, shutdown, work);
-    tokio::try_join!(
-        async { http.await.context("health and metrics") },
-        async { csi.await.context("CSI") },
-        async { leading.await.context("leading") },
-    )?;
+    tokio::try_join!(async { http.await.context("health and metrics") }, async { csi.await.context("CSI") }, async {
+        leading.await.context("leading")
+    },)?;
     Ok(())
 }
 

@@ -13,9 +13,7 @@ use kube::runtime::controller::Action;
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::{Controller, watcher};
 use kube::{Api, Resource, ResourceExt};
-use portolan_crds::{
-    DRIVER, Filesystem, PV_FINALIZER, PortableVolume, PortableVolumeSpec, TOPOLOGY_KEY, VolumePhase,
-};
+use portolan_crds::{DRIVER, Filesystem, PV_FINALIZER, PortableVolume, PortableVolumeSpec, TOPOLOGY_KEY, VolumePhase};
 use serde_json::json;
 
 use super::source::{self, Named, Resolved, Source};
@@ -152,8 +150,11 @@ async fn provision(
             if let Some(source) = source {
                 match source::resolve(hub, &source, &name).await? {
                     Resolved::Ready(_, least) if wish.size_bytes < least => {
-                        let message =
-                            format!("spec.resources.requests.storage is {}: the source has {}", wish.size, Human(least));
+                        let message = format!(
+                            "spec.resources.requests.storage is {}: the source has {}",
+                            wish.size,
+                            Human(least)
+                        );
                         failed(hub, claim, &message).await;
                         return Ok(Action::requeue(RESYNC));
                     }
@@ -321,7 +322,9 @@ mod tests {
     fn a_claim_is_checked_field_by_field() {
         let refused = |change, parameters| {
             let claim = claim(change);
-            check(&claim, claim.spec.as_ref().unwrap(), &class(parameters), None).err().map(|refusal| refusal.to_string())
+            check(&claim, claim.spec.as_ref().unwrap(), &class(parameters), None)
+                .err()
+                .map(|refusal| refusal.to_string())
         };
         assert_eq!(refused(json!({}), json!({ "recordsize": "16K" })), None);
         for (change, parameters, named) in [
@@ -344,7 +347,10 @@ mod tests {
         assert_eq!(text["spec"]["csi"], json!({ "driver": "portolan.dev", "volumeHandle": "pvc-u1" }));
         let term = &text["spec"]["nodeAffinity"]["required"]["nodeSelectorTerms"][0]["matchExpressions"];
         assert_eq!(*term, json!([{ "key": TOPOLOGY_KEY, "operator": "In", "values": ["default"] }]));
-        assert_eq!((&text["spec"]["claimRef"]["uid"], &text["spec"]["volumeMode"]), (&json!("u1"), &json!("Filesystem")));
+        assert_eq!(
+            (&text["spec"]["claimRef"]["uid"], &text["spec"]["volumeMode"]),
+            (&json!("u1"), &json!("Filesystem"))
+        );
         assert_eq!(text["spec"]["persistentVolumeReclaimPolicy"], "Delete");
         assert_eq!(text["metadata"]["finalizers"], json!([PV_FINALIZER]));
     }

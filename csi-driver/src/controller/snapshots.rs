@@ -44,7 +44,10 @@ async fn reconcile(snapshot: Arc<PortableSnapshot>, hub: Arc<Hub>) -> kube::Resu
     }
     if snapshot.guid().is_none() {
         let message = match snapshot.spec.import {
-            true => format!("the volume's owner has no ZFS snapshot {} yet: take it there, or delete this", snapshot.short_name()),
+            true => format!(
+                "the volume's owner has no ZFS snapshot {} yet: take it there, or delete this",
+                snapshot.short_name()
+            ),
             false => "the volume's owner has not taken it yet".to_owned(),
         };
         return not_ready(&hub, &snapshot, "NotTaken", &message).await;

@@ -191,16 +191,13 @@ fn foreign(me: &str, volume: &PortableVolume, local: &Local) -> Vec<Action> {
     vec![Action::Report { reason: "DatasetConflict", message }]
 }
 
-fn delete(
-    me: &str,
-    volume: &PortableVolume,
-    recorded: bool,
-    local: Option<&Local>,
-    asked: &[Asked],
-) -> Vec<Action> {
+fn delete(me: &str, volume: &PortableVolume, recorded: bool, local: Option<&Local>, asked: &[Asked]) -> Vec<Action> {
     let local = local.filter(|local| is_copy(volume, local));
     if let Some(local) = local.filter(|local| local.mounted) {
-        return vec![Action::Wait(format!("the volume is being deleted and dataset is still mounted ({} bytes)", local.used))];
+        return vec![Action::Wait(format!(
+            "the volume is being deleted and dataset is still mounted ({} bytes)",
+            local.used
+        ))];
     }
     let mut actions = snapshots::destroy_asked(me, local, asked);
     let kept: Vec<&str> = local.map(|local| snapshots::kept(local, asked)).unwrap_or_default();
@@ -257,7 +254,8 @@ fn own(
     if local.readonly {
         actions.push(Action::SetReadonly(false));
     }
-    if status.size_bytes != Some(volume.spec.size_bytes) || status.parameters.as_ref() != Some(&volume.spec.parameters) {
+    if status.size_bytes != Some(volume.spec.size_bytes) || status.parameters.as_ref() != Some(&volume.spec.parameters)
+    {
         actions.push(Action::ApplySpec);
     }
     actions.extend(snapshots::take_asked(local, asked));

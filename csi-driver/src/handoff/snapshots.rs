@@ -195,7 +195,8 @@ mod tests {
     fn what_is_deleted_is_destroyed_by_its_guid_and_acknowledged_once() {
         let local = Local { snapshots: vec![known("daily"), known("weekly")], ..Local::default() };
         let acknowledged = |name: &str| Action::RecordDestroyed { object: format!("o-{name}") };
-        let all = [asked("daily", Some("g-daily"), true), asked("weekly", Some("another"), true), asked("x", None, false)];
+        let all =
+            [asked("daily", Some("g-daily"), true), asked("weekly", Some("another"), true), asked("x", None, false)];
         let wanted = [Action::DestroyTaken(known("daily")), acknowledged("daily"), acknowledged("weekly")];
         assert_eq!(destroy_asked("a", Some(&local), &all), wanted);
         let done = Asked { destroyed_on: vec!["a".into()], ..all[1].clone() };

@@ -194,7 +194,10 @@ fn a_final_snapshot_whose_write_was_lost_parts_nobody() {
 fn a_new_owner_stamps_the_epoch_before_it_is_writable() {
     let volume = moving(HandoffPhase::Activating);
     let received = Local { readonly: true, ..copy(2, &["portolan-4"]) };
-    assert_eq!(plan("b", &volume, Some(&received), &[]), [Action::Stamp(4), Action::SetReadonly(false), Action::Finish]);
+    assert_eq!(
+        plan("b", &volume, Some(&received), &[]),
+        [Action::Stamp(4), Action::SetReadonly(false), Action::Finish]
+    );
     assert_eq!(plan("b", &volume, Some(&copy(4, &["portolan-4"])), &[]), [Action::Finish]);
     assert_eq!(reason(&plan("b", &volume, None, &[])), Some("DatasetMissing"));
     // The old owner does nothing, and its copy stays as it is.

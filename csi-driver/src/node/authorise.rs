@@ -40,7 +40,10 @@ fn check_restore(peer: &str, request: &Request, new: &PortableVolume) -> Result<
         || source.short_name != request.snapshot
         || source.guid != request.guid.to_string()
     {
-        return Err(format!("volume {name} begins as {}@{}, not as what is asked for", source.volume, source.short_name));
+        return Err(format!(
+            "volume {name} begins as {}@{}, not as what is asked for",
+            source.volume, source.short_name
+        ));
     }
     Ok(())
 }

@@ -14,8 +14,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
-use super::csi::Service;
 use super::Node;
+use super::csi::Service;
 use crate::identity::Identity;
 use crate::proto::csi::{identity_server::IdentityServer, node_server::NodeServer};
 use crate::proto::registration::{
@@ -61,8 +61,8 @@ impl registration_server::Registration for Registration {
 pub(super) async fn serve<Z: Zfs>(node: Arc<Node<Z>>, shutdown: CancellationToken) -> anyhow::Result<()> {
     let endpoint = volume::plugin_dir(&node.kubelet_dir).join("csi.sock");
     let register = node.kubelet_dir.join("plugins_registry").join(format!("{DRIVER}-reg.sock"));
-    let csi =
-        socket::listen(&node.mounts.here(&endpoint)).with_context(|| format!("can't listen at {}", endpoint.display()))?;
+    let csi = socket::listen(&node.mounts.here(&endpoint))
+        .with_context(|| format!("can't listen at {}", endpoint.display()))?;
     let csi = Server::builder()
         .add_service(IdentityServer::new(Identity))
         .add_service(NodeServer::new(Service(node.clone())))

@@ -81,7 +81,8 @@ async fn set_all<Z: Zfs>(steps: &Steps<'_, Z>) -> Result<(), StepError> {
 async fn copy<Z: Zfs>(steps: &mut Steps<'_, Z>, source: &VolumeSource) -> Result<(), StepError> {
     let failed = |why: String| StepError::Source { snapshot: source.snapshot.clone(), why };
     let of = steps.node.volumes.get_opt(&source.volume).await?;
-    let of = of.ok_or_else(|| failed(format!("is of a volume that is gone: there is no PortableVolume {}", source.volume)))?;
+    let of =
+        of.ok_or_else(|| failed(format!("is of a volume that is gone: there is no PortableVolume {}", source.volume)))?;
     let mut properties = vec![Property::readonly(true)];
     properties.extend(steps.new_properties()?);
     let epoch = volume::status(&of).epoch.max(1);
@@ -94,7 +95,12 @@ async fn copy<Z: Zfs>(steps: &mut Steps<'_, Z>, source: &VolumeSource) -> Result
         }
         match fetch::transfer(steps, &node, request.clone(), properties.clone()).await {
             Ok(received) => {
-                tracing::info!(volume = steps.volume.name_any(), from = node, bytes = received.bytes, "copied a snapshot");
+                tracing::info!(
+                    volume = steps.volume.name_any(),
+                    from = node,
+                    bytes = received.bytes,
+                    "copied a snapshot"
+                );
                 return Ok(());
             }
             Err(StepError::Deleted) => return Err(StepError::Deleted),

@@ -147,7 +147,10 @@ impl<Z: Zfs> Steps<'_, Z> {
         Ok(())
     }
 
-    pub(super) async fn write(&mut self, change: impl FnOnce(&mut portolan_crds::PortableVolumeStatus)) -> kube::Result<()> {
+    pub(super) async fn write(
+        &mut self,
+        change: impl FnOnce(&mut portolan_crds::PortableVolumeStatus),
+    ) -> kube::Result<()> {
         self.volume = write::status(&self.node.volumes, &self.volume, change).await?;
         Ok(())
     }

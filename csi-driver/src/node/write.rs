@@ -4,8 +4,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::api::PostParams;
 use kube::{Api, ResourceExt};
 use portolan_crds::{
-    Handoff, HandoffPhase, HandoffReport, PortableVolume, PortableVolumeSpec, PortableVolumeStatus, Replica, VolumePhase,
-    condition,
+    Handoff, HandoffPhase, HandoffReport, PortableVolume, PortableVolumeSpec, PortableVolumeStatus, Replica,
+    VolumePhase, condition,
 };
 use portolan_runtime::conditions;
 

@@ -140,7 +140,8 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
             Refusal::new(RefusalCode::NotFound, message)
         })?;
         let (base, next) = next_step(&snapshots, wanted, &request.have);
-        let source = self.zfs.send(&next.name, base.map(|base| &base.name)).await.map_err(|error| refusal_of(&error))?;
+        let source =
+            self.zfs.send(&next.name, base.map(|base| &base.name)).await.map_err(|error| refusal_of(&error))?;
         let base = base.map(|base| (base.guid, base.name.short().to_owned()));
         Ok(Opened { _permit: permit, guid: next.guid, base, source })
     }

@@ -78,7 +78,8 @@ async fn create(service: &Service, id: &str, volumes: &BTreeSet<String>) -> Resu
     }
     if owners.len() > 1 {
         let owners = owners.into_iter().collect::<Vec<_>>().join(", ");
-        let message = format!("the volumes of group {id} are on different pools ({owners}): there is no one moment for them");
+        let message =
+            format!("the volumes of group {id} are on different pools ({owners}): there is no one moment for them");
         return Err(Status::failed_precondition(message));
     }
     let group = SnapshotGroup { name: id.to_owned(), members: u32::try_from(volumes.len()).unwrap_or(u32::MAX) };

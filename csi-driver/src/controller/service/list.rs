@@ -46,10 +46,8 @@ pub(super) async fn snapshots(
             && snapshots::answer(snapshot).is_some()
     });
     let (page, next_token) = page(all, &request.starting_token, request.max_entries)?;
-    let entries = page
-        .iter()
-        .map(|snapshot| list_snapshots_response::Entry { snapshot: snapshots::answer(snapshot) })
-        .collect();
+    let entries =
+        page.iter().map(|snapshot| list_snapshots_response::Entry { snapshot: snapshots::answer(snapshot) }).collect();
     Ok(ListSnapshotsResponse { entries, next_token })
 }
 
@@ -102,7 +100,8 @@ fn condition_of(volume: &PortableVolume) -> VolumeCondition {
 
 /// One page of a list, oldest first, and the token of the next; what is deleted or made between two pages moves nothing else.
 fn page<K: Resource>(mut all: Vec<K>, token: &str, entries: i32) -> Result<(Vec<K>, String), Status> {
-    let place = |object: &K| (object.meta().creation_timestamp.clone().map_or(0, |Time(at)| seconds(at)), object.name_any());
+    let place =
+        |object: &K| (object.meta().creation_timestamp.clone().map_or(0, |Time(at)| seconds(at)), object.name_any());
     let entries = usize::try_from(entries)
         .map_err(|_| Status::invalid_argument(format!("max_entries is {entries}: expected 0 or more")))?;
     if !token.is_empty() {

@@ -2,7 +2,7 @@
 
 use kube::ResourceExt;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
-use portolan_crds::{Filesystem, PortableVolume, PortableVolumeSpec, VolumeMode, VolumePhase, condition};
+use portolan_crds::{Filesystem, PortableVolume, VolumeMode, VolumePhase, condition};
 use portolan_runtime::conditions;
 use serde_json::json;
 use tonic::Status;
@@ -15,7 +15,8 @@ use crate::parameters::{self, Asked};
 use crate::proto::csi::{
     CapacityRange, ControllerExpandVolumeRequest, ControllerExpandVolumeResponse, ControllerModifyVolumeRequest,
     CreateVolumeRequest, CreateVolumeResponse, ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse,
-    VolumeCapability, VolumeContentSource, validate_volume_capabilities_response::Confirmed,
+    VolumeCapability, VolumeContentSource,
+    validate_volume_capabilities_response::Confirmed,
     volume_capability::{AccessType, access_mode::Mode},
     volume_content_source,
 };
@@ -97,7 +98,9 @@ async fn begin(
     let zvol = wish.clone().spec(String::new()).is_zvol();
     let able: Vec<_> = candidates.into_iter().filter(|candidate| !zvol || candidate.zvol).collect();
     let Some(roomiest) = able.first() else {
-        return Err(Status::invalid_argument("a block volume or ext4 or xfs is asked for: no ready pool can have zvols"));
+        return Err(Status::invalid_argument(
+            "a block volume or ext4 or xfs is asked for: no ready pool can have zvols",
+        ));
     };
     if let Some(largest) = able.iter().map(|candidate| candidate.capacity).max().filter(|max| *max < wish.size_bytes) {
         let message = format!("{} bytes are asked for: the largest pool has {largest}", wish.size_bytes);
@@ -148,7 +151,8 @@ async fn resolve(service: &Service, from: &Source, id: &str) -> Result<(portolan
 fn size(range: &CapacityRange) -> Result<i64, Status> {
     let (required, limit) = (range.required_bytes, range.limit_bytes);
     if required < 0 || limit < 0 || (limit > 0 && required > limit) {
-        let message = format!("capacity_range is {required} to {limit}: expected 0 or more, and no more than the limit");
+        let message =
+            format!("capacity_range is {required} to {limit}: expected 0 or more, and no more than the limit");
         return Err(Status::invalid_argument(message));
     }
     Ok(match (required, limit) {
@@ -170,7 +174,8 @@ fn check_same(
     from: Option<&VolumeContentSource>,
 ) -> Result<(), Status> {
     let spec = &volume.spec;
-    let differs = |what: &str| Err(Status::already_exists(format!("volume {} is there with another {what}", volume.name_any())));
+    let differs =
+        |what: &str| Err(Status::already_exists(format!("volume {} is there with another {what}", volume.name_any())));
     if !fits(spec.size_bytes, range) {
         return differs("capacity");
     }
@@ -320,8 +325,9 @@ pub(super) async fn modify(service: &Service, request: ControllerModifyVolumeReq
     if asked.parameters != volume.spec.parameters {
         change_spec(service, &volume, json!({ "parameters": asked.parameters })).await?;
     }
-    let changed =
-        move |now: Option<&PortableVolume>| now.is_none_or(|now| volume::status(now).parameters.as_ref() == Some(&asked.parameters));
+    let changed = move |now: Option<&PortableVolume>| {
+        now.is_none_or(|now| volume::status(now).parameters.as_ref() == Some(&asked.parameters))
+    };
     until(&service.hub.volumes, id, changed).await.map(drop)
 }
 
@@ -371,7 +377,7 @@ mod tests {
     #[test]
     fn asked_again_it_must_be_the_same() {
         let wish = Wish { size_bytes: 5, ..Wish::default() };
-        let spec: PortableVolumeSpec = wish.clone().spec("a".into());
+        let spec = wish.clone().spec("a".into());
         let volume = PortableVolume::new("v", spec);
         assert!(check_same(&volume, &wish, &range(5, 0), None).is_ok());
         assert!(check_same(&volume, &wish, &range(4, 6), None).is_ok());
@@ -381,6 +387,9 @@ mod tests {
         assert!(check_same(&volume, &other, &range(5, 0), None).unwrap_err().message().contains("parameters"));
         let from = volume_content_source::Type::Volume(volume_content_source::VolumeSource { volume_id: "w".into() });
         let from = VolumeContentSource { r#type: Some(from) };
-        assert_eq!(check_same(&volume, &wish, &range(5, 0), Some(&from)).unwrap_err().code(), tonic::Code::AlreadyExists);
+        assert_eq!(
+            check_same(&volume, &wish, &range(5, 0), Some(&from)).unwrap_err().code(),
+            tonic::Code::AlreadyExists
+        );
     }
 }
