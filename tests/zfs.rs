@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use portolan_zfs::memory::{Fault, Memory};
 use portolan_zfs::{
-    Capabilities, CommandLine, DatasetName, ErrorKind, Implementation, PoolHealth, Property, Runner, Zfs, ZfsError,
+    Capabilities, CommandLine, DatasetName, ErrorKind, Implementation, PoolHealth, Property, ReceiveOptions, Runner,
+    Zfs, ZfsError,
 };
 
 use node::ZfsFuseNode;
@@ -204,7 +205,7 @@ async fn a_killed_receive_leaves_nothing() {
     let (a, b) = (Real::start(), Real::start());
     let (stream, target) = (truncated_stream(&a).await, b.pool().child("v").unwrap());
     // The future is dropped, and with it the process: nobody closes the stream in an orderly way.
-    let mut receive = b.zfs().receive(&target, &[]).await.unwrap();
+    let mut receive = b.zfs().receive(&target, &ReceiveOptions::default()).await.unwrap();
     tokio::io::AsyncWriteExt::write_all(&mut receive, &stream).await.unwrap();
     drop(receive);
     let begin = Instant::now();

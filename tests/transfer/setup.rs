@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use portolan_csi::transfer::{Authorise, Fetch, Identity, IdentityError, Limits, Refusal, RefusalCode, Request, serve};
-use portolan_zfs::{DatasetName, Snapshot, Zfs};
+use portolan_zfs::{DatasetName, SendOptions, Snapshot, Zfs};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -151,7 +151,7 @@ pub async fn cut_after(server: SocketAddr, bytes: u64) -> SocketAddr {
 
 /// Reads all of a stream.
 pub async fn read_all(zfs: &impl Zfs, snapshot: &portolan_zfs::SnapshotName) -> Vec<u8> {
-    let mut stream = zfs.send(snapshot, None).await.unwrap();
+    let mut stream = zfs.send(snapshot, &SendOptions::default()).await.unwrap();
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).await.unwrap();
     stream.finish().await.unwrap();

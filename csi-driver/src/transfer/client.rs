@@ -3,7 +3,9 @@
 use std::io;
 use std::net::SocketAddr;
 
-use portolan_zfs::{DatasetName, ErrorKind, Guid, Property, ReceiveProcess, Snapshot, SnapshotName, Zfs};
+use portolan_zfs::{
+    DatasetName, ErrorKind, Guid, Property, ReceiveOptions, ReceiveProcess, Snapshot, SnapshotName, Zfs,
+};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
@@ -65,7 +67,7 @@ pub async fn fetch(
     let mut stream = connect(identity, limits, &what).await?;
     let reply = ask(&mut stream, limits, &what, &request).await?;
     let base = base_of(&what, ours.as_deref(), reply.base)?;
-    let receive = zfs.receive(&what.target, &what.properties).await?;
+    let receive = zfs.receive(&what.target, &ReceiveOptions::with(&what.properties)).await?;
     let copied = copy(&mut stream, receive, limits, &what, &progress).await;
 
     let now = snapshots(zfs, &what.target).await;

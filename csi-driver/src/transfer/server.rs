@@ -5,7 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use portolan_zfs::{DatasetName, ErrorKind, Guid, SendStream, Snapshot, Zfs, ZfsError};
+use portolan_zfs::{DatasetName, ErrorKind, Guid, SendOptions, SendStream, Snapshot, Zfs, ZfsError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
@@ -136,8 +136,8 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
             Refusal::new(RefusalCode::NotFound, message)
         })?;
         let base = newest_common(&snapshots, wanted, &request.have);
-        let source =
-            self.zfs.send(&wanted.name, base.map(|base| &base.name)).await.map_err(|error| refusal_of(&error))?;
+        let options = SendOptions::since(base.map(|base| &base.name));
+        let source = self.zfs.send(&wanted.name, &options).await.map_err(|error| refusal_of(&error))?;
         Ok((permit, base.map(|base| (base.guid, base.name.short().to_owned())), source))
     }
 
