@@ -6,3 +6,4 @@ pub mod bad_input;
 pub mod lab;
 pub mod scene;
 pub mod uninstall;
+pub mod zfs_contract;
