@@ -1,10 +1,14 @@
 //! What each implementation of `Zfs` must do, whatever it stands on.
 
 mod copies;
+mod sealed;
+mod streams;
 mod volumes;
 
 use portolan_zfs::memory::Memory;
-use portolan_zfs::{DatasetName, ErrorKind, Property, Snapshot, Zfs, ZfsError};
+use portolan_zfs::{
+    DatasetName, ErrorKind, Property, ReceiveOptions, SendOptions, SendStream, Snapshot, Zfs, ZfsError,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// A node under test: its ZFS, and what a pod would do to its volumes.
@@ -79,6 +83,12 @@ pub async fn holds(a: &impl Node, b: &impl Node) {
     volumes::block_devices(a, b).await;
     full_and_incremental(a, b).await;
     streams_that_must_not_count(a, b).await;
+    streams::resumed(a, b).await;
+    streams::from_bookmarks(a, b).await;
+    streams::compressed_and_estimated(a, b).await;
+    sealed::keys_are_asked_for(a).await;
+    sealed::raw_streams(a, b).await;
+    pools(a, b).await;
 }
 
 pub(crate) fn kind<T>(result: Result<T, ZfsError>) -> ErrorKind {
@@ -108,7 +118,11 @@ pub async fn write_and_snapshot(node: &impl Node, volume: &DatasetName, content:
 
 /// The bytes of a stream.
 pub async fn stream(node: &impl Node, snapshot: &Snapshot, base: Option<&Snapshot>) -> Vec<u8> {
-    let mut stream = node.zfs().send(&snapshot.name, base.map(|base| &base.name)).await.unwrap();
+    let options = SendOptions::since(base.map(|base| &base.name));
+    drained(node.zfs().send(&snapshot.name, &options).await.unwrap()).await
+}
+
+pub(crate) async fn drained(mut stream: SendStream) -> Vec<u8> {
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).await.unwrap();
     stream.finish().await.unwrap();
@@ -127,7 +141,16 @@ pub async fn truncated_stream(node: &impl Node) -> Vec<u8> {
 /// Receives bytes as the stream of a replica.
 async fn receive(node: &impl Node, target: &DatasetName, bytes: &[u8]) -> Result<(), ZfsError> {
     let properties = [Property::canmount_noauto(), node.mountpoint(target.short()), Property::readonly(true)];
-    let mut receive = node.zfs().receive(target, &properties).await?;
+    receive_with(node, target, bytes, &ReceiveOptions::with(&properties)).await
+}
+
+pub(crate) async fn receive_with(
+    node: &impl Node,
+    target: &DatasetName,
+    bytes: &[u8],
+    options: &ReceiveOptions,
+) -> Result<(), ZfsError> {
+    let mut receive = node.zfs().receive(target, options).await?;
     // What refuses the stream at once closes the pipe; why, it says at the end.
     let _ = receive.write_all(bytes).await;
     receive.finish().await
@@ -191,6 +214,16 @@ async fn names_and_properties(node: &impl Node) {
     assert_eq!(kind(zfs.dataset(&volume).await), ErrorKind::NotFound);
     assert_eq!(zfs.dataset(&renamed).await.unwrap().guid, found.guid);
     zfs.destroy_dataset(&renamed).await.unwrap();
+}
+
+async fn pools(a: &impl Node, b: &impl Node) {
+    let guid = a.zfs().pool_guid(&a.pool()).await.unwrap();
+    assert_eq!(a.zfs().pool_guid(&a.pool().child("x").unwrap()).await.unwrap(), guid);
+    assert_ne!(b.zfs().pool_guid(&b.pool()).await.unwrap(), guid);
+    assert!(a.zfs().pool_status(&a.pool()).await.unwrap().contains("ONLINE"));
+    let elsewhere = DatasetName::new("nopool").unwrap();
+    assert_eq!(kind(a.zfs().pool_guid(&elsewhere).await), ErrorKind::PoolUnavailable);
+    assert_eq!(kind(a.zfs().pool_status(&elsewhere).await), ErrorKind::PoolUnavailable);
 }
 
 async fn mounting(node: &impl Node) {

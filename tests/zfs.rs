@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use portolan_zfs::memory::{Fault, Memory};
 use portolan_zfs::{
-    Capabilities, CommandLine, DatasetName, ErrorKind, Implementation, PoolHealth, Property, Runner, Zfs, ZfsError,
+    Capabilities, CommandLine, DatasetName, ErrorKind, Implementation, Key, PoolHealth, Property, ReceiveOptions,
+    Runner, Zfs, ZfsError,
 };
 
 use node::ZfsFuseNode;
@@ -180,6 +181,41 @@ async fn a_call_refused_as_busy_is_made_again_but_not_for_ever() {
     }
 }
 
+/// A `zfs` that can encrypt, keeps what it is told and what it reads, and says that the key is wrong.
+fn eavesdropper(folder: &std::path::Path) -> CommandLine {
+    let script = folder.join("eavesdropper");
+    let text = format!(
+        "[ $# = 1 ] && {{ printf '\\tload-key <filesystem>\\n' >&2; exit 2; }}\n\
+         [ \"$2\" = version ] && {{ echo zfs-2.3.2-1; exit; }}\n\
+         echo \"$@\" > {0}/words; cat > {0}/input\necho \"Key load error: Incorrect key provided for 'tank/v'.\" >&2; exit 1\n",
+        folder.display()
+    );
+    std::fs::write(&script, text).unwrap();
+    CommandLine::new(Runner::new().with_prefix(["sh", script.to_str().unwrap()]))
+}
+
+#[tokio::test]
+async fn a_key_is_only_ever_on_standard_input() {
+    let (folder, volume) = (tempfile::tempdir().unwrap(), DatasetName::new("tank/v").unwrap());
+    let zfs = eavesdropper(folder.path());
+    let heard = |what: &str| std::fs::read_to_string(folder.path().join(what)).unwrap();
+    let key = Key::passphrase("correct horse").unwrap();
+    let compression = [Property::new("compression", "lz4").unwrap()];
+    let created = zfs.create_filesystem(&volume, &compression, Some(&key)).await.unwrap_err();
+    assert_eq!(heard("input"), "correct horse");
+    let words = "zfs create -o encryption=aes-256-gcm -o keyformat=passphrase -o keylocation=prompt -o compression=lz4 tank/v\n";
+    assert_eq!(heard("words"), words);
+    let loaded = zfs.load_key(&volume, &key).await.unwrap_err();
+    assert_eq!(
+        (heard("input").as_str(), heard("words").as_str()),
+        ("correct horse", "zfs load-key -L prompt tank/v\n")
+    );
+    for error in [created, loaded] {
+        assert_eq!(error.kind, ErrorKind::WrongKey);
+        assert!(!format!("{error} {error:?} {key:?}").contains("horse"), "{error}");
+    }
+}
+
 #[tokio::test]
 async fn commands_are_the_ones_under_the_new_root() {
     let root = tempfile::tempdir().unwrap();
@@ -204,7 +240,7 @@ async fn a_killed_receive_leaves_nothing() {
     let (a, b) = (Real::start(), Real::start());
     let (stream, target) = (truncated_stream(&a).await, b.pool().child("v").unwrap());
     // The future is dropped, and with it the process: nobody closes the stream in an orderly way.
-    let mut receive = b.zfs().receive(&target, &[]).await.unwrap();
+    let mut receive = b.zfs().receive(&target, &ReceiveOptions::default()).await.unwrap();
     tokio::io::AsyncWriteExt::write_all(&mut receive, &stream).await.unwrap();
     drop(receive);
     let begin = Instant::now();

@@ -172,7 +172,28 @@ impl Lab {
         command
     }
 
+    /// Runs a shell command as root on a node, with `$0` and something to read, and returns what it prints.
+    ///
+    /// # Errors
+    /// When it exits other than with 0.
+    pub fn pipe_on_node(&self, node: &str, command: &str, argument: &str, stdin: &[u8]) -> Result<Vec<u8>> {
+        self.bytes(&["node", node, "sh", "-c", command, argument], Some(stdin))
+    }
+
+    /// The words that run a command on a node, with all that they need from the environment.
+    pub fn words_on_node(&self, node: &str) -> Vec<String> {
+        let wanted = ["LANE", "LAB_NAME", "PORTOLAN_CACHE", "XDG_CACHE_HOME", "HOME"];
+        let set = wanted.iter().filter_map(|name| Some(format!("{name}={}", std::env::var(name).ok()?)));
+        let script = self.script.display().to_string();
+        ["env".to_owned()].into_iter().chain(set).chain([script, "node".to_owned(), node.to_owned()]).collect()
+    }
+
     fn lab(&self, args: &[&str], stdin: Option<&str>) -> Result<String> {
+        let printed = self.bytes(args, stdin.map(str::as_bytes))?;
+        Ok(String::from_utf8_lossy(&printed).into_owned())
+    }
+
+    fn bytes(&self, args: &[&str], stdin: Option<&[u8]>) -> Result<Vec<u8>> {
         let mut child = self
             .command(args)
             .stdin(if stdin.is_some() { Stdio::piped() } else { Stdio::null() })
@@ -181,14 +202,14 @@ impl Lab {
             .spawn()
             .with_context(|| format!("{}", self.script.display()))?;
         if let (Some(text), Some(mut pipe)) = (stdin, child.stdin.take()) {
-            pipe.write_all(text.as_bytes())?;
+            pipe.write_all(text)?;
         }
         let out = child.wait_with_output()?;
-        let stdout = String::from_utf8_lossy(&out.stdout).into_owned();
         if !out.status.success() {
+            let stdout = String::from_utf8_lossy(&out.stdout);
             bail!("{}: {}\n{}{stdout}", args.join(" "), out.status, String::from_utf8_lossy(&out.stderr));
         }
-        Ok(stdout)
+        Ok(out.stdout)
     }
 }
 

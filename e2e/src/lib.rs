@@ -9,3 +9,4 @@ pub mod sanity;
 pub mod scene;
 pub mod storage_suite;
 pub mod uninstall;
+pub mod zfs_contract;

@@ -5,7 +5,7 @@ use portolan_e2e::{
     lab::Lab,
     sanity, scene,
     storage_suite::{self, Scope},
-    uninstall,
+    uninstall, zfs_contract,
 };
 
 /// One test, because the cluster is one: a test harness would run several side by side.
@@ -15,8 +15,11 @@ fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     scene::play(&lab)?;
     bad_input::play(&lab)?;
     sanity::play(&lab)?;
-    // Emulated nodes would take hours.
-    if !lab.has_zvols() {
+    if lab.has_zvols() {
+        // zfs-fuse is held to it by the tests without a cluster.
+        zfs_contract::play(&lab)?;
+    } else {
+        // Emulated nodes would take hours.
         storage_suite::play(&lab, Scope::Selection)?;
     }
     uninstall::play(&lab)

@@ -98,11 +98,16 @@ pub(super) async fn several_at_once(node: &impl Node) {
 
     assert_eq!(kind(zfs.snapshot_all(&pool, &group, "apart").await), ErrorKind::AlreadyExists);
     assert_eq!((count(&group[0]).await, count(&group[1]).await), (2, 1), "all or none");
+    for dataset in &group {
+        zfs.snapshot(&dataset.snapshot("one-by-one").unwrap()).await.unwrap();
+    }
+    let refused = kind(zfs.snapshot_all(&pool, &group, "one-by-one").await);
+    assert_eq!(refused, ErrorKind::AlreadyExists, "they are of two moments");
     let with_missing = [group[0].clone(), pool.child("missing").unwrap()];
     assert_eq!(kind(zfs.snapshot_all(&pool, &with_missing, "new").await), ErrorKind::NotFound);
     assert_eq!(kind(zfs.snapshot_all(&pool, &[], "new").await), ErrorKind::Other);
     assert_eq!(kind(zfs.snapshot_all(&all[2], &group, "new").await), ErrorKind::Other, "they are not below it");
-    assert_eq!(count(&group[0]).await, 2, "all or none");
+    assert_eq!(count(&group[0]).await, 3, "all or none");
     for volume in &all {
         zfs.destroy_with_snapshots(volume).await.unwrap();
     }

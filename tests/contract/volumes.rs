@@ -1,13 +1,13 @@
 //! Volumes (zvols), where there are any.
 
-use portolan_zfs::{ErrorKind, Kind, Property, Zfs};
+use portolan_zfs::{ErrorKind, Kind, Property, ReceiveOptions, Snapshot, Zfs};
 
-use super::{Node, kind};
+use super::{Node, kind, receive_with, stream};
 
 /// A multiple of any block size.
 const SIZE: u64 = 16 << 20;
 
-pub(super) async fn block_devices(node: &impl Node, _other: &impl Node) {
+pub(super) async fn block_devices(node: &impl Node, other: &impl Node) {
     let (zfs, pool) = (node.zfs(), node.pool());
     let (volume, clone) = (pool.child("block").unwrap(), pool.child("block-clone").unwrap());
     let label = Property::new("portolan:volume", "block").unwrap();
@@ -32,6 +32,7 @@ pub(super) async fn block_devices(node: &impl Node, _other: &impl Node) {
     zfs.set_property(&volume, &Property::volsize(2 * SIZE)).await.unwrap();
     assert_eq!(zfs.dataset(&volume).await.unwrap().kind, Kind::Volume { size: 2 * SIZE });
     assert_eq!(node.read_device(&volume, 6), b"blocks");
+    moves(node, other, &snapshot).await;
 
     zfs.clone_snapshot(&snapshot.name, &clone, &[]).await.unwrap();
     assert_eq!(zfs.dataset(&clone).await.unwrap().kind, Kind::Volume { size: SIZE });
@@ -42,4 +43,20 @@ pub(super) async fn block_devices(node: &impl Node, _other: &impl Node) {
     node.set_open(&clone, false);
     zfs.destroy_with_snapshots(&clone).await.unwrap();
     zfs.destroy_with_snapshots(&volume).await.unwrap();
+}
+
+/// In full, and what came after: its new content and size.
+async fn moves(a: &impl Node, b: &impl Node, one: &Snapshot) {
+    let (source, target) = (one.name.dataset(), b.pool().child("block-copy").unwrap());
+    let options = ReceiveOptions::with(&[Property::readonly(true)]);
+    receive_with(b, &target, &stream(a, one, None).await, &options).await.unwrap();
+    let copy = b.zfs().dataset(&target).await.unwrap();
+    assert_eq!((copy.kind, copy.readonly), (Kind::Volume { size: SIZE }, true));
+    assert_eq!(b.read_device(&target, 6), b"blocks");
+    a.write_device(source, b"BLOCKS");
+    let two = a.zfs().snapshot(&source.snapshot("two").unwrap()).await.unwrap();
+    receive_with(b, &target, &stream(a, &two, Some(one)).await, &options).await.unwrap();
+    assert_eq!(b.zfs().dataset(&target).await.unwrap().kind, Kind::Volume { size: 2 * SIZE });
+    assert_eq!(b.read_device(&target, 6), b"BLOCKS");
+    b.zfs().destroy_with_snapshots(&target).await.unwrap();
 }

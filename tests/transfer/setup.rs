@@ -4,8 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use portolan_csi::transfer::{Authorise, Fetch, Identity, IdentityError, Limits, Refusal, RefusalCode, Request, serve};
-use portolan_zfs::{DatasetName, Snapshot, Zfs};
+use portolan_csi::transfer::{
+    Authorise, Fetch, Grant, Identity, IdentityError, Limits, Refusal, RefusalCode, Request, serve,
+};
+use portolan_zfs::{DatasetName, SendOptions, Snapshot, Zfs};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -70,12 +72,12 @@ struct Only {
 }
 
 impl Authorise for Only {
-    async fn authorise(&self, peer_node: &str, request: &Request) -> Result<DatasetName, Refusal> {
+    async fn authorise(&self, peer_node: &str, request: &Request) -> Result<Grant, Refusal> {
         self.asked.fetch_add(1, Ordering::Relaxed);
         if peer_node != self.node {
             return Err(Refusal::new(RefusalCode::NotAuthorised, format!("{peer_node} is not the target")));
         }
-        Ok(self.pool.child(&request.volume).unwrap())
+        Ok(Grant { dataset: self.pool.child(&request.volume).unwrap(), travels: Box::new(|_| true) })
     }
 }
 
@@ -151,7 +153,7 @@ pub async fn cut_after(server: SocketAddr, bytes: u64) -> SocketAddr {
 
 /// Reads all of a stream.
 pub async fn read_all(zfs: &impl Zfs, snapshot: &portolan_zfs::SnapshotName) -> Vec<u8> {
-    let mut stream = zfs.send(snapshot, None).await.unwrap();
+    let mut stream = zfs.send(snapshot, &SendOptions::default()).await.unwrap();
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).await.unwrap();
     stream.finish().await.unwrap();

@@ -36,10 +36,13 @@ imagePullSecrets:
 readinessProbe:
   httpGet: { path: /readyz, port: http }
   periodSeconds: 2
+  timeoutSeconds: 5
+# On a node that is short of processor time a restart makes all worse: only what is stuck for two minutes is ended.
 livenessProbe:
   httpGet: { path: /healthz, port: http }
   periodSeconds: 10
-  failureThreshold: 6
+  timeoutSeconds: 10
+  failureThreshold: 12
 {{- end }}
 
 {{/* What runs without privileges, runs with none at all. */}}

@@ -12,7 +12,7 @@ mod tests;
 use kube::ResourceExt;
 use portolan_crds::{Handoff, HandoffPhase, PortableVolume, PortableVolumeStatus, VolumePhase, condition};
 
-pub use snapshots::{Asked, Known, fresh_name};
+pub use snapshots::{Asked, Known, fresh_name, travels};
 
 use crate::volume;
 
@@ -91,7 +91,7 @@ pub enum Action {
     /// Bring size and parameters of the owner's dataset up to the spec, and write that they are.
     ApplySpec,
     /// Take the snapshots that these objects ask for; more than one are a group's, of one moment.
-    Take(Asked),
+    Take(Box<Asked>),
     /// Write: the object's snapshot is this one.
     RecordTaken {
         /// The PortableSnapshot.
@@ -141,7 +141,8 @@ fn is_restored(volume: &PortableVolume, local: &Local) -> bool {
     volume::status(volume).owner.is_none() && (cloned || received)
 }
 
-fn known_guids(status: &PortableVolumeStatus) -> Vec<String> {
+/// The GUIDs that a volume's status names: of each copy's newest snapshot and of the running handoff's.
+pub fn known_guids(status: &PortableVolumeStatus) -> Vec<String> {
     let handoff = status.handoff.iter().filter_map(|handoff| handoff.guid.clone());
     status.replicas.iter().filter_map(|replica| replica.guid.clone()).chain(handoff).collect()
 }

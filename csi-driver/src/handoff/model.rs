@@ -141,7 +141,7 @@ impl World {
     /// Does an action as the node's agent does; false if it failed.
     fn apply(&mut self, me: &'static str, read: &mut usize, action: Action) -> bool {
         match action {
-            Action::Wait(_) | Action::Report { .. } => return false,
+            Action::Wait(_) | Action::Report { .. } | Action::Keep(_) => return false,
             Action::RecordReplica => return self.write(read, |status| write::replica(status, me, None)),
             Action::ForgetReplica => {
                 return self.write(read, |status| status.replicas.retain(|entry| entry.node != me));
@@ -174,6 +174,15 @@ impl World {
                 assert!(self.status().owner.is_none(), "a copy was destroyed that may be the only one");
                 self.disks.remove(me);
             }
+            // Nobody asks for snapshots, sources or other sizes here.
+            Action::Restore
+            | Action::Take(_)
+            | Action::RecordTaken { .. }
+            | Action::DestroyTaken(_)
+            | Action::RecordDestroyed { .. } => unreachable!("nobody has asked for {action:?}"),
+            Action::ApplySpec => {
+                return self.write(read, |status| write::applied(status, &PortableVolumeSpec::default()));
+            }
             Action::DestroySnapshot(known) => {
                 let disk = self.disk(me);
                 if let Some(at) = disk.local.snapshots.iter().position(|there| *there == known) {
@@ -197,19 +206,26 @@ impl World {
         }
         let Some(source) = self.disks.get(handoff.from.as_str()).cloned() else { return false };
         let Some(at) = source.local.snapshots.iter().position(|there| there == wanted) else { return false };
-        let content = source.frozen[at];
-        if let Some(mine) = self.disks.get(me) {
-            let newest = mine.local.snapshots.last();
-            let common = newest.is_some_and(|newest| source.local.snapshots[..at].contains(newest));
-            assert!(common, "{me} has no common snapshot with {}: {:?} {:?}", handoff.from, mine.local, source.local);
-            assert_eq!(mine.frozen.last(), Some(&mine.content), "{me} was written behind the handoff's back");
-        }
+        // One stream, one snapshot: cut off there, the next attempt brings the next.
+        let known = known_guids(&self.status());
+        let mine = self.disks.get(me).map(|disk| disk.local.snapshots.clone());
+        let after = match &mine {
+            None => 0,
+            Some(mine) => {
+                let newest =
+                    mine.last().and_then(|newest| source.local.snapshots[..at].iter().position(|it| it == newest));
+                let disk = self.disk(me);
+                assert_eq!(disk.frozen.last(), Some(&disk.content), "{me} was written behind the handoff's back");
+                newest.unwrap_or_else(|| panic!("{me} has no common snapshot with {}: {mine:?}", handoff.from)) + 1
+            }
+        };
+        let next = (after..at).find(|next| travels(&known, &source.local.snapshots[*next])).unwrap_or(at);
         let disk = self.disk(me);
         disk.local.readonly = true;
-        disk.local.snapshots.push(wanted.clone());
-        disk.frozen.push(content);
-        disk.content = content;
-        true
+        disk.local.snapshots.push(source.local.snapshots[next].clone());
+        disk.frozen.push(source.frozen[next]);
+        disk.content = source.frozen[next];
+        next == at
     }
 
     fn want(&mut self, node: &'static str) {

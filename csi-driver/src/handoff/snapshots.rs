@@ -67,7 +67,7 @@ pub(super) fn take_asked(local: &Local, asked: &[Asked]) -> Vec<Action> {
     open.filter_map(|asked| match local.snapshots.iter().find(|snapshot| asked.is(snapshot)) {
         Some(found) => Some(Action::RecordTaken { object: asked.object.clone(), snapshot: found.clone() }),
         None if asked.import => None,
-        None => Some(Action::Take(asked.clone())),
+        None => Some(Action::Take(Box::new(asked.clone()))),
     })
     .collect()
 }
@@ -138,6 +138,12 @@ pub(super) fn unpublished<'a>(
     later.iter().filter(|snapshot| snapshot.is_ours() && !known.contains(&snapshot.guid)).cloned()
 }
 
+/// Whether a snapshot goes along on the way to a final one: a person's, or one that some copy shares. `known` are the GUIDs of those.
+/// Others of ours are attempts at a final snapshot whose write was lost.
+pub fn travels(known: &[String], snapshot: &Known) -> bool {
+    !snapshot.is_ours() || known.contains(&snapshot.guid)
+}
+
 /// Our snapshots that no copy's newest is, oldest first. None while any copy's newest is unknown: it may be one of these.
 pub(super) fn unneeded<'a>(replicas: &'a [Replica], here: &'a [Known]) -> impl Iterator<Item = Known> + 'a {
     let all_known = replicas.iter().all(|replica| replica.guid.is_some());
@@ -188,7 +194,7 @@ mod tests {
             Asked { import: true, ..asked("by-hand", None, false) },
         ];
         let record = Action::RecordTaken { object: "o-there".into(), snapshot: known("there") };
-        assert_eq!(take_asked(&local, &all), [record, Action::Take(all[1].clone())]);
+        assert_eq!(take_asked(&local, &all), [record, Action::Take(Box::new(all[1].clone()))]);
     }
 
     #[test]

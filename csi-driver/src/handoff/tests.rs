@@ -1,5 +1,5 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
-use portolan_crds::{Placement, PortableVolumeSpec, Replica};
+use portolan_crds::{Placement, PortableVolumeSpec, Replica, VolumeParameters, VolumeSource};
 
 use super::*;
 
@@ -21,6 +21,8 @@ fn owned(change: impl FnOnce(&mut PortableVolumeStatus)) -> PortableVolume {
         status.epoch = 3;
         status.phase = VolumePhase::Ready;
         status.used_bytes = Some(0);
+        status.size_bytes = Some(0);
+        status.parameters = Some(VolumeParameters::default());
         status.replicas = vec![replica("a", Some("portolan-3"))];
         status.conditions = vec![Condition {
             last_transition_time: Time(jiff::Timestamp::UNIX_EPOCH),
@@ -222,4 +224,56 @@ fn a_replica_is_recorded_as_long_as_its_dataset_is_there() {
     assert_eq!(plan("b", &volume, Some(&local), &[]), [Action::DestroySnapshot(known("portolan-2"))]);
     assert_eq!(plan("b", &volume, None, &[]), [Action::ForgetReplica]);
     assert_eq!(plan("b", &owned(|_| {}), Some(&copy(2, &["portolan-3"])), &[]), [Action::RecordReplica]);
+}
+
+#[test]
+fn a_volume_begins_as_a_snapshot() {
+    let source = VolumeSource {
+        snapshot: "s".into(),
+        volume: "pvc-0".into(),
+        short_name: "daily".into(),
+        guid: "g-daily".into(),
+    };
+    let mut new = volume(|status| status.replicas = vec![replica("a", None)]);
+    new.spec.source = Some(source);
+    let steps = [Action::Restore, Action::Own];
+    assert_eq!(plan("a", &new, None, &[]), steps);
+    // Cut short: a clone, or a copy, that lacks its mark.
+    let clone = Local { uid: None, origin: Some(("pvc-0".into(), "daily".into())), ..copy(1, &[]) };
+    assert_eq!(plan("a", &new, Some(&clone), &[]), steps);
+    assert_eq!(plan("a", &new, Some(&Local { uid: None, ..copy(1, &["daily"]) }), &[]), steps);
+    for foreign in [
+        Local { uid: None, origin: Some(("pvc-0".into(), "weekly".into())), ..copy(1, &[]) },
+        Local { uid: None, ..copy(1, &["daily", "weekly"]) },
+        Local { uid: None, ..copy(1, &[]) },
+    ] {
+        assert_eq!(reason(&plan("a", &new, Some(&foreign), &[])), Some("DatasetConflict"), "{foreign:?}");
+    }
+}
+
+#[test]
+fn a_dataset_outlives_its_volume_while_a_snapshot_is_wanted() {
+    let mut deleted = owned(|_| {});
+    deleted.metadata.deletion_timestamp = Some(Time(jiff::Timestamp::UNIX_EPOCH));
+    let local = copy(3, &["daily", "portolan-3"]);
+    let asked = Asked { object: "s".into(), short: "daily".into(), guid: Some("g-daily".into()), ..Asked::default() };
+    assert_eq!(
+        plan("a", &deleted, Some(&local), std::slice::from_ref(&asked)),
+        [Action::Keep("its snapshots are kept: s".into())]
+    );
+    let going = Asked { deleting: true, ..asked };
+    let acknowledged = Action::RecordDestroyed { object: "s".into() };
+    assert_eq!(
+        plan("a", &deleted, Some(&local), &[going]),
+        [Action::DestroyTaken(known("daily")), acknowledged, Action::Destroy, Action::ForgetReplica]
+    );
+}
+
+#[test]
+fn a_changed_spec_is_applied_by_the_owner() {
+    let mut grown = owned(|_| {});
+    grown.spec.size_bytes = 1 << 30;
+    assert_eq!(plan("a", &grown, Some(&copy(3, &["portolan-3"])), &[]), [Action::ApplySpec]);
+    let replica = owned(|status| status.replicas.push(replica("b", Some("portolan-3"))));
+    assert_eq!(plan("b", &replica, Some(&copy(2, &["portolan-3"])), &[]), []);
 }

@@ -3,17 +3,18 @@
 use std::sync::Arc;
 
 use portolan_crds::{HandoffPhase, PortableVolume};
-use portolan_zfs::{DatasetName, Zfs};
+use portolan_zfs::{Snapshot, Zfs};
 
 use super::Node;
-use crate::transfer::{Authorise, Refusal, RefusalCode, Request};
+use crate::handoff::{self, Known};
+use crate::transfer::{Authorise, Grant, Refusal, RefusalCode, Request};
 use crate::volume;
 
 /// Asks the API, not a cache: what counts is the volume as it is now.
 pub(super) struct ByVolume<Z>(pub(super) Arc<Node<Z>>);
 
 impl<Z: Zfs> Authorise for ByVolume<Z> {
-    async fn authorise(&self, peer_node: &str, request: &Request) -> Result<DatasetName, Refusal> {
+    async fn authorise(&self, peer_node: &str, request: &Request) -> Result<Grant, Refusal> {
         let name = request.restore.as_ref().unwrap_or(&request.volume);
         let found = self.0.volumes.get_opt(name).await;
         let found =
@@ -25,7 +26,15 @@ impl<Z: Zfs> Authorise for ByVolume<Z> {
         };
         checked.map_err(|why| Refusal::new(RefusalCode::NotAuthorised, why))?;
         let dataset = volume::dataset(&self.0.pool, &request.volume);
-        dataset.map_err(|error| Refusal::new(RefusalCode::Invalid, error.to_string()))
+        let dataset = dataset.map_err(|error| Refusal::new(RefusalCode::Invalid, error.to_string()))?;
+        // A new volume is one snapshot; a copy of a volume has its history.
+        let history = request.restore.is_none();
+        let known = handoff::known_guids(&volume::status(&found));
+        let travels = move |snapshot: &Snapshot| {
+            let name = snapshot.name.short().to_owned();
+            history && handoff::travels(&known, &Known { name, guid: snapshot.guid.to_string() })
+        };
+        Ok(Grant { dataset, travels: Box::new(travels) })
     }
 }
 

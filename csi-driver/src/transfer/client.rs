@@ -3,7 +3,9 @@
 use std::io;
 use std::net::SocketAddr;
 
-use portolan_zfs::{DatasetName, ErrorKind, Guid, Property, ReceiveProcess, Snapshot, SnapshotName, Zfs};
+use portolan_zfs::{
+    DatasetName, ErrorKind, Guid, Property, ReceiveOptions, ReceiveProcess, Snapshot, SnapshotName, Zfs,
+};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
@@ -92,7 +94,7 @@ async fn one(
         return Err(TransferError::Protocol(format!("a stream of {coming}, which we have")));
     }
     let base = base_of(what, ours.as_deref(), reply.base)?;
-    let receive = zfs.receive(&what.target, &what.properties).await?;
+    let receive = zfs.receive(&what.target, &ReceiveOptions::with(&what.properties)).await?;
     let copied = copy(&mut stream, receive, limits, what, &progress).await;
 
     let now = snapshots(zfs, &what.target).await;

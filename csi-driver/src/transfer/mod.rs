@@ -15,5 +15,5 @@ pub use client::{Fetch, Received, fetch};
 pub use error::TransferError;
 pub use identity::{Identity, IdentityError, server_name};
 pub use protocol::{InvalidRequest, MAX_FRAME, MAX_HEADER, Refusal, RefusalCode, Reply, Request, Trailer};
-pub use server::{Authorise, serve};
+pub use server::{Authorise, Grant, serve};
 pub use wire::Limits;

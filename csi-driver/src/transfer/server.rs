@@ -5,7 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use portolan_zfs::{DatasetName, ErrorKind, Guid, SendStream, Snapshot, Zfs, ZfsError};
+use portolan_zfs::{DatasetName, ErrorKind, Guid, SendOptions, SendStream, Snapshot, Zfs, ZfsError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, SemaphorePermit, watch};
@@ -21,15 +21,19 @@ use super::wire::{Limits, prepare, read_header, within, write_header};
 /// How much of a stream goes into one frame.
 const CHUNK: usize = 256 * 1024;
 
+/// What a node may have.
+pub struct Grant {
+    /// The dataset to send from.
+    pub dataset: DatasetName,
+    /// Whether a snapshot that lies on the way to the one asked for goes along.
+    pub travels: Box<dyn Fn(&Snapshot) -> bool + Send + Sync>,
+}
+
 /// Decides whether a node may have what it asks for.
 pub trait Authorise: Send + Sync + 'static {
-    /// The dataset to send from, or why not. `peer_node` is from the peer's verified certificate; `request` has been validated, but is
+    /// What to send, or why not. `peer_node` is from the peer's verified certificate; `request` has been validated, but is
     /// otherwise only what the peer says.
-    fn authorise(
-        &self,
-        peer_node: &str,
-        request: &Request,
-    ) -> impl Future<Output = Result<DatasetName, Refusal>> + Send;
+    fn authorise(&self, peer_node: &str, request: &Request) -> impl Future<Output = Result<Grant, Refusal>> + Send;
 }
 
 struct Server<A, Z> {
@@ -130,7 +134,7 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
     /// From a request to a running `zfs send`, with its place among the streams.
     async fn open(&self, node: &str, request: &Request) -> Result<Opened<'_>, Refusal> {
         request.validate().map_err(|error| Refusal::new(RefusalCode::Invalid, error.to_string()))?;
-        let dataset = self.authorise.authorise(node, request).await?;
+        let Grant { dataset, travels } = self.authorise.authorise(node, request).await?;
         let busy = || Refusal::new(RefusalCode::Busy, format!("{} streams are running", self.limits.streams));
         let permit = self.streams.try_acquire().map_err(|_| busy())?;
         let snapshots = self.zfs.snapshots(&dataset).await.map_err(|error| refusal_of(&error))?;
@@ -139,9 +143,9 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
             let message = format!("{dataset} has no snapshot {} with GUID {}", request.snapshot, request.guid);
             Refusal::new(RefusalCode::NotFound, message)
         })?;
-        let (base, next) = next_step(&snapshots, wanted, &request.have);
-        let source =
-            self.zfs.send(&next.name, base.map(|base| &base.name)).await.map_err(|error| refusal_of(&error))?;
+        let (base, next) = next_step(&snapshots, wanted, &request.have, &travels);
+        let options = SendOptions::since(base.map(|base| &base.name));
+        let source = self.zfs.send(&next.name, &options).await.map_err(|error| refusal_of(&error))?;
         let base = base.map(|base| (base.guid, base.name.short().to_owned()));
         Ok(Opened { _permit: permit, guid: next.guid, base, source })
     }
@@ -177,18 +181,13 @@ fn next_step<'a>(
     snapshots: &'a [Snapshot],
     wanted: &'a Snapshot,
     have: &[Guid],
+    travels: impl Fn(&Snapshot) -> bool,
 ) -> (Option<&'a Snapshot>, &'a Snapshot) {
-    let before = snapshots.iter().take_while(|snapshot| snapshot.guid != wanted.guid);
-    let mut base = None;
-    let mut next = None;
-    for snapshot in before {
-        if have.contains(&snapshot.guid) {
-            (base, next) = (Some(snapshot), None);
-        } else if next.is_none() {
-            next = Some(snapshot);
-        }
-    }
-    (base, next.unwrap_or(wanted))
+    let before: Vec<&Snapshot> = snapshots.iter().take_while(|snapshot| snapshot.guid != wanted.guid).collect();
+    let base = before.iter().rposition(|snapshot| have.contains(&snapshot.guid));
+    let rest = &before[base.map_or(0, |base| base + 1)..];
+    let next = rest.iter().find(|snapshot| !snapshot.defer_destroy && travels(snapshot));
+    (base.map(|base| before[base]), next.copied().unwrap_or(wanted))
 }
 
 fn refusal_of(error: &ZfsError) -> Refusal {
@@ -213,9 +212,10 @@ mod tests {
                 defer_destroy: false,
             })
             .collect();
+        let all = |_: &Snapshot| true;
         let step = |have: &[u64]| {
             let have: Vec<Guid> = have.iter().copied().map(Guid).collect();
-            let (base, next) = next_step(&snapshots, &snapshots[2], &have);
+            let (base, next) = next_step(&snapshots, &snapshots[2], &have, all);
             (base.map(|base| base.guid.0), next.guid.0)
         };
         assert_eq!(step(&[]), (None, 1));
@@ -224,5 +224,11 @@ mod tests {
         assert_eq!(step(&[2, 1, 9]), (Some(2), 3));
         assert_eq!(step(&[2]), (Some(2), 3), "what is older than the common one is not missed");
         assert_eq!(step(&[4]), (None, 1), "newer than what is wanted");
+        let (base, next) = next_step(&snapshots, &snapshots[2], &[Guid(1)], |_| false);
+        assert_eq!(
+            (base.map(|base| base.guid.0), next.guid.0),
+            (Some(1), 3),
+            "what stays is passed by, and is a base if need be"
+        );
     }
 }

@@ -4,8 +4,9 @@ use std::future::Future;
 
 use crate::error::ZfsError;
 use crate::key::Key;
-use crate::model::{Dataset, PoolHealth, Snapshot, Space};
-use crate::name::{DatasetName, Property, SnapshotName};
+use crate::model::{Bookmark, Dataset, PoolHealth, Snapshot, Space};
+use crate::name::{BookmarkName, DatasetName, Guid, Property, SnapshotName};
+use crate::options::{ReceiveOptions, SendOptions};
 use crate::probe::Probe;
 use crate::stream::{ReceiveProcess, SendStream};
 
@@ -21,6 +22,12 @@ pub trait Zfs: Send + Sync + 'static {
 
     /// The health of the pool that `dataset` is in.
     fn pool_health(&self, dataset: &DatasetName) -> impl Future<Output = Result<PoolHealth>> + Send;
+
+    /// What `zpool status` says of that pool's state, for people to read.
+    fn pool_status(&self, dataset: &DatasetName) -> impl Future<Output = Result<String>> + Send;
+
+    /// What identifies that pool, whatever it is called.
+    fn pool_guid(&self, dataset: &DatasetName) -> impl Future<Output = Result<Guid>> + Send;
 
     /// The room in a dataset.
     fn space(&self, dataset: &DatasetName) -> impl Future<Output = Result<Space>> + Send;
@@ -108,7 +115,7 @@ pub trait Zfs: Send + Sync + 'static {
     /// Releases a hold. Idempotent.
     fn release(&self, name: &SnapshotName, tag: &str) -> impl Future<Output = Result<()>> + Send;
 
-    /// Mounts a dataset at its mountpoint. Idempotent.
+    /// Mounts a dataset at its mountpoint; `KeyNotLoaded` if it is sealed. Idempotent.
     fn mount(&self, name: &DatasetName) -> impl Future<Output = Result<()>> + Send;
 
     /// Unmounts a dataset, never by force: open files make it `Busy`. Idempotent.
@@ -120,15 +127,39 @@ pub trait Zfs: Send + Sync + 'static {
     /// Renames an unmounted dataset within its pool.
     fn rename(&self, from: &DatasetName, to: &DatasetName) -> impl Future<Output = Result<()>> + Send;
 
-    /// Starts the stream of a snapshot: in full, or what came after `base`, an older snapshot of the same dataset. Without properties.
-    fn send(&self, name: &SnapshotName, base: Option<&SnapshotName>)
-    -> impl Future<Output = Result<SendStream>> + Send;
+    /// Starts the stream of a snapshot: in full, or what came after a base. `Unsupported` if the options ask for what ZFS can't do.
+    fn send(&self, name: &SnapshotName, options: &SendOptions) -> impl Future<Output = Result<SendStream>> + Send;
 
-    /// Starts to receive a stream into `dataset`: a new one for a full stream, one whose newest snapshot is the base for an incremental one.
-    /// Never forced, never mounted. `properties` are set by the receive itself where the userland can (`recv -o`), else right after it.
+    /// About how many bytes that stream would have; none where ZFS doesn't say.
+    fn send_size(&self, name: &SnapshotName, options: &SendOptions)
+    -> impl Future<Output = Result<Option<u64>>> + Send;
+
+    /// Starts the rest of a stream that was cut: the receiver's [`Dataset::resume_token`] says which. As it began, so it goes on: raw or not.
+    fn send_resume(&self, token: &str) -> impl Future<Output = Result<SendStream>> + Send;
+
+    /// Starts to receive a stream into `dataset`: a new one for a full stream, one whose newest snapshot is the base for an incremental one,
+    /// one with a resume token for the rest of a stream.
     fn receive(
         &self,
         dataset: &DatasetName,
-        properties: &[Property],
+        options: &ReceiveOptions,
     ) -> impl Future<Output = Result<ReceiveProcess>> + Send;
+
+    /// Gives up what a resumable receive has kept: the dataset is as it was before, or gone if there was none. Idempotent.
+    fn abort_receive(&self, dataset: &DatasetName) -> impl Future<Output = Result<()>> + Send;
+
+    /// Makes a bookmark of a snapshot of the same dataset. Idempotent; `AlreadyExists` if one of that name is another snapshot's.
+    fn bookmark(&self, snapshot: &SnapshotName, name: &BookmarkName) -> impl Future<Output = Result<()>> + Send;
+
+    /// A dataset's bookmarks, in the order of their snapshots.
+    fn bookmarks(&self, dataset: &DatasetName) -> impl Future<Output = Result<Vec<Bookmark>>> + Send;
+
+    /// Destroys a bookmark.
+    fn destroy_bookmark(&self, name: &BookmarkName) -> impl Future<Output = Result<()>> + Send;
+
+    /// Loads the key of an encryption root; `WrongKey` if it is another's. Idempotent: where one is loaded, the key isn't looked at.
+    fn load_key(&self, name: &DatasetName, key: &Key) -> impl Future<Output = Result<()>> + Send;
+
+    /// Unloads it; `Busy` while something it seals is mounted. Idempotent.
+    fn unload_key(&self, name: &DatasetName) -> impl Future<Output = Result<()>> + Send;
 }

@@ -31,7 +31,7 @@ pub enum ErrorKind {
     NoSpace,
     /// The pool isn't imported or its I/O is suspended, or ZFS itself doesn't answer. Says nothing of what the pool holds.
     PoolUnavailable,
-    /// The destination of a receive was changed, or its newest snapshot isn't the stream's base.
+    /// The destination of a receive was changed, its newest snapshot isn't the stream's base, or one of them is raw and the other isn't.
     Diverged,
     /// A stream ended early or was damaged; the destination is as it was.
     BrokenStream,
@@ -112,10 +112,15 @@ const MESSAGES: &[(&str, ErrorKind)] = &[
     ("does not\nmatch incremental source", ErrorKind::Diverged),
     ("does not match incremental source", ErrorKind::Diverged),
     ("has been modified", ErrorKind::Diverged),
+    ("on top of existing unencrypted dataset", ErrorKind::Diverged),
+    ("encryption key does not match", ErrorKind::Diverged),
+    ("iv set guid", ErrorKind::Diverged),
+    ("requires -l (--large-block), to match previous", ErrorKind::Diverged),
     ("partially-complete state", ErrorKind::Unfinished),
     ("specify -f to overwrite it", ErrorKind::AlreadyExists),
     ("to overwrite it", ErrorKind::AlreadyExists),
     ("already exists", ErrorKind::AlreadyExists),
+    ("bookmark exists", ErrorKind::AlreadyExists),
     ("pool or dataset exists", ErrorKind::AlreadyExists),
     ("incorrect key provided", ErrorKind::WrongKey),
     ("encryption key not loaded", ErrorKind::KeyNotLoaded),
@@ -139,6 +144,8 @@ const MESSAGES: &[(&str, ErrorKind)] = &[
     ("broken pipe", ErrorKind::BrokenStream),
     ("does not exist", ErrorKind::NotFound),
     ("no such", ErrorKind::NotFound),
+    ("no longer exist", ErrorKind::NotFound),
+    ("no longer the same snapshot", ErrorKind::NotFound),
     ("could not find any snapshots", ErrorKind::NotFound),
 ];
 
@@ -221,6 +228,24 @@ mod tests {
                 "cannot receive new filesystem stream: checksum mismatch or incomplete stream.\nPartially received snapshot is saved.",
                 ErrorKind::BrokenStream,
             ),
+            (
+                "cannot receive incremental stream: cannot perform raw receive on top of existing unencrypted dataset",
+                ErrorKind::Diverged,
+            ),
+            (
+                "cannot receive incremental stream: IV set guid mismatch. See the 'zfs receive' man page section\ndiscussing the limitations of raw encrypted send streams.",
+                ErrorKind::Diverged,
+            ),
+            ("cannot receive incremental stream: encryption key does not match existing key", ErrorKind::Diverged),
+            ("cannot receive incremental stream: inherited key must be loaded", ErrorKind::KeyNotLoaded),
+            (
+                "cannot receive incremental stream: incremental send stream requires -L (--large-block), to match previous receive.",
+                ErrorKind::Diverged,
+            ),
+            ("Key load error: Keys must be loaded for encryption root of 'tank/c' (tank/e).", ErrorKind::KeyNotLoaded),
+            ("cannot create bookmark 'tank/v#one': bookmark exists", ErrorKind::AlreadyExists),
+            ("bookmark 'tank/v#one' does not exist.", ErrorKind::NotFound),
+            ("cannot resume send: 'tank/v@s' used in the initial send no longer exists", ErrorKind::NotFound),
             ("cannot create 'tank/e': encryption failure", ErrorKind::Other),
             ("internal error: out of memory", ErrorKind::Other),
         ] {

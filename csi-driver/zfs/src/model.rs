@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-use crate::name::{DatasetName, Guid, SnapshotName};
+use crate::name::{BookmarkName, DatasetName, Guid, SnapshotName};
 
 /// What a dataset holds.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -47,6 +47,8 @@ pub struct Dataset {
     pub resume_token: Option<String>,
     /// Property `encryption`, such as `aes-256-gcm`; none if it isn't encrypted.
     pub encryption: Option<String>,
+    /// The dataset whose key it is sealed with: itself, or what it inherits from or was cloned from. None if it isn't encrypted.
+    pub encryption_root: Option<DatasetName>,
     /// Whether it can be read: its key is loaded, or it isn't encrypted.
     pub key_available: bool,
     /// User properties set on it; not those inherited from its parent.
@@ -68,6 +70,17 @@ pub struct Snapshot {
     pub holds: u64,
     /// To be destroyed by ZFS itself when its last hold or clone is gone.
     pub defer_destroy: bool,
+}
+
+/// What is left of a snapshot that an incremental stream may start from when it is gone.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Bookmark {
+    /// Its name.
+    pub name: BookmarkName,
+    /// The snapshot's.
+    pub guid: Guid,
+    /// The transaction that made the snapshot.
+    pub created_txg: u64,
 }
 
 /// Room in a dataset, in bytes.

@@ -61,6 +61,11 @@ impl DatasetName {
         SnapshotName::new(self.clone(), name)
     }
 
+    /// The bookmark `self#name`.
+    pub fn bookmark(&self, name: &str) -> Result<BookmarkName, InvalidName> {
+        BookmarkName::new(self.clone(), name)
+    }
+
     /// The name in full.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -119,6 +124,32 @@ impl SnapshotName {
     }
 }
 
+/// The name of a bookmark: a dataset and a short name.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct BookmarkName {
+    dataset: DatasetName,
+    short: String,
+}
+
+impl BookmarkName {
+    /// Checks a bookmark's short name (what stands behind the `#`).
+    pub fn new(dataset: DatasetName, short: impl Into<String>) -> Result<Self, InvalidName> {
+        let SnapshotName { dataset, short } =
+            SnapshotName::new(dataset, short).map_err(|error| InvalidName { what: "bookmark name", ..error })?;
+        Ok(Self { dataset, short })
+    }
+
+    /// The dataset.
+    pub fn dataset(&self) -> &DatasetName {
+        &self.dataset
+    }
+
+    /// The part behind the `#`.
+    pub fn short(&self) -> &str {
+        &self.short
+    }
+}
+
 /// What ZFS allows in a component, less the space: nothing here needs one.
 fn is_component(text: &str) -> bool {
     !text.is_empty()
@@ -136,6 +167,24 @@ impl fmt::Display for DatasetName {
 impl fmt::Display for SnapshotName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}@{}", self.dataset, self.short)
+    }
+}
+
+impl fmt::Display for BookmarkName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}#{}", self.dataset, self.short)
+    }
+}
+
+impl FromStr for BookmarkName {
+    type Err = InvalidName;
+    fn from_str(text: &str) -> Result<Self, InvalidName> {
+        let (dataset, short) = text.split_once('#').ok_or(InvalidName {
+            what: "bookmark name",
+            given: text.to_owned(),
+            allowed: "dataset#name",
+        })?;
+        Self::new(DatasetName::new(dataset)?, short)
     }
 }
 
@@ -299,6 +348,8 @@ mod tests {
         assert_eq!([below("tank"), below("tank/a"), below("tank/a/b"), below("tan")], [true, true, false, false]);
         assert!(name.child("c/d").is_err());
         assert_eq!("tank/a@s".parse::<SnapshotName>().unwrap().to_string(), "tank/a@s");
+        assert_eq!("tank/a#b".parse::<BookmarkName>().unwrap().to_string(), "tank/a#b");
+        assert!("tank/a@b".parse::<BookmarkName>().unwrap_err().to_string().contains("dataset#name"));
         assert!("tank/a".parse::<SnapshotName>().is_err());
         assert!("tank/a@b@c".parse::<SnapshotName>().is_err());
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::model::{Dataset, Kind, Snapshot, Space};
+use crate::model::{Bookmark, Dataset, Kind, Snapshot, Space};
 use crate::name::{DatasetName, Guid};
 
 /// The columns asked for: `-o name,property,value,source`.
@@ -62,6 +62,7 @@ pub(crate) fn dataset(name: &str, properties: &Properties) -> Result<Dataset, St
         origin: value(properties, "origin").and_then(|name| name.parse().ok()),
         resume_token: value(properties, "receive_resume_token").map(str::to_owned),
         encryption: value(properties, "encryption").filter(|cipher| *cipher != "off").map(str::to_owned),
+        encryption_root: value(properties, "encryptionroot").and_then(|name| DatasetName::new(name).ok()),
         key_available: value(properties, "keystatus").is_none_or(|status| status == "available"),
         user: properties
             .iter()
@@ -92,6 +93,52 @@ pub(crate) fn snapshots(of: &DatasetName, text: &str) -> Result<Vec<Snapshot>, S
     Ok(found)
 }
 
+/// The bookmarks of one dataset, oldest first.
+pub(crate) fn bookmarks(of: &DatasetName, text: &str) -> Result<Vec<Bookmark>, String> {
+    let mut found = Vec::new();
+    for (name, properties) in table(text) {
+        let Some((dataset, short)) = name.split_once('#') else { continue };
+        if dataset != of.as_str() {
+            continue;
+        }
+        found.push(Bookmark {
+            name: of.bookmark(short).map_err(|e| e.to_string())?,
+            guid: Guid(number(&properties, "guid")?),
+            created_txg: number(&properties, "createtxg")?,
+        });
+    }
+    found.sort_by_key(|bookmark| bookmark.created_txg);
+    Ok(found)
+}
+
+/// The last line of `zfs send -nvP`: `size` and the bytes.
+pub(crate) fn send_size(text: &str) -> Option<u64> {
+    text.lines().rev().find_map(|line| line.strip_prefix("size")?.trim().parse().ok())
+}
+
+/// From `zpool status`: what it says of the pool's state, what that means and which errors there are, in one line.
+pub(crate) fn pool_summary(text: &str) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    let mut wanted = false;
+    for line in text.lines() {
+        match line.split_once(": ") {
+            Some((key, rest)) if !line.starts_with('\t') => {
+                wanted = matches!(key.trim(), "state" | "status" | "errors");
+                if wanted {
+                    parts.push(rest.trim().to_owned());
+                }
+            }
+            _ if line.trim().is_empty() || line.starts_with("config:") => wanted = false,
+            _ => {
+                if let Some(part) = parts.last_mut().filter(|_| wanted) {
+                    *part = format!("{part} {}", line.split_whitespace().collect::<Vec<_>>().join(" "));
+                }
+            }
+        }
+    }
+    parts.join("; ")
+}
+
 /// Used and available bytes.
 pub(crate) fn space(text: &str) -> Result<Space, String> {
     let rows = table(text);
@@ -116,6 +163,36 @@ mod tests {
         assert!(!found.mounted && !found.readonly && found.origin.is_none());
         assert_eq!(found.user.into_iter().collect::<Vec<_>>(), [("portolan:volume".into(), "v1".into())]);
         assert!(dataset(&rows[0].0, &rows[0].1).unwrap_err().contains("guid"));
+    }
+
+    #[test]
+    fn a_locked_volume_and_its_bookmarks_are_read() {
+        let text = "tank/e\ttype\tvolume\t-\ntank/e\tguid\t7\t-\ntank/e\tused\t1\t-\ntank/e\tavailable\t2\t-\n\
+            tank/e\treferenced\t1\t-\ntank/e\tvolsize\t16777216\tlocal\ntank/e\tencryption\taes-256-gcm\t-\n\
+            tank/e\tkeystatus\tunavailable\t-\ntank/e\tencryptionroot\ttank/e\t-\ntank/e\treceive_resume_token\t1-ab-0\t-\n";
+        let rows = table(text);
+        let found = dataset("tank/e", &rows[0].1).unwrap();
+        assert_eq!((found.kind, found.key_available), (Kind::Volume { size: 16_777_216 }, false));
+        assert_eq!((found.encryption.as_deref(), found.resume_token.as_deref()), (Some("aes-256-gcm"), Some("1-ab-0")));
+        assert_eq!(found.encryption_root, Some(found.name.clone()));
+        let text = "tank/e\tguid\t7\t-\ntank/e#b\tguid\t4\t-\ntank/e#b\tcreatetxg\t9\t-\ntank/e#a\tguid\t3\t-\ntank/e#a\tcreatetxg\t8\t-\n";
+        let names: Vec<_> = bookmarks(&found.name, text).unwrap().iter().map(|mark| mark.name.to_string()).collect();
+        assert_eq!(names, ["tank/e#a", "tank/e#b"]);
+        assert_eq!(send_size("incremental\ttank/e@a\ttank/e@b\t624\nsize\t624\n"), Some(624));
+        assert_eq!(send_size("total estimated size is 624\n"), None);
+    }
+
+    #[test]
+    fn a_degraded_pool_is_summed_up() {
+        let text = "  pool: tank\n state: DEGRADED\nstatus: One or more devices has been taken offline by the administrator.\n\
+            \tSufficient replicas exist for the pool to continue functioning in a\n\tdegraded state.\n\
+            action: Online the device using 'zpool online' or replace the device with\n\t'zpool replace'.\nconfig:\n\n\
+            \tNAME        STATE     READ WRITE CKSUM\n\ttank        DEGRADED     0     0     0\n\nerrors: No known data errors\n";
+        assert_eq!(
+            pool_summary(text),
+            "DEGRADED; One or more devices has been taken offline by the administrator. Sufficient replicas exist for the pool \
+             to continue functioning in a degraded state.; No known data errors"
+        );
     }
 
     #[test]

@@ -57,6 +57,8 @@ pub struct Capabilities {
     pub encryption: bool,
     /// Several snapshots by one command, in one transaction.
     pub several_snapshots: bool,
+    /// `send -nP`.
+    pub send_size: bool,
     /// `recv -o`.
     pub receive_properties: bool,
 }
@@ -72,6 +74,7 @@ impl Capabilities {
             compressed_send: true,
             encryption: true,
             several_snapshots: true,
+            send_size: true,
             receive_properties: true,
         }
     }
@@ -86,6 +89,7 @@ impl Capabilities {
             (self.compressed_send, "compressed-send"),
             (self.encryption, "encryption"),
             (self.several_snapshots, "several-snapshots"),
+            (self.send_size, "send-size"),
             (self.receive_properties, "receive-properties"),
         ]
         .into_iter()
@@ -139,6 +143,7 @@ pub(crate) fn capabilities(usage: &str, implementation: Implementation) -> Capab
         compressed_send: flag("send", 'c'),
         encryption: !lines("load-key").is_empty(),
         several_snapshots: lines("snapshot").iter().any(|line| line.ends_with("> ...")),
+        send_size: flag("send", 'n') && flag("send", 'P'),
         receive_properties: lines("receive").iter().any(|line| line.contains("[-o ")),
     }
 }
@@ -166,6 +171,7 @@ mod tests {
             "compressed-send",
             "encryption",
             "several-snapshots",
+            "send-size",
             "receive-properties",
         ];
         assert_eq!(capabilities(OPENZFS, Implementation::OpenZfs).names(), all);

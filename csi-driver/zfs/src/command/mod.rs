@@ -1,8 +1,12 @@
 //! [`Zfs`] by the commands `zfs` and `zpool`.
 
 mod datasets;
+mod keys;
 mod look;
 mod snapshots;
+mod streams;
+
+pub(crate) use self::streams::refuse_mixing;
 
 use std::time::Duration;
 
@@ -11,8 +15,9 @@ use tokio::sync::OnceCell;
 use crate::api::Zfs;
 use crate::error::{ErrorKind, ZfsError};
 use crate::key::Key;
-use crate::model::{Dataset, PoolHealth, Snapshot, Space};
-use crate::name::{DatasetName, Property, SnapshotName};
+use crate::model::{Bookmark, Dataset, PoolHealth, Snapshot, Space};
+use crate::name::{BookmarkName, DatasetName, Guid, Property, SnapshotName};
+use crate::options::{ReceiveOptions, SendOptions};
 use crate::parse;
 use crate::probe::Probe;
 use crate::runner::Runner;
@@ -59,8 +64,12 @@ impl CommandLine {
     }
 
     async fn pool_state(&self, pool: &str) -> Result<String, ZfsError> {
-        let words = ["zpool", "list", "-H", "-o", "health", pool].map(str::to_owned);
-        Ok(self.runner.run(&words).await?.stdout.trim().to_owned())
+        self.zpool(&["list", "-H", "-o", "health", pool]).await.map(|state| state.trim().to_owned())
+    }
+
+    async fn zpool(&self, words: &[&str]) -> Result<String, ZfsError> {
+        let words: Vec<String> = ["zpool"].iter().chain(words).map(|word| (*word).to_owned()).collect();
+        Ok(self.runner.run(&words).await?.stdout)
     }
 
     /// Runs a command again while it is refused as busy, a bounded number of times.
@@ -90,7 +99,7 @@ fn odd_output(words: &[&str], why: &str) -> ZfsError {
 }
 
 /// `Ok` if the error says that what was wanted is so already.
-fn already(result: Result<String, ZfsError>, message: &str) -> Result<(), ZfsError> {
+fn already<T>(result: Result<T, ZfsError>, message: &str) -> Result<(), ZfsError> {
     match result {
         Err(error) if !error.stderr.contains(message) => Err(error),
         _ => Ok(()),
@@ -104,6 +113,16 @@ impl Zfs for CommandLine {
 
     async fn pool_health(&self, dataset: &DatasetName) -> Result<PoolHealth, ZfsError> {
         self.pool_state(dataset.pool()).await.map(|state| PoolHealth::parse(&state))
+    }
+
+    async fn pool_status(&self, dataset: &DatasetName) -> Result<String, ZfsError> {
+        self.zpool(&["status", dataset.pool()]).await.map(|text| parse::pool_summary(&text))
+    }
+
+    async fn pool_guid(&self, dataset: &DatasetName) -> Result<Guid, ZfsError> {
+        let words = ["list", "-H", "-o", "guid", dataset.pool()];
+        let printed = self.zpool(&words).await?;
+        printed.trim().parse().map_err(|error| odd_output(&words, &format!("{error}")))
     }
 
     async fn space(&self, dataset: &DatasetName) -> Result<Space, ZfsError> {
@@ -233,33 +252,44 @@ impl Zfs for CommandLine {
         self.run_unless_busy(from, &["zfs", "rename", from.as_str(), to.as_str()]).await.map(drop)
     }
 
-    async fn send(&self, name: &SnapshotName, base: Option<&SnapshotName>) -> Result<SendStream, ZfsError> {
-        let mut words = vec!["zfs".to_owned(), "send".to_owned()];
-        if let Some(base) = base {
-            words.extend(["-i".to_owned(), base.to_string()]);
-        }
-        words.push(name.to_string());
-        SendStream::spawn(&self.runner, words)
+    async fn send(&self, name: &SnapshotName, options: &SendOptions) -> Result<SendStream, ZfsError> {
+        self.send_snapshot(name, options).await
     }
 
-    async fn receive(&self, dataset: &DatasetName, properties: &[Property]) -> Result<ReceiveProcess, ZfsError> {
-        let by_flag = self.probed().await?.capabilities.receive_properties;
-        let mut words: Vec<String> = ["zfs", "recv", "-u"].map(str::to_owned).into();
-        let mut later = Vec::new();
-        for property in properties {
-            match by_flag {
-                true => words.extend(["-o".to_owned(), property.to_string()]),
-                false => later.push(property.clone()),
-            }
-        }
-        words.push(dataset.to_string());
-        let (zfs, name) = (Self::new(self.runner.clone()), dataset.clone());
-        ReceiveProcess::spawn(&self.runner, words, async move {
-            for property in &later {
-                zfs.set_property(&name, property).await?;
-            }
-            Ok(())
-        })
+    async fn send_size(&self, name: &SnapshotName, options: &SendOptions) -> Result<Option<u64>, ZfsError> {
+        self.estimate(name, options).await
+    }
+
+    async fn send_resume(&self, token: &str) -> Result<SendStream, ZfsError> {
+        self.resume(token).await
+    }
+
+    async fn receive(&self, dataset: &DatasetName, options: &ReceiveOptions) -> Result<ReceiveProcess, ZfsError> {
+        self.receive_into(dataset, options).await
+    }
+
+    async fn abort_receive(&self, dataset: &DatasetName) -> Result<(), ZfsError> {
+        self.abort(dataset).await
+    }
+
+    async fn bookmark(&self, snapshot: &SnapshotName, name: &BookmarkName) -> Result<(), ZfsError> {
+        self.make_bookmark(snapshot, name).await
+    }
+
+    async fn bookmarks(&self, dataset: &DatasetName) -> Result<Vec<Bookmark>, ZfsError> {
+        self.bookmarks_of(dataset).await
+    }
+
+    async fn destroy_bookmark(&self, name: &BookmarkName) -> Result<(), ZfsError> {
+        self.drop_bookmark(name).await
+    }
+
+    async fn load_key(&self, name: &DatasetName, key: &Key) -> Result<(), ZfsError> {
+        self.key_in(name, key).await
+    }
+
+    async fn unload_key(&self, name: &DatasetName) -> Result<(), ZfsError> {
+        self.key_out(name).await
     }
 }
 

@@ -1,7 +1,9 @@
 //! [`Zfs`] in memory, for tests of what stands on it: the same answers as the real one, and failures where they are asked for.
 
+mod keys;
 mod snapshots;
 mod state;
+mod stream;
 mod zfs;
 
 use std::collections::BTreeMap;
@@ -46,6 +48,7 @@ impl Memory {
             capabilities: Capabilities::default(),
             // GUIDs must differ between pools: where it lies in memory does.
             last: 0,
+            guid: 0,
             datasets: BTreeMap::new(),
             faults: Vec::new(),
             calls: Vec::new(),
@@ -54,6 +57,7 @@ impl Memory {
         let seed = (Arc::as_ptr(&memory.state) as usize as u64) << 16;
         let mut state = memory.lock();
         state.last = seed;
+        state.guid = seed;
         // The pool's own dataset, and those on the way to the one that was named.
         let mut name = String::new();
         for part in pool.as_str().split('/') {

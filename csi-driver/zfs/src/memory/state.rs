@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
-
+use super::keys::fingerprint;
+use super::stream::Partial;
 use super::{Fault, Result};
 use crate::error::{ErrorKind, ZfsError};
 use crate::key::Key;
@@ -22,6 +22,7 @@ pub(super) struct State {
     pub(super) imported: bool,
     pub(super) capabilities: Capabilities,
     pub(super) last: u64,
+    pub(super) guid: u64,
     pub(super) datasets: BTreeMap<DatasetName, Entry>,
     pub(super) faults: Vec<(&'static str, u32, Fault)>,
     pub(super) calls: Vec<String>,
@@ -34,13 +35,16 @@ pub(super) struct Entry {
     pub(super) mounted: bool,
     pub(super) open: bool,
     pub(super) origin: Option<SnapshotName>,
-    pub(super) key: Option<Key>,
+    /// What its key is known by, if it is an encryption root.
+    pub(super) key: Option<u64>,
     pub(super) key_loaded: bool,
     /// Of a volume, in bytes.
     pub(super) size: Option<u64>,
     pub(super) data: Vec<u8>,
     pub(super) modified: bool,
     pub(super) snapshots: Vec<Taken>,
+    pub(super) bookmarks: Vec<Mark>,
+    pub(super) partial: Option<Partial>,
 }
 
 #[derive(Clone, Debug)]
@@ -55,15 +59,12 @@ pub(super) struct Taken {
     pub(super) data: Vec<u8>,
 }
 
-/// A stream: a snapshot's data in full, whatever its base, and a word at the end by which it is known to be whole.
-#[derive(Deserialize, Serialize)]
-pub(super) struct Stream {
-    pub(super) base: Option<u64>,
+/// A bookmark.
+#[derive(Clone, Debug)]
+pub(super) struct Mark {
     pub(super) short: String,
     pub(super) guid: u64,
-    pub(super) size: Option<u64>,
-    pub(super) data: Vec<u8>,
-    pub(super) end: String,
+    pub(super) txg: u64,
 }
 
 impl State {
@@ -116,7 +117,7 @@ impl State {
         entry.set(properties);
         if let Some(key) = key {
             entry.properties.entry("encryption".to_owned()).or_insert_with(|| "aes-256-gcm".to_owned());
-            entry.key = Some(key.clone());
+            entry.key = Some(fingerprint(key));
             entry.key_loaded = true;
         }
         Ok(entry)
@@ -159,6 +160,7 @@ impl State {
 
     pub(super) fn dataset(&self, name: &DatasetName, entry: &Entry) -> Dataset {
         let available = self.capacity.saturating_sub(self.used());
+        let root = self.encryption_root(name).and_then(|root| self.datasets.get(&root));
         let refquota = entry.get("refquota").and_then(|text| text.parse().ok());
         Dataset {
             name: name.clone(),
@@ -172,9 +174,10 @@ impl State {
             mounted: entry.mounted,
             mountpoint: entry.get("mountpoint").filter(|path| path.starts_with('/')).map(Into::into),
             origin: entry.origin.clone(),
-            resume_token: None,
-            encryption: entry.get("encryption").filter(|cipher| *cipher != "off").map(str::to_owned),
-            key_available: entry.key.is_none() || entry.key_loaded,
+            resume_token: entry.partial.as_ref().map(Partial::token),
+            encryption: root.and_then(|root| root.get("encryption")).map(str::to_owned),
+            encryption_root: self.encryption_root(name),
+            key_available: self.key_available(name),
             user: entry
                 .properties
                 .iter()
@@ -190,39 +193,6 @@ impl State {
             return Err(failure(ErrorKind::Busy, "unmount", name, "dataset is busy"));
         }
         entry.mounted = false;
-        Ok(())
-    }
-
-    pub(super) fn receive(&mut self, name: &DatasetName, bytes: &[u8], properties: &[Property]) -> Result<()> {
-        let broken = || failure(ErrorKind::BrokenStream, "receive", name, "invalid backup stream");
-        let stream: Stream = serde_json::from_slice(bytes).map_err(|_| broken())?;
-        if stream.end != "END" {
-            return Err(broken());
-        }
-        let txg = self.next();
-        let entry = match stream.base {
-            None => self.create(name, "receive")?,
-            Some(base) => {
-                let entry = self.entry(name, "receive")?;
-                let matches = entry.snapshots.last().is_some_and(|newest| newest.guid == base);
-                if !matches || entry.modified {
-                    return Err(failure(ErrorKind::Diverged, "receive", name, "destination has been modified"));
-                }
-                entry
-            }
-        };
-        entry.size = stream.size;
-        entry.data.clone_from(&stream.data);
-        entry.snapshots.push(Taken {
-            short: stream.short,
-            guid: stream.guid,
-            txg,
-            holds: Vec::new(),
-            deferred: false,
-            size: stream.size,
-            data: stream.data,
-        });
-        entry.set(properties);
         Ok(())
     }
 }

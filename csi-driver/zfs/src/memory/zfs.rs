@@ -2,13 +2,14 @@
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::state::{Stream, failure};
+use super::state::failure;
 use super::{Memory, Result};
 use crate::api::Zfs;
 use crate::error::{ErrorKind, ZfsError};
 use crate::key::Key;
-use crate::model::{Dataset, PoolHealth, Snapshot, Space};
-use crate::name::{DatasetName, Property, SnapshotName};
+use crate::model::{Bookmark, Dataset, PoolHealth, Snapshot, Space};
+use crate::name::{BookmarkName, DatasetName, Guid, Property, SnapshotName};
+use crate::options::{ReceiveOptions, SendOptions};
 use crate::probe::Probe;
 use crate::stream::{ReceiveProcess, SendStream};
 
@@ -21,6 +22,18 @@ impl Zfs for Memory {
         self.call("pool_health", dataset, |state| match dataset.pool() == state.pool {
             true => Ok(state.health.clone()),
             false => Err(failure(ErrorKind::PoolUnavailable, "pool_health", dataset, "no such pool")),
+        })
+        .await
+    }
+
+    async fn pool_status(&self, dataset: &DatasetName) -> Result<String> {
+        self.pool_health(dataset).await.map(|health| health.to_string())
+    }
+
+    async fn pool_guid(&self, dataset: &DatasetName) -> Result<Guid> {
+        self.call("pool_guid", dataset, |state| match dataset.pool() == state.pool {
+            true => Ok(Guid(state.guid)),
+            false => Err(failure(ErrorKind::PoolUnavailable, "pool_guid", dataset, "no such pool")),
         })
         .await
     }
@@ -171,6 +184,9 @@ impl Zfs for Memory {
 
     async fn mount(&self, name: &DatasetName) -> Result<()> {
         self.call("mount", name, |state| {
+            if !state.key_available(name) {
+                return Err(failure(ErrorKind::KeyNotLoaded, "mount", name, "encryption key not loaded"));
+            }
             let entry = state.entry(name, "mount")?;
             if entry.get("mountpoint").is_none_or(|path| !path.starts_with('/')) {
                 return Err(failure(ErrorKind::Other, "mount", name, "no mountpoint set"));
@@ -204,35 +220,74 @@ impl Zfs for Memory {
         .await
     }
 
-    async fn send(&self, name: &SnapshotName, base: Option<&SnapshotName>) -> Result<SendStream> {
-        let stream = self
-            .call("send", name, |state| {
-                let base = base.map(|base| state.taken(base, "send").map(|taken| taken.guid)).transpose()?;
-                let taken = state.taken(name, "send")?;
-                let (short, guid, size, data) = (taken.short.clone(), taken.guid, taken.size, taken.data.clone());
-                Ok(Stream { base, short, guid, size, data, end: "END".into() })
-            })
-            .await?;
-        let bytes = serde_json::to_vec(&stream).map_err(|e| failure(ErrorKind::Other, "send", name, &e.to_string()))?;
-        let (memory, name) = (self.clone(), name.clone());
-        let outcome = async move { memory.call("send_end", &name, |_| Ok(())).await };
-        Ok(SendStream::new(std::io::Cursor::new(bytes), Box::pin(outcome)))
+    async fn send(&self, name: &SnapshotName, options: &SendOptions) -> Result<SendStream> {
+        let bytes = self.call("send", name, |state| state.stream(name, options)).await?;
+        Ok(self.sending(bytes, name.to_string()))
     }
 
-    async fn receive(&self, dataset: &DatasetName, properties: &[Property]) -> Result<ReceiveProcess> {
-        self.call("receive", dataset, |_| Ok(())).await?;
+    async fn send_size(&self, name: &SnapshotName, options: &SendOptions) -> Result<Option<u64>> {
+        self.call("send_size", name, |state| match state.capabilities.send_size {
+            true => state.stream(name, options).map(|bytes| Some(bytes.len() as u64)),
+            false => Ok(None),
+        })
+        .await
+    }
+
+    async fn send_resume(&self, token: &str) -> Result<SendStream> {
+        let bytes = self.call("send_resume", token, |state| state.rest(token)).await?;
+        Ok(self.sending(bytes, token.to_owned()))
+    }
+
+    async fn receive(&self, dataset: &DatasetName, options: &ReceiveOptions) -> Result<ReceiveProcess> {
+        self.call("receive", dataset, |state| match options.resumable {
+            true => state.need("resume", |can| can.resume, "receive", dataset),
+            false => Ok(()),
+        })
+        .await?;
         let (writer, mut reader) = tokio::io::duplex(64 * 1024);
         // The process at the other end of the pipe: it reads whether or not somebody waits for it.
-        let (memory, name, properties) = (self.clone(), dataset.clone(), properties.to_vec());
+        let (memory, name, options) = (self.clone(), dataset.clone(), options.clone());
         let received = tokio::spawn(async move {
             let mut bytes = Vec::new();
             let _ = reader.read_to_end(&mut bytes).await;
             let _ = reader.shutdown().await;
-            memory.call("receive_end", &name, |state| state.receive(&name, &bytes, &properties)).await
+            memory.call("receive_end", &name, |state| state.receive(&name, &bytes, &options)).await
         });
         let outcome = async move {
             received.await.unwrap_or_else(|e| Err(ZfsError::new(ErrorKind::Other, "receive", e.to_string())))
         };
         Ok(ReceiveProcess::new(writer, Box::pin(outcome)))
+    }
+
+    async fn abort_receive(&self, dataset: &DatasetName) -> Result<()> {
+        self.call("abort_receive", dataset, |state| state.abort_receive(dataset)).await
+    }
+
+    async fn bookmark(&self, snapshot: &SnapshotName, name: &BookmarkName) -> Result<()> {
+        self.call("bookmark", format!("{snapshot} {name}"), |state| state.bookmark(snapshot, name)).await
+    }
+
+    async fn bookmarks(&self, dataset: &DatasetName) -> Result<Vec<Bookmark>> {
+        self.call("bookmarks", dataset, |state| state.bookmarks(dataset)).await
+    }
+
+    async fn destroy_bookmark(&self, name: &BookmarkName) -> Result<()> {
+        self.call("destroy_bookmark", name, |state| state.destroy_bookmark(name)).await
+    }
+
+    async fn load_key(&self, name: &DatasetName, key: &Key) -> Result<()> {
+        self.call("load_key", name, |state| state.load_key(name, key)).await
+    }
+
+    async fn unload_key(&self, name: &DatasetName) -> Result<()> {
+        self.call("unload_key", name, |state| state.unload_key(name)).await
+    }
+}
+
+impl Memory {
+    fn sending(&self, bytes: Vec<u8>, about: String) -> SendStream {
+        let memory = self.clone();
+        let outcome = async move { memory.call("send_end", about, |_| Ok(())).await };
+        SendStream::new(std::io::Cursor::new(bytes), Box::pin(outcome))
     }
 }
