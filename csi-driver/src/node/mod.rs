@@ -11,6 +11,7 @@ mod fetch;
 mod locks;
 mod metrics;
 mod mounts;
+mod pool;
 mod registration;
 mod restore;
 mod steps;
@@ -28,7 +29,7 @@ use anyhow::Context;
 use jiff::Timestamp;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Api, Client};
-use portolan_crds::{PortableSnapshot, PortableVolume, StorageNode};
+use portolan_crds::{Orphans, PortableSnapshot, PortableVolume, StorageNode};
 use portolan_runtime::events::Events;
 use portolan_runtime::http::{self, Health};
 use portolan_zfs::{CommandLine, DatasetName, Runner, Zfs};
@@ -89,6 +90,8 @@ pub struct Node<Z> {
     /// When a volume was unmounted here, if it hasn't been mounted since.
     unstaged: Mutex<HashMap<String, Timestamp>>,
     nudges: mpsc::UnboundedSender<ObjectRef<PortableVolume>>,
+    /// What the newest look has found left over.
+    orphans: Mutex<Option<Orphans>>,
     identity: watch::Receiver<Option<Arc<transfer::Identity>>>,
 }
 
@@ -147,6 +150,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
         locks: Locks::default(),
         unstaged: Mutex::default(),
         nudges,
+        orphans: Mutex::default(),
         identity: identity.clone(),
     });
 
