@@ -8,9 +8,11 @@ mod certificate;
 pub mod csi;
 mod disk;
 mod fetch;
+mod housekeeping;
 mod locks;
 mod metrics;
 mod mounts;
+mod orphans;
 mod pool;
 mod registration;
 mod restore;
@@ -162,13 +164,14 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let reports = storage_node::report(node.clone(), client.clone(), transfer_address, health, shutdown.clone());
     let certificates = certificate::keep(client, options.node_name, identity_sender, shutdown.clone());
     let transfers = serve_transfers(node.clone(), transfer_address, identity, shutdown.clone());
+    let housekeeping = housekeeping::keep(node.clone(), shutdown.clone());
     let work = agent::run(controller, node, shutdown.clone());
     tokio::try_join!(
         async { http.await.context("health and metrics") },
         async { csi.await.context("CSI") },
         async { transfers.await.context("transfer server") },
         async {
-            tokio::join!(reports, certificates, work);
+            tokio::join!(reports, certificates, housekeeping, work);
             Ok(())
         },
     )?;
