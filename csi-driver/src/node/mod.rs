@@ -9,6 +9,7 @@ pub mod csi;
 mod disk;
 mod fetch;
 mod housekeeping;
+mod import;
 mod locks;
 mod metrics;
 mod mounts;
