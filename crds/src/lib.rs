@@ -33,6 +33,10 @@ pub const CA_SECRET: &str = "portolan-ca";
 pub const CA_CONFIG_MAP: &str = "portolan-ca";
 /// Node label and CSI topology key: which kind of pool a node has. A volume can go wherever such a pool is.
 pub const TOPOLOGY_KEY: &str = "topology.portolan.dev/zone-of-pool";
+/// Node label and CSI topology key: which pool a node has, by its GUID. No volume is bound to it; room is counted by it.
+pub const POOL_TOPOLOGY_KEY: &str = "topology.portolan.dev/pool";
+/// Claim annotation: the dataset that its volume is to be, as `<node>:<dataset>`.
+pub const IMPORT_ANNOTATION: &str = "portolan.dev/import";
 /// Finalizer of a PortableVolume: datasets may still exist on nodes.
 pub const VOLUME_FINALIZER: &str = "portolan.dev/datasets";
 /// Finalizer of a PortableSnapshot: nodes may still have it.
@@ -66,6 +70,12 @@ pub mod condition {
     pub const FALSE: &str = "False";
     /// Whether it holds can't be told now.
     pub const UNKNOWN: &str = "Unknown";
+    /// Of a StorageNode: its pool works, with all the redundancy that it should have.
+    pub const POOL_HEALTHY: &str = "PoolHealthy";
+    /// Of a StorageNode: less than a tenth of its room is free.
+    pub const SPACE_LOW: &str = "SpaceLow";
+    /// Of a StorageNode: each dataset, snapshot and mount of ours has its object.
+    pub const NO_ORPHANS: &str = "NoOrphans";
     /// The type every kind here has: all is as the spec wants it.
     pub const READY: &str = "Ready";
 }

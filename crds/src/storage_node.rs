@@ -20,8 +20,11 @@ use serde::{Deserialize, Serialize};
     printcolumn = r#"{"name":"Health","type":"string","jsonPath":".status.health"}"#,
     printcolumn = r#"{"name":"Size","type":"string","jsonPath":".status.capacity"}"#,
     printcolumn = r#"{"name":"Free","type":"string","jsonPath":".status.available"}"#,
+    printcolumn = r#"{"name":"Volumes","type":"integer","jsonPath":".status.volumes"}"#,
     printcolumn = r#"{"name":"ZFS","type":"string","jsonPath":".status.zfsVersion"}"#,
     printcolumn = r#"{"name":"Ready","type":"string","jsonPath":".status.conditions[?(@.type=='Ready')].status"}"#,
+    printcolumn = r#"{"name":"Healthy","type":"string","jsonPath":".status.conditions[?(@.type=='PoolHealthy')].status","priority":1}"#,
+    printcolumn = r#"{"name":"Orphans","type":"integer","jsonPath":".status.orphans.count","priority":1}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase")]
@@ -37,6 +40,12 @@ pub struct StorageNodeStatus {
     /// Where other agents reach this one's transfer server, `address:port`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transfer_address: Option<String>,
+    /// The pool's GUID, in decimal; also the value of the node label `topology.portolan.dev/pool`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_guid: Option<String>,
+    /// How many volumes this node owns. There is no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volumes: Option<i64>,
     /// The pool's health as ZFS names it (`ONLINE`, `DEGRADED`, …; zpoolconcepts(7)), or `MISSING`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub health: Option<String>,
@@ -58,7 +67,40 @@ pub struct StorageNodeStatus {
     /// What the pool can do, probed (`resume`, `bookmarks`, `zvol`, …).
     #[serde(default)]
     pub capabilities: Vec<String>,
-    /// `Ready`, and what stands in its way.
+    /// What is left over on this node and needs a person, as of the newest look; none before the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub orphans: Option<Orphans>,
+    /// `Ready`, `PoolHealthy`, `SpaceLow`, `NoOrphans`, `CertificateReady`.
     #[serde(default)]
     pub conditions: Vec<Condition>,
+}
+
+/// What no object of the API accounts for.
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Orphans {
+    /// How many there are.
+    pub count: i64,
+    /// Bytes they use, as far as that is known.
+    pub bytes: i64,
+    /// How many datasets lie below the pool that Portolan did not make: they are nobody's concern, and never touched.
+    pub foreign: i64,
+    /// The first 20 of them.
+    #[serde(default)]
+    pub items: Vec<Orphan>,
+}
+
+/// One thing left over.
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Orphan {
+    /// The dataset, snapshot or path.
+    pub name: String,
+    /// What is the matter with it, CamelCase.
+    pub reason: String,
+    /// Bytes it uses; none if that isn't known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<i64>,
+    /// Why nobody owns it, and the command that ends that.
+    pub message: String,
 }

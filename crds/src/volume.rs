@@ -48,6 +48,9 @@ pub struct PortableVolumeSpec {
     /// What the volume begins as; empty if nothing is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<VolumeSource>,
+    /// The dataset that the volume is to be, there already on the node of `placement`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub import: Option<VolumeImport>,
     /// Where the volume is wanted.
     pub placement: Placement,
 }
@@ -94,6 +97,15 @@ pub struct VolumeSource {
     pub short_name: String,
     /// The snapshot's GUID, in decimal.
     pub guid: String,
+}
+
+/// A dataset that was made by hand and becomes a volume.
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeImport {
+    /// Its name in full, in the same pool as the volumes. It is renamed.
+    #[schemars(length(min = 1))]
+    pub dataset: String,
 }
 
 /// Where a volume is wanted. The owner follows; it never leads.
@@ -193,6 +205,9 @@ pub struct PortableVolumeStatus {
     /// Bytes the dataset uses at its owner.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub used_bytes: Option<i64>,
+    /// The GUID, in decimal, of the dataset that is being imported, written before it is renamed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub import_guid: Option<String>,
     /// Every node that holds a dataset of this volume, the owner included. A volume is gone when this is empty.
     #[serde(default)]
     pub replicas: Vec<Replica>,

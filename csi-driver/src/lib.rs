@@ -10,6 +10,7 @@ pub mod node;
 pub mod parameters;
 pub mod proto;
 pub mod quantity;
+pub mod room;
 mod socket;
 pub mod transfer;
 pub mod volume;

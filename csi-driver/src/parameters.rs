@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
-use portolan_crds::{Compression, Filesystem, Logbias, Sync, VolumeMode, VolumeParameters};
+use portolan_crds::{Compression, Filesystem, IMPORT_ANNOTATION, Logbias, Sync, VolumeMode, VolumeParameters};
+use portolan_zfs::DatasetName;
 
 /// Parameters that other parties put into a StorageClass or a CSI call under this prefix are not ours to judge.
 const FOREIGN_PREFIX: &str = "csi.storage.k8s.io/";
@@ -70,6 +71,15 @@ pub enum Refusal {
         /// What the volume is.
         is: &'static str,
     },
+    /// An annotation that names no dataset.
+    #[error("annotation {IMPORT_ANNOTATION} is {given:?}: allowed is <node>:<dataset>, such as node-1:tank/old")]
+    Import {
+        /// Its value.
+        given: String,
+    },
+    /// A claim that wants to be two things.
+    #[error("spec.dataSource and annotation {IMPORT_ANNOTATION} are both given: allowed is one of them")]
+    ImportAndSource,
     /// A claim that wants to start from something we can't copy.
     #[error("spec.dataSource {given} {why}")]
     DataSource {
@@ -256,6 +266,26 @@ pub fn check_access_modes(modes: &[String]) -> Result<(), Refusal> {
         Some(mode) => Err(Refusal::AccessMode { given: mode.clone() }),
         None => Ok(()),
     }
+}
+
+/// A dataset that a claim's volume is to be.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Import {
+    /// The node that has it.
+    pub node: String,
+    /// Its name in full.
+    pub dataset: String,
+}
+
+/// Parses a claim's annotation, `<node>:<dataset>`.
+///
+/// # Errors
+/// When it isn't of that form.
+pub fn import(given: &str) -> Result<Import, Refusal> {
+    let parts = given.split_once(':').filter(|(node, _)| !node.is_empty());
+    let named = parts.and_then(|(node, dataset)| Some((node, DatasetName::new(dataset).ok()?)));
+    let (node, dataset) = named.ok_or_else(|| Refusal::Import { given: given.to_owned() })?;
+    Ok(Import { node: node.to_owned(), dataset: dataset.to_string() })
 }
 
 /// A claim's volume mode; none means Filesystem.

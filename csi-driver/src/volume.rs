@@ -17,6 +17,9 @@ pub const EPOCH_PROPERTY: &str = "portolan:epoch";
 /// Reason of a condition: the volume is gone for its users, and its dataset stays for its snapshots or clones.
 pub const KEPT: &str = "Kept";
 
+/// Reason of a condition: the dataset that the volume was to be can't be it.
+pub const IMPORT_REFUSED: &str = "ImportRefused";
+
 /// A volume's status; an empty one if nobody has written any.
 pub fn status(volume: &PortableVolume) -> PortableVolumeStatus {
     volume.status.clone().unwrap_or_default()

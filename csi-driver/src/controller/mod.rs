@@ -4,6 +4,7 @@
 //! looks at the objects as they are now.
 
 mod attach;
+mod capacity;
 pub(crate) mod decide;
 mod provision;
 mod reclaim;
@@ -119,13 +120,16 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let work = |token: CancellationToken| async move {
         tokio::select! {
             () = token.cancelled() => {}
-            _ = futures::future::join5(
-                provision::run(hub.clone()),
-                reclaim::run(hub.clone()),
-                volumes::run(hub.clone()),
-                snapshots::run(hub.clone()),
-                attach::run(hub),
-            ) => {}
+            _ = async {
+                tokio::join!(
+                    provision::run(hub.clone()),
+                    reclaim::run(hub.clone()),
+                    volumes::run(hub.clone()),
+                    snapshots::run(hub.clone()),
+                    capacity::run(hub.clone()),
+                    attach::run(hub.clone()),
+                )
+            } => {}
         }
     };
     let leading = leader::run(client, &namespace, LEASE, &options.pod_name, shutdown, work);

@@ -13,14 +13,18 @@ use kube::runtime::controller::Action;
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::{Controller, watcher};
 use kube::{Api, Resource, ResourceExt};
-use portolan_crds::{DRIVER, Filesystem, PV_FINALIZER, PortableVolume, PortableVolumeSpec, TOPOLOGY_KEY, VolumePhase};
+use portolan_crds::{
+    DRIVER, Filesystem, IMPORT_ANNOTATION, PV_FINALIZER, PortableVolume, PortableVolumeSpec, TOPOLOGY_KEY, VolumePhase,
+    condition,
+};
+use portolan_runtime::conditions;
 use serde_json::json;
 
 use super::source::{self, Named, Resolved, Source};
 use super::volumes::{self, name_of};
 use super::wish::{self, Wish, no_pool};
 use super::{Hub, PROVISIONED_BY, RESYNC, exhaust, retry};
-use crate::parameters::{self, Refusal};
+use crate::parameters::{self, Import, Refusal};
 use crate::quantity::{self, Human};
 use crate::volume;
 
@@ -57,6 +61,10 @@ fn check(
     if let Some(given) = attributes.and_then(|attributes| attributes.parameters.as_ref()) {
         parameters::change(&mut asked.parameters, given)?;
     }
+    let import = claim.annotations().get(IMPORT_ANNOTATION).map(|given| parameters::import(given)).transpose()?;
+    if import.is_some() && (spec.data_source.is_some() || spec.data_source_ref.is_some()) {
+        return Err(Refusal::ImportAndSource);
+    }
     let requests = spec.resources.as_ref().and_then(|resources| resources.requests.as_ref());
     let size = requests.and_then(|requests| requests.get("storage")).map(|size| size.0.clone()).unwrap_or_default();
     let size_bytes = quantity::bytes(&size)?;
@@ -66,6 +74,7 @@ fn check(
         mode,
         asked,
         source: None,
+        import,
         claim: format!("{}/{}", claim.namespace().unwrap_or_default(), claim.name_any()),
         claim_uid: claim.uid().unwrap_or_default(),
     })
@@ -137,8 +146,23 @@ async fn provision(
         if status.owner.is_some() && status.phase == VolumePhase::Ready {
             return bind(claim, class, volume, hub).await;
         }
+        let ready = conditions::find(&status.conditions, condition::READY);
+        if let Some(refused) = ready.filter(|ready| ready.reason == volume::IMPORT_REFUSED) {
+            failed(hub, claim, &format!("annotation {IMPORT_ANNOTATION}: {}", refused.message)).await;
+        }
     }
-    let Some(node) = choose(claim, class, present.as_ref(), hub).await? else { return Ok(Action::requeue(WAITING)) };
+    let Some(node) = choose(claim, class, present.as_ref(), wish.import.as_ref(), hub).await? else {
+        return Ok(Action::requeue(WAITING));
+    };
+    if let Some(import) = wish.import.as_ref().filter(|import| import.node != node) {
+        let message = format!(
+            "annotation {IMPORT_ANNOTATION} names node {}, and the scheduler has chosen node {node} for the pod: give the pod a              nodeSelector for node {} until it runs",
+            import.node, import.node
+        );
+        failed(hub, claim, &message).await;
+        give_back(claim, hub).await?;
+        return Ok(Action::requeue(WAITING));
+    }
     let zvol = wish.clone().spec(node.clone()).is_zvol();
     if let Some(why) = no_pool(&hub.storage_nodes, &node, zvol).await? {
         failed(hub, claim, &format!("no volume can be made on the chosen node: {why}")).await;
@@ -171,7 +195,8 @@ async fn provision(
             tracing::info!(volume = name, message);
             hub.events.normal(&claim.object_ref(&()), "Provisioning", "Provision", &message).await;
         }
-        Some(volume) if volume.spec.placement.node != node => {
+        // An import is where its dataset is.
+        Some(volume) if volume.spec.placement.node != node && volume.spec.import.is_none() => {
             // Nobody owns it yet, and the scheduler has thought again.
             let patch = json!({
                 "metadata": { "resourceVersion": volume.resource_version() },
@@ -189,6 +214,7 @@ async fn choose(
     claim: &PersistentVolumeClaim,
     class: &StorageClass,
     present: Option<&PortableVolume>,
+    import: Option<&Import>,
     hub: &Hub,
 ) -> kube::Result<Option<String>> {
     if let Some(node) = claim.annotations().get(SELECTED_NODE) {
@@ -199,6 +225,9 @@ async fn choose(
     }
     if let Some(volume) = present {
         return Ok(Some(volume.spec.placement.node.clone()));
+    }
+    if let Some(import) = import {
+        return Ok(Some(import.node.clone()));
     }
     let best = wish::candidates(&hub.storage_nodes).await?.into_iter().next();
     if best.is_none() {
@@ -336,6 +365,24 @@ mod tests {
         ] {
             assert!(refused(change, parameters).unwrap().contains(named), "{named}");
         }
+    }
+
+    #[test]
+    fn a_claim_may_name_a_dataset_to_import() {
+        let asked = |annotation: &str, change| {
+            let mut claim = claim(change);
+            claim.annotations_mut().insert(IMPORT_ANNOTATION.to_owned(), annotation.to_owned());
+            check(&claim, claim.spec.as_ref().unwrap(), &class(json!({})), None).map_err(|refusal| refusal.to_string())
+        };
+        let wish = asked("node-1:tank/old/db", json!({})).unwrap();
+        let spec = wish.spec("node-1".into());
+        assert_eq!(spec.import.unwrap().dataset, "tank/old/db");
+        for wrong in ["", "tank/old", ":tank/old", "node-1:", "node-1:/tank", "node-1:tank@s"] {
+            let refused = asked(wrong, json!({})).unwrap_err();
+            assert!(refused.contains(IMPORT_ANNOTATION) && refused.contains("<node>:<dataset>"), "{wrong}: {refused}");
+        }
+        let both = json!({ "dataSource": { "kind": "PersistentVolumeClaim", "name": "other" } });
+        assert!(asked("node-1:tank/old", both).unwrap_err().contains("dataSource"));
     }
 
     #[test]

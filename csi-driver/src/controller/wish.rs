@@ -3,12 +3,13 @@
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, ResourceExt};
 use portolan_crds::{
-    Placement, PortableVolume, PortableVolumeSpec, StorageNode, VOLUME_FINALIZER, VolumeMode, VolumeSource, condition,
+    Placement, PortableVolume, PortableVolumeSpec, StorageNode, VOLUME_FINALIZER, VolumeImport, VolumeMode,
+    VolumeSource, condition,
 };
 use portolan_runtime::conditions;
 
 use super::Hub;
-use crate::parameters::Asked;
+use crate::parameters::{Asked, Import};
 use crate::quantity::Human;
 
 /// The unit of a zvol's size: a multiple of every block size.
@@ -24,6 +25,8 @@ pub(super) struct Wish {
     pub(super) asked: Asked,
     /// What it begins as.
     pub(super) source: Option<VolumeSource>,
+    /// The dataset that it is to be, which is there already.
+    pub(super) import: Option<Import>,
     /// The claim, `namespace/name`, and its UID; empty if there is none.
     pub(super) claim: String,
     pub(super) claim_uid: String,
@@ -41,6 +44,7 @@ impl Wish {
             filesystem: self.asked.filesystem,
             parameters: self.asked.parameters,
             source: self.source,
+            import: self.import.map(|import| VolumeImport { dataset: import.dataset }),
             placement: Placement { node },
         };
         if spec.is_zvol() {

@@ -12,13 +12,17 @@ mod tests;
 use kube::ResourceExt;
 use portolan_crds::{Handoff, HandoffPhase, PortableVolume, PortableVolumeStatus, VolumePhase, condition};
 
-pub use snapshots::{Asked, Known, fresh_name, travels};
+pub use snapshots::{Asked, Known, fresh_name, is_final_name, travels};
 
 use crate::volume;
 
 /// A copy of a volume on this node's disk.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Local {
+    /// The dataset's name in full.
+    pub dataset: String,
+    /// What identifies the dataset on this pool, in decimal.
+    pub guid: String,
     /// Whose it is: the UID of a PortableVolume. None on a received copy whose properties haven't been set yet.
     pub uid: Option<String>,
     /// The epoch at which it was last writable.
@@ -70,6 +74,8 @@ pub enum Action {
     Create,
     /// Make the dataset of a new volume from the snapshot that it begins as, stamped with epoch 1; or go on with that.
     Restore,
+    /// Make the dataset that the spec names a new volume's, stamped with epoch 1; or go on with that.
+    Import,
     /// Write: this node owns the new volume, at epoch 1.
     Own,
     /// Set `readonly` and read it back.
@@ -129,8 +135,23 @@ pub fn concerns(me: &str, volume: &PortableVolume) -> bool {
 pub fn is_copy(volume: &PortableVolume, local: &Local) -> bool {
     match &local.uid {
         Some(uid) => volume.uid().as_ref() == Some(uid),
-        None => known_guids(&volume::status(volume)).iter().any(|guid| local.has(guid)) || is_restored(volume, local),
+        None => {
+            let received = known_guids(&volume::status(volume)).iter().any(|guid| local.has(guid));
+            received || is_restored(volume, local) || is_imported(volume, local)
+        }
     }
+}
+
+/// Whether a dataset without a mark is the one that the spec names, at its place already: by the GUID that was written down before it was
+/// renamed, or because it was made at that place.
+fn is_imported(volume: &PortableVolume, local: &Local) -> bool {
+    let Some(import) = &volume.spec.import else { return false };
+    let status = volume::status(volume);
+    let is_it = match &status.import_guid {
+        Some(guid) => *guid == local.guid,
+        None => import.dataset == local.dataset,
+    };
+    status.owner.is_none() && is_it
 }
 
 /// Whether a dataset without a mark is what an interrupted [`Action::Restore`] has left.
@@ -174,7 +195,7 @@ pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>, asked: &[A
     }
     match &status.owner {
         None if volume.spec.placement.node == me => create(volume, recorded, local),
-        None => withdraw(recorded, local),
+        None => withdraw(me, volume, recorded, local),
         Some(owner) if owner == me => own(me, volume, &status, recorded, local, asked),
         Some(_) => keep(me, &status, recorded, local, asked),
     }
@@ -200,6 +221,8 @@ fn delete(me: &str, volume: &PortableVolume, recorded: bool, local: Option<&Loca
             local.used
         ))];
     }
+    // What was to be imported and never was is still its maker's.
+    let local = local.filter(|_| volume.spec.import.is_none() || volume::status(volume).owner.is_some());
     let mut actions = snapshots::destroy_asked(me, local, asked);
     let kept: Vec<&str> = local.map(|local| snapshots::kept(local, asked)).unwrap_or_default();
     if !kept.is_empty() {
@@ -219,6 +242,7 @@ fn delete(me: &str, volume: &PortableVolume, recorded: bool, local: Option<&Loca
 fn create(volume: &PortableVolume, recorded: bool, local: Option<&Local>) -> Vec<Action> {
     match (recorded, local) {
         (false, _) => vec![Action::RecordReplica],
+        (true, _) if volume.spec.import.is_some() => vec![Action::Import, Action::Own],
         (true, _) if volume.spec.source.is_some() => vec![Action::Restore, Action::Own],
         (true, None) => vec![Action::Create, Action::Own],
         (true, Some(_)) => vec![Action::Own],
@@ -226,8 +250,15 @@ fn create(volume: &PortableVolume, recorded: bool, local: Option<&Local>) -> Vec
 }
 
 /// A new volume that was wanted here once, and that nobody has owned: its dataset has never been mounted.
-fn withdraw(recorded: bool, local: Option<&Local>) -> Vec<Action> {
+fn withdraw(me: &str, volume: &PortableVolume, recorded: bool, local: Option<&Local>) -> Vec<Action> {
     match (recorded, local) {
+        (_, Some(local)) if volume.spec.import.is_some() => {
+            let message = format!(
+                "the dataset that is to be imported is {} on node {me}, and spec.placement.node is {}: allowed is {me}",
+                local.dataset, volume.spec.placement.node
+            );
+            vec![Action::Report { reason: "ImportElsewhere", message }]
+        }
         (_, Some(local)) if local.mounted || !local.snapshots.is_empty() => Vec::new(),
         (_, Some(_)) => vec![Action::Destroy, Action::ForgetReplica],
         (true, None) => vec![Action::ForgetReplica],

@@ -176,6 +176,7 @@ impl World {
             }
             // Nobody asks for snapshots, sources or other sizes here.
             Action::Restore
+            | Action::Import
             | Action::Take(_)
             | Action::RecordTaken { .. }
             | Action::DestroyTaken(_)

@@ -96,8 +96,13 @@ pub(super) fn kept<'a>(local: &Local, asked: &'a [Asked]) -> Vec<&'a str> {
 
 impl Known {
     pub(super) fn is_ours(&self) -> bool {
-        order(&self.name).is_some()
+        is_final_name(&self.name)
     }
+}
+
+/// Whether a snapshot is called as the final snapshots of handoffs are.
+pub fn is_final_name(short: &str) -> bool {
+    order(short).is_some()
 }
 
 /// The place of one of our snapshots in the volume's history: epoch, then attempt.

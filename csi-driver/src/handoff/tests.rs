@@ -277,3 +277,39 @@ fn a_changed_spec_is_applied_by_the_owner() {
     let replica = owned(|status| status.replicas.push(replica("b", Some("portolan-3"))));
     assert_eq!(plan("b", &replica, Some(&copy(2, &["portolan-3"])), &[]), []);
 }
+
+#[test]
+fn an_import_is_known_by_its_guid_and_never_destroyed_before_it_is_owned() {
+    let importing = |change: fn(&mut PortableVolumeStatus)| {
+        let mut volume = volume(|status| status.replicas = vec![replica("a", None)]);
+        volume.spec.import = Some(portolan_crds::VolumeImport { dataset: "tank/old".into() });
+        change(volume.status.as_mut().unwrap());
+        volume
+    };
+    let at_place = |guid: &str| Local { dataset: "tank/p/pvc-1".into(), guid: guid.into(), ..Local::default() };
+    let (fresh, begun) = (importing(|_| {}), importing(|status| status.import_guid = Some("7".into())));
+    let import = [Action::Import, Action::Own];
+    assert_eq!(plan("a", &fresh, None, &[]), import);
+    // Renamed, and cut short before it was marked.
+    assert_eq!(plan("a", &begun, Some(&at_place("7")), &[]), import);
+    for (volume, guid) in [(&begun, "8"), (&fresh, "7")] {
+        assert_eq!(reason(&plan("a", volume, Some(&at_place(guid)), &[])), Some("DatasetConflict"));
+    }
+    // Made at its place by hand.
+    let mut here = fresh.clone();
+    here.spec.import = Some(portolan_crds::VolumeImport { dataset: "tank/p/pvc-1".into() });
+    assert_eq!(plan("a", &here, Some(&at_place("7")), &[]), import);
+    // Owned: the GUID alone means nothing any more.
+    let owned = importing(|status| (status.owner, status.import_guid) = (Some("a".into()), Some("7".into())));
+    assert_eq!(reason(&plan("a", &owned, Some(&at_place("7")), &[])), Some("DatasetConflict"));
+
+    let marked = Local { epoch: Some(1), uid: Some(UID.into()), ..at_place("7") };
+    for local in [at_place("7"), marked] {
+        let mut elsewhere = begun.clone();
+        elsewhere.spec.placement.node = "b".into();
+        assert_eq!(reason(&plan("a", &elsewhere, Some(&local), &[])), Some("ImportElsewhere"));
+        let mut deleted = begun.clone();
+        deleted.metadata.deletion_timestamp = Some(Time(jiff::Timestamp::UNIX_EPOCH));
+        assert_eq!(plan("a", &deleted, Some(&local), &[]), [Action::ForgetReplica]);
+    }
+}

@@ -22,7 +22,7 @@ use super::steps::{StepError, Steps};
 use super::{Node, disk, write};
 use crate::handoff::{self, Action, Asked};
 use crate::transfer::TransferError;
-use crate::volume::{self, KEPT};
+use crate::volume::{self, IMPORT_REFUSED, KEPT};
 
 /// How soon a volume is looked at again that waits for something on this node.
 const WAIT: Duration = Duration::from_secs(1);
@@ -104,6 +104,10 @@ async fn reconcile<Z: Zfs>(volume: Arc<PortableVolume>, agent: Arc<Agent<Z>>) ->
         Err(StepError::Zfs(error)) if error.kind == ErrorKind::HasClones => {
             let why = format!("a clone keeps its data: {}", error.stderr.trim());
             Requeue::requeue(keep(&mut steps, &why).await.unwrap_or(REPORTED))
+        }
+        Err(error @ StepError::Import { .. }) => {
+            let told = report(&mut steps, IMPORT_REFUSED, &error.to_string()).await;
+            Requeue::requeue(told.unwrap_or(REPORTED))
         }
         Err(StepError::Deleted) => Requeue::requeue(Duration::ZERO),
         Err(error) => agent.failed(&steps, error).await,

@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use portolan_crds::{TOPOLOGY_KEY, VolumePhase};
+use portolan_crds::{POOL_TOPOLOGY_KEY, TOPOLOGY_KEY, VolumePhase};
 use portolan_zfs::{DatasetName, Zfs, ZfsError};
 use rustix::mount::MountFlags;
 use tokio::sync::OwnedMutexGuard;
@@ -223,13 +223,17 @@ impl<Z: Zfs> node_server::Node for Service<Z> {
     async fn node_get_info(&self, _: Request<NodeGetInfoRequest>) -> Result<Response<NodeGetInfoResponse>, Status> {
         let node = &self.0;
         // The kubelet asks again; until then no pod with a volume comes here.
-        node.zfs.space(&node.pool).await.map_err(|error| {
+        let pool = async { node.zfs.space(&node.pool).await.and(node.zfs.pool_guid(&node.pool).await) };
+        let guid = pool.await.map_err(|error| {
             Status::unavailable(format!(
                 "node {} can't have volumes: pool {} is not there: {error}",
                 node.name, node.pool
             ))
         })?;
-        let segments = HashMap::from([(TOPOLOGY_KEY.to_owned(), node.zone.clone())]);
+        let segments = HashMap::from([
+            (TOPOLOGY_KEY.to_owned(), node.zone.clone()),
+            (POOL_TOPOLOGY_KEY.to_owned(), guid.to_string()),
+        ]);
         Ok(Response::new(NodeGetInfoResponse {
             node_id: node.name.clone(),
             max_volumes_per_node: 0,

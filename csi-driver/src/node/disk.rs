@@ -34,6 +34,8 @@ pub async fn read(zfs: &impl Zfs, mounts: &Mounts, dataset: &DatasetName) -> Res
         .map(|snapshot| Known { name: snapshot.name.short().to_owned(), guid: snapshot.guid.to_string() })
         .collect();
     Ok(Some(Local {
+        dataset: found.name.to_string(),
+        guid: found.guid.to_string(),
         uid: found.user.get(UID_PROPERTY).cloned(),
         epoch: found.user.get(EPOCH_PROPERTY).and_then(|epoch| epoch.parse().ok()),
         readonly: found.readonly,

@@ -8,9 +8,13 @@ mod certificate;
 pub mod csi;
 mod disk;
 mod fetch;
+mod housekeeping;
+mod import;
 mod locks;
 mod metrics;
 mod mounts;
+mod orphans;
+mod pool;
 mod registration;
 mod restore;
 mod steps;
@@ -28,7 +32,7 @@ use anyhow::Context;
 use jiff::Timestamp;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Api, Client};
-use portolan_crds::{PortableSnapshot, PortableVolume, StorageNode};
+use portolan_crds::{Orphans, PortableSnapshot, PortableVolume, StorageNode};
 use portolan_runtime::events::Events;
 use portolan_runtime::http::{self, Health};
 use portolan_zfs::{CommandLine, DatasetName, Runner, Zfs};
@@ -89,6 +93,8 @@ pub struct Node<Z> {
     /// When a volume was unmounted here, if it hasn't been mounted since.
     unstaged: Mutex<HashMap<String, Timestamp>>,
     nudges: mpsc::UnboundedSender<ObjectRef<PortableVolume>>,
+    /// What the newest look has found left over.
+    orphans: Mutex<Option<Orphans>>,
     identity: watch::Receiver<Option<Arc<transfer::Identity>>>,
 }
 
@@ -147,6 +153,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
         locks: Locks::default(),
         unstaged: Mutex::default(),
         nudges,
+        orphans: Mutex::default(),
         identity: identity.clone(),
     });
 
@@ -158,13 +165,14 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let reports = storage_node::report(node.clone(), client.clone(), transfer_address, health, shutdown.clone());
     let certificates = certificate::keep(client, options.node_name, identity_sender, shutdown.clone());
     let transfers = serve_transfers(node.clone(), transfer_address, identity, shutdown.clone());
+    let housekeeping = housekeeping::keep(node.clone(), shutdown.clone());
     let work = agent::run(controller, node, shutdown.clone());
     tokio::try_join!(
         async { http.await.context("health and metrics") },
         async { csi.await.context("CSI") },
         async { transfers.await.context("transfer server") },
         async {
-            tokio::join!(reports, certificates, work);
+            tokio::join!(reports, certificates, housekeeping, work);
             Ok(())
         },
     )?;

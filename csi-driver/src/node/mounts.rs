@@ -76,6 +76,29 @@ impl Mounts {
         }
     }
 
+    /// The directories in `path`, of which nothing is looked into; none if it isn't there.
+    pub fn directories(&self, path: &Path) -> Result<Vec<PathBuf>, MountError> {
+        let here = self.here(path);
+        let entries = match std::fs::read_dir(&here) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(failed("read directory", &here))?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(failed("read directory", &here))?;
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                found.push(path.join(entry.file_name()));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether there is nothing in a directory.
+    pub fn is_empty(&self, path: &Path) -> Result<bool, MountError> {
+        let here = self.here(path);
+        Ok(std::fs::read_dir(&here).map_err(failed("read directory", &here))?.next().is_none())
+    }
+
     /// Mounts `source`, a directory, at `target` too, with `flags`.
     pub fn bind(&self, source: &Path, target: &Path, flags: MountFlags) -> Result<(), MountError> {
         let (source, target) = (self.here(source), self.here(target));

@@ -10,7 +10,7 @@ use portolan_zfs::{DatasetName, ErrorKind, InvalidName, Property, Zfs, ZfsError}
 use super::disk::{self, ReadError};
 use super::fetch::{self, Progress};
 use super::mounts::MountError;
-use super::{Node, restore, take, write};
+use super::{Node, import, restore, take, write};
 use crate::handoff::{Action, Known};
 use crate::transfer::TransferError;
 use crate::volume;
@@ -53,6 +53,14 @@ pub enum StepError {
         /// The snapshot.
         snapshot: String,
         /// What is the matter.
+        why: String,
+    },
+    /// The dataset that the spec names can't be this volume's. Nothing was changed.
+    #[error("spec.import.dataset {dataset} {why}")]
+    Import {
+        /// The dataset.
+        dataset: String,
+        /// What is the matter, and what is allowed.
         why: String,
     },
     /// A group's snapshots can't be of one moment.
@@ -111,6 +119,7 @@ impl<Z: Zfs> Steps<'_, Z> {
             }
             Action::Create => self.create().await?,
             Action::Restore => restore::run(self).await?,
+            Action::Import => import::run(self).await?,
             Action::Own => {
                 let spec = self.volume.spec.clone();
                 self.write(|status| write::own(status, &me, &spec)).await?;

@@ -1,25 +1,30 @@
 //! What this node says of its pool: its StorageNode, and whether this process is ready.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Node as KubeNode;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use k8s_openapi::api::core::v1::{Node as KubeNode, ObjectReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, OwnerReference};
 use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
-use kube::{Api, Client};
-use portolan_crds::{StorageNode, StorageNodeSpec, StorageNodeStatus, condition};
+use kube::{Api, Client, Resource};
+use portolan_crds::{Orphans, StorageNode, StorageNodeSpec, StorageNodeStatus, condition};
 use portolan_runtime::conditions;
 use portolan_runtime::http::Health;
-use portolan_zfs::{PoolHealth, Probe, Space, Zfs, ZfsError};
+use portolan_zfs::{DatasetName, ErrorKind, PoolHealth, Probe, Zfs, ZfsError};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::Node;
+use super::pool::{self, Pool, bytes};
 use crate::quantity::Human;
 
 /// How often the pool is looked at.
 const EVERY: Duration = Duration::from_secs(10);
+/// How long a look waits for the pool.
+const LOOK_WITHIN: Duration = Duration::from_secs(15);
+/// The longest pause after a look that the pool did not answer: each may leave a process that can't be killed.
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 /// Who writes, for server-side apply.
 const FIELD_MANAGER: &str = "portolan-storage";
 /// Condition: this node can prove to others who it is.
@@ -27,12 +32,15 @@ const CERTIFICATE: &str = "CertificateReady";
 
 /// What was found on this node.
 struct Found {
-    pool: Result<(PoolHealth, Space), ZfsError>,
-    probe: Result<Probe, ZfsError>,
+    pool: Result<Pool, ZfsError>,
+    probe: Option<Probe>,
     certified: bool,
+    volumes: usize,
+    orphans: Option<Orphans>,
 }
 
-/// Keeps the StorageNode up to date until `shutdown`. The pool's absence is a condition, not an end.
+/// Keeps the StorageNode up to date until `shutdown`. The pool's absence is a condition, not an end; nor does it keep this process from
+/// being ready: what it has to say of the pool is said.
 pub(super) async fn report<Z: Zfs>(
     node: Arc<Node<Z>>,
     client: Client,
@@ -42,15 +50,22 @@ pub(super) async fn report<Z: Zfs>(
 ) {
     let mut identity = node.identity.clone();
     let work = async {
+        let mut pause = EVERY;
         loop {
             let found = find(&node).await;
+            let hangs = found.pool.as_ref().is_err_and(|error| error.kind == ErrorKind::Timeout);
+            pause = if hangs { (pause * 2).min(LONGEST_PAUSE) } else { EVERY };
+            count(&node, &found);
             match write(&node, &client, address, &found).await {
                 Ok(()) => health.set_ready(true),
-                Err(error) => tracing::warn!(%error, "could not write the StorageNode"),
+                Err(error) => {
+                    tracing::warn!(%error, "could not write the StorageNode");
+                    pause = EVERY;
+                }
             }
             tokio::select! {
-                () = tokio::time::sleep(EVERY) => {}
-                changed = identity.changed() => if changed.is_err() { tokio::time::sleep(EVERY).await },
+                () = tokio::time::sleep(pause) => {}
+                changed = identity.changed() => if changed.is_err() { tokio::time::sleep(pause).await },
             }
         }
     };
@@ -61,9 +76,33 @@ pub(super) async fn report<Z: Zfs>(
 }
 
 async fn find<Z: Zfs>(node: &Node<Z>) -> Found {
-    let pool = async { Ok((node.zfs.pool_health(&node.pool).await?, node.zfs.space(&node.pool).await?)) };
-    let (pool, probe) = tokio::join!(pool, node.zfs.probe());
-    Found { pool, probe, certified: node.identity.borrow().is_some() }
+    let probe = tokio::time::timeout(LOOK_WITHIN, node.zfs.probe());
+    let (pool, probe) = tokio::join!(pool::look(node.zfs.as_ref(), &node.pool, LOOK_WITHIN), probe);
+    let owned = |owner: Option<&String>| owner == Some(&node.name);
+    let volumes = node.seen.state();
+    Found {
+        pool,
+        probe: probe.ok().and_then(Result::ok),
+        certified: node.identity.borrow().is_some(),
+        volumes: volumes.iter().filter(|volume| owned(volume.status.as_ref().and_then(|s| s.owner.as_ref()))).count(),
+        orphans: node.orphans.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+    }
+}
+
+fn count<Z>(node: &Node<Z>, found: &Found) {
+    let metrics = &node.metrics;
+    let pool = found.pool.as_ref().ok();
+    metrics.pool_healthy.set(pool.is_some_and(|pool| pool.health == PoolHealth::Online).into());
+    let space = pool.and_then(|pool| pool.space);
+    metrics.pool_available.set(space.map_or(0, |space| bytes(space.available)));
+    // What can't be told now has not changed.
+    if let Some(space) = space {
+        metrics.pool_capacity.set(bytes(space.capacity()));
+    }
+    if let Some(orphans) = &found.orphans {
+        metrics.orphans.set(orphans.count);
+        metrics.orphan_bytes.set(orphans.bytes);
+    }
 }
 
 async fn write<Z: Zfs>(node: &Node<Z>, client: &Client, address: SocketAddr, found: &Found) -> kube::Result<()> {
@@ -92,8 +131,8 @@ async fn write<Z: Zfs>(node: &Node<Z>, client: &Client, address: SocketAddr, fou
             api.create(&PostParams::default(), &StorageNode { metadata, spec, status: None }).await?
         }
     };
-    let was = present.status.unwrap_or_default();
-    let status = describe(node.pool.as_str(), &node.name, address, found, was.clone());
+    let was = present.status.clone().unwrap_or_default();
+    let status = describe(&node.pool, &node.name, address, found, was.clone());
     if status != was {
         let patch = Patch::Apply(json!({
             "apiVersion": "portolan.dev/v1alpha1",
@@ -101,21 +140,49 @@ async fn write<Z: Zfs>(node: &Node<Z>, client: &Client, address: SocketAddr, fou
             "status": status,
         }));
         api.patch_status(&node.name, &PatchParams::apply(FIELD_MANAGER).force(), &patch).await?;
+        tell(node, &present, &was.conditions, &status.conditions).await;
     }
     Ok(())
 }
 
-fn describe(pool: &str, node: &str, address: SocketAddr, found: &Found, was: StorageNodeStatus) -> StorageNodeStatus {
-    let mut conditions = was.conditions;
-    let (status, reason, message) = match &found.pool {
-        Ok((health, _)) if health.is_usable() => (condition::TRUE, "PoolUsable", format!("pool {pool} is {health}")),
-        Ok((health, _)) => {
-            let message = format!("pool {pool} is {health}: see `zpool status -x` on node {node}");
-            (condition::FALSE, "PoolNotUsable", message)
-        }
-        Err(error) => (condition::FALSE, "PoolMissing", missing(pool, node, error)),
+/// Says what has changed where a person looks: at the StorageNode and at the Node.
+async fn tell<Z>(node: &Node<Z>, object: &StorageNode, was: &[Condition], now: &[Condition]) {
+    let kubelet_like = ObjectReference {
+        api_version: Some("v1".to_owned()),
+        kind: Some("Node".to_owned()),
+        name: Some(node.name.clone()),
+        // As the kubelet writes its own.
+        uid: Some(node.name.clone()),
+        ..ObjectReference::default()
     };
-    conditions::set(&mut conditions, condition::READY, status, reason, &message, None);
+    for (condition, good) in pool::news(was, now) {
+        tracing::warn!(condition = condition.type_, status = condition.status, message = condition.message, "the pool");
+        let reason =
+            format!("{}{}", if condition.type_ == condition::SPACE_LOW { "Space" } else { "Pool" }, condition.reason);
+        for about in [&object.object_ref(&()), &kubelet_like] {
+            match good {
+                true => node.events.normal(about, &reason, "Check", &condition.message).await,
+                false => node.events.warning(about, &reason, "Check", &condition.message).await,
+            }
+        }
+    }
+    let orphans = |all: &[Condition]| conditions::find(all, condition::NO_ORPHANS).cloned();
+    if let Some(found) = orphans(now).filter(|found| found.status == condition::FALSE) {
+        if orphans(was).is_none_or(|was| was.message != found.message) {
+            node.events.warning(&object.object_ref(&()), &found.reason, "Check", &found.message).await;
+        }
+    }
+}
+
+fn describe(
+    pool: &DatasetName,
+    node: &str,
+    address: SocketAddr,
+    found: &Found,
+    was: StorageNodeStatus,
+) -> StorageNodeStatus {
+    let mut conditions = was.conditions;
+    pool::describe(&mut conditions, pool, node, &found.pool);
     match found.certified {
         true => conditions::set(&mut conditions, CERTIFICATE, condition::TRUE, "Signed", "", None),
         false => {
@@ -124,29 +191,41 @@ fn describe(pool: &str, node: &str, address: SocketAddr, found: &Found, was: Sto
             conditions::set(&mut conditions, CERTIFICATE, condition::FALSE, "Waiting", message, None)
         }
     };
-    let space = found.pool.as_ref().ok().map(|(_, space)| *space);
-    let bytes = |amount: u64| i64::try_from(amount).unwrap_or(i64::MAX);
+    // Those of an earlier process stay until this one has looked.
+    let orphans = found.orphans.clone().or(was.orphans);
+    if let Some(orphans) = &orphans {
+        no_orphans(&mut conditions, orphans);
+    }
+    let answers = found.pool.as_ref().ok();
+    let space = answers.and_then(|pool| pool.space);
     StorageNodeStatus {
         transfer_address: Some(address.to_string()),
-        health: Some(found.pool.as_ref().map_or("MISSING".to_owned(), |(health, _)| health.to_string())),
+        // What doesn't answer for once is the same as it was.
+        pool_guid: answers.and_then(|pool| pool.guid).map(|guid| guid.to_string()).or(was.pool_guid),
+        volumes: i64::try_from(found.volumes).ok(),
+        health: Some(found.pool.as_ref().map_or("MISSING".to_owned(), |pool| pool.health.to_string())),
         capacity_bytes: space.map(|space| bytes(space.capacity())),
         capacity: space.map(|space| Human(bytes(space.capacity())).to_string()),
         available_bytes: space.map(|space| bytes(space.available)),
         available: space.map(|space| Human(bytes(space.available)).to_string()),
-        // What doesn't answer for once has not changed.
-        zfs_version: found.probe.as_ref().map_or(was.zfs_version, |probe| Some(probe.to_string())),
+        zfs_version: found.probe.as_ref().map(ToString::to_string).or(was.zfs_version),
         capabilities: match &found.probe {
-            Ok(probe) => probe.capabilities.names().into_iter().map(str::to_owned).collect(),
-            Err(_) => was.capabilities,
+            Some(probe) => probe.capabilities.names().into_iter().map(str::to_owned).collect(),
+            None => was.capabilities,
         },
+        orphans,
         conditions,
     }
 }
 
-fn missing(pool: &str, node: &str, error: &ZfsError) -> String {
-    let make = match pool.split_once('/') {
-        None => format!("`zpool create {pool} <device>`"),
-        Some((root, _)) => format!("`zpool create {root} <device>` and `zfs create -p -o canmount=off {pool}`"),
+fn no_orphans(conditions: &mut Vec<Condition>, orphans: &Orphans) {
+    let (status, reason, message) = match orphans.items.first() {
+        None => (condition::TRUE, "Clean", "each dataset, snapshot and mount of ours has its object".to_owned()),
+        Some(first) => {
+            let (count, bytes) = (orphans.count, Human(orphans.bytes));
+            let message = format!("{count} left over, {bytes}: {}; see status.orphans", first.message);
+            (condition::FALSE, "LeftOver", message)
+        }
     };
-    format!("node {node} has no {pool} that can be used ({error}). To give it one, run there: {make}")
+    conditions::set(conditions, condition::NO_ORPHANS, status, reason, &message, None);
 }
