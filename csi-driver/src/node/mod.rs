@@ -10,7 +10,6 @@ mod disk;
 mod fetch;
 mod locks;
 mod metrics;
-mod mounts;
 mod registration;
 mod restore;
 mod steps;
@@ -36,10 +35,11 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::block::mounts::Mounts;
+use crate::block::tools::Host;
 use crate::transfer::{self, Limits};
 use locks::Locks;
 use metrics::Metrics;
-use mounts::Mounts;
 
 /// What a node's agent is told at its start.
 #[derive(Clone, Debug, clap::Args)]
@@ -68,15 +68,20 @@ pub struct Options {
     /// Value of the topology key: volumes move among the nodes that have the same.
     #[arg(long, env = "ZONE_OF_POOL", default_value = "default")]
     pub zone_of_pool: String,
+    /// How many volumes the scheduler may place here; 0 is no limit.
+    #[arg(long, env = "MAX_VOLUMES", default_value_t = 0)]
+    pub max_volumes: u32,
 }
 
 /// What all parts of a node's agent share.
 pub struct Node<Z> {
     name: String,
     zone: String,
+    max_volumes: u32,
     pool: DatasetName,
     kubelet_dir: PathBuf,
     mounts: Mounts,
+    tools: Host,
     zfs: Arc<Z>,
     volumes: Api<PortableVolume>,
     storage_nodes: Api<StorageNode>,
@@ -133,9 +138,11 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let node = Arc::new(Node {
         name: options.node_name.clone(),
         zone: options.zone_of_pool.clone(),
+        max_volumes: options.max_volumes,
         pool: options.pool.clone(),
         kubelet_dir: options.kubelet_dir.clone(),
         mounts: Mounts::new(&options.host_root),
+        tools: Host(runner.clone()),
         zfs: Arc::new(CommandLine::new(runner)),
         volumes,
         storage_nodes: Api::all(client.clone()),
