@@ -3,4 +3,5 @@
 pub mod device;
 pub mod filesystem;
 pub mod mounts;
+pub mod prepare;
 pub mod tools;

@@ -98,9 +98,14 @@ pub struct Node<Z> {
 }
 
 impl<Z> Node<Z> {
-    fn remember_unstaged(&self, volume: &str) {
+    /// `fresh`: it has been unmounted just now, not at some time before.
+    fn remember_unstaged(&self, volume: &str, fresh: bool) {
         let mut unstaged = self.unstaged.lock().unwrap_or_else(PoisonError::into_inner);
-        unstaged.insert(volume.to_owned(), Timestamp::now());
+        let now = Timestamp::now();
+        let since = unstaged.entry(volume.to_owned()).or_insert(now);
+        if fresh {
+            *since = now;
+        }
     }
 
     fn forget_unstaged(&self, volume: &str) {

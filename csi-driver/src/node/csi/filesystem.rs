@@ -6,24 +6,18 @@ use std::sync::Arc;
 
 use kube::ResourceExt;
 use portolan_crds::{Filesystem, PortableVolume};
-use portolan_zfs::{DatasetName, Property, Zfs};
+use portolan_zfs::{DatasetName, Zfs};
 use rustix::mount::MountFlags;
 use tonic::Status;
 
 use super::capability::{Access, Wanted};
 use super::{DEVICE_WITHIN, block_failed, device_of, mount_failed, other_targets, zfs_failed};
 use crate::block::device::Device;
-use crate::block::filesystem::{self, Content, Kind};
+use crate::block::filesystem::{self, Kind};
 use crate::block::mounts::Mount;
+use crate::block::prepare::{PrepareError, prepare};
 use crate::node::Node;
 use crate::volume;
-
-/// User property of a zvol: the epoch at which this node has begun to make a filesystem on it, until that is done. It is set only when the
-/// zvol is blank, and nothing is mounted before it is cleared: while it is there nothing can be lost. The epoch keeps it from meaning
-/// anything after the volume has been elsewhere.
-const FORMATTING: &str = "portolan:formatting";
-/// Its value when nothing is being made.
-const FORMATTED: &str = "no";
 
 /// Mounts a dataset.
 pub(super) async fn stage_dataset<Z: Zfs>(node: &Node<Z>, name: &str, dataset: &DatasetName) -> Result<(), Status> {
@@ -49,7 +43,11 @@ pub(super) async fn stage_zvol<Z: Zfs>(
         Some(mount) if mount.number == device.number() => {}
         Some(mount) => return Err(occupied(&mount)),
         None => {
-            prepare(node, volume, dataset, &device, kind).await?;
+            let epoch = volume::status(volume).epoch;
+            let made = prepare(&node.tools, node.zfs.as_ref(), dataset, epoch, &device, kind).await;
+            if made.map_err(prepare_failed)? {
+                tracing::info!(volume = volume.name_any(), filesystem = %kind, "made a filesystem");
+            }
             node.mounts.make_directory(&mountpoint).map_err(mount_failed)?;
             let mut options = own.clone();
             if flags.contains(MountFlags::RDONLY) {
@@ -68,28 +66,6 @@ pub(super) async fn grow<Z: Zfs>(node: &Node<Z>, device: &Device, kind: Kind, at
         return Ok(());
     }
     filesystem::grow(&node.tools, device, kind, at).await.map_err(block_failed)
-}
-
-/// Sees to it that there is a filesystem that can be mounted.
-async fn prepare<Z: Zfs>(
-    node: &Node<Z>,
-    volume: &PortableVolume,
-    dataset: &DatasetName,
-    device: &Device,
-    kind: Kind,
-) -> Result<(), Status> {
-    let content = filesystem::look(&node.tools, device).await.map_err(block_failed)?;
-    let epoch = volume::status(volume).epoch.to_string();
-    let user = node.zfs.dataset(dataset).await.map_err(zfs_failed)?.user;
-    if content != Content::Blank && user.get(FORMATTING) != Some(&epoch) {
-        return filesystem::check(&node.tools, device, kind, &content).await.map_err(block_failed);
-    }
-    let mark = |value: &str| Property::new(FORMATTING, value).map_err(|error| Status::internal(error.to_string()));
-    node.zfs.set_property(dataset, &mark(&epoch)?).await.map_err(zfs_failed)?;
-    filesystem::format(&node.tools, device, kind).await.map_err(block_failed)?;
-    node.zfs.set_property(dataset, &mark(FORMATTED)?).await.map_err(zfs_failed)?;
-    tracing::info!(volume = volume.name_any(), filesystem = %kind, device = %device.path().display(), "made a filesystem");
-    Ok(())
 }
 
 /// The filesystem on a zvol; none if it is the dataset's own.
@@ -147,6 +123,14 @@ fn staged<Z>(node: &Node<Z>, dataset: &DatasetName, mountpoint: &Path) -> Result
     }
     let message = format!("{} is mounted at {}, not volume {dataset}", mount.source, mountpoint.display());
     Err(Status::failed_precondition(message))
+}
+
+fn prepare_failed(error: PrepareError) -> Status {
+    match error {
+        PrepareError::Filesystem(error) => block_failed(error),
+        PrepareError::Zfs(error) => zfs_failed(error),
+        PrepareError::Name(error) => Status::internal(error.to_string()),
+    }
 }
 
 fn is_same(one: &Mount, other: &Mount) -> bool {

@@ -125,9 +125,10 @@ async fn unstage<Z: Zfs>(node: &Arc<Node<Z>>, name: &str, dataset: &DatasetName)
             None => node.zfs.unmount(dataset).await.map_err(zfs_failed)?,
             Some(_) => unmount(node, mountpoint.clone()).await?,
         }
-        node.remember_unstaged(name);
         tracing::info!(volume = name, "unmounted");
     }
+    // A raw device is mounted only where it is published.
+    node.remember_unstaged(name, !mounted.is_empty());
     node.mounts.remove_directory(&mountpoint).map_err(mount_failed)
 }
 
