@@ -8,6 +8,7 @@
 )]
 
 mod agent;
+mod block;
 mod cni;
 mod events;
 mod house;

@@ -3,6 +3,7 @@
 //! One binary, two processes: [`controller`] (unprivileged, sees only the API) and [`node`] (on each node, sees its pool).
 //! What they agree on is in a volume's status; [`handoff`] says what each of them does next.
 
+pub mod block;
 pub mod controller;
 pub mod handoff;
 pub mod identity;

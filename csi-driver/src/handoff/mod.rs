@@ -80,7 +80,7 @@ pub enum Action {
     Own,
     /// Set `readonly` and read it back.
     SetReadonly(bool),
-    /// Make sure by the node's mount table that nothing has the dataset mounted.
+    /// Make sure by the node's mount table that nothing has the dataset mounted, and that a zvol's device can't be written.
     CheckQuiet,
     /// Take the final snapshot under this name, and write it with its GUID; phase FinalSync.
     PublishFinal(String),

@@ -1,8 +1,11 @@
 //! Reading a volume's copy from the pool.
 
+use std::path::PathBuf;
+
 use portolan_zfs::{DatasetName, ErrorKind, Zfs, ZfsError};
 
-use super::mounts::{MountError, Mounts};
+use crate::block::device::{Device, DeviceError};
+use crate::block::mounts::{MountError, Mounts};
 use crate::handoff::{Known, Local};
 use crate::volume::{EPOCH_PROPERTY, UID_PROPERTY};
 
@@ -15,13 +18,28 @@ pub enum ReadError {
     /// The mount table could not be read.
     #[error(transparent)]
     Mounts(#[from] MountError),
+    /// The zvol's device could not be looked at.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// Where a volume is mounted: its dataset, or its zvol's device, or that device's node.
+///
+/// # Errors
+/// When the mount table or the device can't be read: then nothing is known.
+pub fn mounts(mounts: &Mounts, dataset: &DatasetName) -> Result<Vec<PathBuf>, ReadError> {
+    let mut at = mounts.of(dataset.as_str())?;
+    if let Some(device) = Device::find(mounts, &dataset.device())? {
+        at.extend(mounts.of_device(device.number())?);
+    }
+    Ok(at)
 }
 
 /// The copy in `dataset`; none if its pool is there and has no such dataset.
 ///
 /// # Errors
 /// When the pool or the mount table can't be read: then nothing is known.
-pub async fn read(zfs: &impl Zfs, mounts: &Mounts, dataset: &DatasetName) -> Result<Option<Local>, ReadError> {
+pub async fn read(zfs: &impl Zfs, table: &Mounts, dataset: &DatasetName) -> Result<Option<Local>, ReadError> {
     let (found, snapshots) = tokio::join!(zfs.dataset(dataset), zfs.snapshots(dataset));
     let found = match found {
         Err(error) if error.kind == ErrorKind::NotFound => return Ok(None),
@@ -39,7 +57,7 @@ pub async fn read(zfs: &impl Zfs, mounts: &Mounts, dataset: &DatasetName) -> Res
         uid: found.user.get(UID_PROPERTY).cloned(),
         epoch: found.user.get(EPOCH_PROPERTY).and_then(|epoch| epoch.parse().ok()),
         readonly: found.readonly,
-        mounted: found.mounted || !mounts.of(dataset.as_str())?.is_empty(),
+        mounted: found.mounted || !mounts(table, dataset)?.is_empty(),
         used: i64::try_from(found.used).unwrap_or(i64::MAX),
         snapshots,
         origin: found.origin.map(|origin| (origin.dataset().short().to_owned(), origin.short().to_owned())),

@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::Node;
 use super::locks::Locks;
-use super::mounts::{MountError, Mounts};
 use super::orphans::{Collect, Disk, Known, judge, never_used};
+use crate::block::mounts::{MountError, Mounts};
 use crate::volume::{self, UID_PROPERTY, VOLUME_PROPERTY};
 
 /// How often.

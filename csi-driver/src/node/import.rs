@@ -6,8 +6,8 @@ use kube::ResourceExt;
 use portolan_crds::PortableVolume;
 use portolan_zfs::{Dataset, DatasetName, ErrorKind, Kind, Property, Zfs};
 
-use super::mounts::Mounts;
 use super::steps::{StepError, Steps};
+use crate::block::mounts::Mounts;
 use crate::quantity::Human;
 use crate::volume::{self, UID_PROPERTY};
 

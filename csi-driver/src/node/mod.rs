@@ -12,7 +12,6 @@ mod housekeeping;
 mod import;
 mod locks;
 mod metrics;
-mod mounts;
 mod orphans;
 mod pool;
 mod registration;
@@ -40,10 +39,11 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::block::mounts::Mounts;
+use crate::block::tools::Host;
 use crate::transfer::{self, Limits};
 use locks::Locks;
 use metrics::Metrics;
-use mounts::Mounts;
 
 /// What a node's agent is told at its start.
 #[derive(Clone, Debug, clap::Args)]
@@ -72,15 +72,20 @@ pub struct Options {
     /// Value of the topology key: volumes move among the nodes that have the same.
     #[arg(long, env = "ZONE_OF_POOL", default_value = "default")]
     pub zone_of_pool: String,
+    /// How many volumes the scheduler may place here; 0 is no limit.
+    #[arg(long, env = "MAX_VOLUMES", default_value_t = 0)]
+    pub max_volumes: u32,
 }
 
 /// What all parts of a node's agent share.
 pub struct Node<Z> {
     name: String,
     zone: String,
+    max_volumes: u32,
     pool: DatasetName,
     kubelet_dir: PathBuf,
     mounts: Mounts,
+    tools: Host,
     zfs: Arc<Z>,
     volumes: Api<PortableVolume>,
     storage_nodes: Api<StorageNode>,
@@ -99,9 +104,14 @@ pub struct Node<Z> {
 }
 
 impl<Z> Node<Z> {
-    fn remember_unstaged(&self, volume: &str) {
+    /// `fresh`: it has been unmounted just now, not at some time before.
+    fn remember_unstaged(&self, volume: &str, fresh: bool) {
         let mut unstaged = self.unstaged.lock().unwrap_or_else(PoisonError::into_inner);
-        unstaged.insert(volume.to_owned(), Timestamp::now());
+        let now = Timestamp::now();
+        let since = unstaged.entry(volume.to_owned()).or_insert(now);
+        if fresh {
+            *since = now;
+        }
     }
 
     fn forget_unstaged(&self, volume: &str) {
@@ -139,9 +149,11 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let node = Arc::new(Node {
         name: options.node_name.clone(),
         zone: options.zone_of_pool.clone(),
+        max_volumes: options.max_volumes,
         pool: options.pool.clone(),
         kubelet_dir: options.kubelet_dir.clone(),
         mounts: Mounts::new(&options.host_root),
+        tools: Host(runner.clone()),
         zfs: Arc::new(CommandLine::new(runner)),
         volumes,
         storage_nodes: Api::all(client.clone()),

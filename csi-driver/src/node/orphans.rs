@@ -6,7 +6,7 @@ use kube::ResourceExt;
 use portolan_crds::{Orphan, PortableSnapshot, PortableVolume};
 use portolan_zfs::{Dataset, DatasetName, Snapshot};
 
-use super::mounts::Mount;
+use crate::block::mounts::Mount;
 use crate::handoff;
 use crate::volume::{self, EPOCH_PROPERTY, UID_PROPERTY, VOLUME_PROPERTY};
 

@@ -1,19 +1,24 @@
 //! Doing what the plan says, one action at a time. Each may be done again after any failure.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::ResourceExt;
 use portolan_crds::{HandoffPhase, PortableVolume};
-use portolan_zfs::{DatasetName, ErrorKind, InvalidName, Property, Zfs, ZfsError};
+use portolan_zfs::{DatasetName, ErrorKind, InvalidName, Kind, Property, Zfs, ZfsError};
 
 use super::disk::{self, ReadError};
 use super::fetch::{self, Progress};
-use super::mounts::MountError;
 use super::{Node, import, restore, take, write};
+use crate::block::device::{Device, DeviceError};
+use crate::block::mounts::MountError;
 use crate::handoff::{Action, Known};
 use crate::transfer::TransferError;
 use crate::volume;
+
+/// How long the source's last users of a zvol's device, udev among them, may take to let it go.
+const QUIET_WITHIN: Duration = Duration::from_secs(5);
 
 /// A step that failed. The text is for people: it goes into the volume's status and an Event.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +29,9 @@ pub enum StepError {
     /// A mount operation failed.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// A zvol's device is not as it must be.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The API failed or refused.
     #[error("the Kubernetes API: {0}")]
     Api(#[from] kube::Error),
@@ -81,6 +89,7 @@ impl From<ReadError> for StepError {
         match error {
             ReadError::Zfs(error) => error.into(),
             ReadError::Mounts(error) => error.into(),
+            ReadError::Device(error) => error.into(),
         }
     }
 }
@@ -203,12 +212,19 @@ impl<Z: Zfs> Steps<'_, Z> {
         Ok(())
     }
 
+    /// Makes sure that nothing can write to the dataset, which has been made read-only: nothing has it mounted, and a zvol's device is
+    /// open nowhere since before.
     async fn check_quiet(&self) -> Result<(), StepError> {
-        let at = self.node.mounts.of(self.dataset.as_str())?;
-        if at.is_empty() && !self.node.zfs.is_mounted(&self.dataset).await? {
-            return Ok(());
+        let (node, dataset) = (self.node, &self.dataset);
+        let found = node.zfs.dataset(dataset).await?;
+        let at = disk::mounts(&node.mounts, dataset)?;
+        if found.mounted || !at.is_empty() {
+            return Err(StepError::NotQuiet { dataset: dataset.clone(), at });
         }
-        Err(StepError::NotQuiet { dataset: self.dataset.clone(), at })
+        match found.kind {
+            Kind::Filesystem => Ok(()),
+            Kind::Volume { .. } => Ok(Device::check_unwritable(&node.mounts, &dataset.device(), QUIET_WITHIN).await?),
+        }
     }
 
     /// Takes the final snapshot and writes it. Whoever else writes meanwhile doesn't cost another snapshot: the lock is held, so

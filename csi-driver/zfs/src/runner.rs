@@ -54,8 +54,12 @@ impl Runner {
         self.deadline
     }
 
-    /// A command, not yet started. It is killed when its `Child` is dropped.
-    pub(crate) fn command(&self, words: &[String]) -> Result<Command, ZfsError> {
+    /// A command, not yet started: in the runner's root and with a clean environment. It is killed when its `Child` is dropped; how long it
+    /// may take is the caller's.
+    ///
+    /// # Errors
+    /// When there are no words, or the root's name can't be passed on.
+    pub fn command(&self, words: &[String]) -> Result<Command, ZfsError> {
         let failed = |why: String| ZfsError::new(ErrorKind::Other, words.join(" "), why);
         let mut all = self.prefix.iter().cloned().chain(words.iter().map(OsString::from));
         let mut command = Command::new(all.next().ok_or_else(|| failed("no command".into()))?);

@@ -8,6 +8,7 @@ use portolan_zfs::memory::Memory;
 use portolan_zfs::{Capabilities, Property};
 
 use super::*;
+use crate::block::mounts::{DeviceNumber, Mount};
 use crate::volume::EPOCH_PROPERTY;
 
 const UUID: &str = "0b8a3a52-9f0c-4c1e-8d59-0e5d2c7a9f11";
@@ -252,7 +253,8 @@ async fn a_mount_of_a_volume_that_is_elsewhere_is_named() {
     let mut disk = Disk { mounts: Vec::new(), datasets: Vec::new(), directories: Vec::new() };
     disk.datasets.push((world.zfs.dataset(&pool().child("own").unwrap()).await.unwrap(), Vec::new()));
     let target = "/var/lib/kubelet/pods/1".into();
-    disk.mounts.push(crate::node::mounts::Mount { target, source: "tank/portolan/own".into(), readonly: false });
+    let (root, kind, number) = ("/".into(), "zfs".into(), DeviceNumber { major: 0, minor: 50 });
+    disk.mounts.push(Mount { target, source: "tank/portolan/own".into(), readonly: false, kind, root, number });
     assert_eq!(judge("a", &pool(), &disk, &known).orphans, []);
     let moved = known.volumes[0].status.as_mut().unwrap();
     moved.owner = Some("b".into());
