@@ -167,9 +167,8 @@ async fn tell<Z>(node: &Node<Z>, object: &StorageNode, was: &[Condition], now: &
         }
     }
     let orphans = |all: &[Condition]| conditions::find(all, condition::NO_ORPHANS).cloned();
-    if let Some(found) = orphans(now).filter(|found| found.status == condition::FALSE)
-        && orphans(was).is_none_or(|was| was.message != found.message)
-    {
+    let left = orphans(now).filter(|found| found.status == condition::FALSE);
+    if let Some(found) = left.filter(|found| orphans(was).is_none_or(|was| was.message != found.message)) {
         node.events.warning(&object.object_ref(&()), &found.reason, "Check", &found.message).await;
     }
 }
