@@ -43,6 +43,7 @@ fn alone(test: &str) -> bool {
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
     assert!(said.contains("1 passed"), "the test did not run: {said}");
+    said.lines().filter(|line| line.starts_with("SKIPPED")).for_each(|line| println!("{line}"));
     false
 }
 
@@ -65,6 +66,8 @@ impl Loop {
         let path = run(&["losetup", "--find", "--show", folder.path().join("image").to_str().unwrap()]);
         let open = File::open(&path).unwrap();
         run(&["losetup", "--detach", &path]);
+        // An earlier user's setting stays with the number.
+        run(&["blockdev", "--setrw", &path]);
         Self { folder, path, _open: open }
     }
 
@@ -111,6 +114,13 @@ fn mebibytes(path: &Path) -> u64 {
     (stat.f_blocks * stat.f_frsize) >> 20
 }
 
+/// Whether we may do what the kernel asks CAP_SYS_RESOURCE for (capabilities(7): number 24).
+fn can_resize() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+    u64::from_str_radix(effective.trim(), 16).unwrap() >> 24 & 1 == 1
+}
+
 async fn lives(kind: Kind) {
     let (disk, host, (zfs, dataset)) = (Loop::new(SIZE), host(), zvol().await);
     let (device, at) = (disk.device(), disk.folder.path().join("mnt"));
@@ -131,8 +141,16 @@ async fn lives(kind: Kind) {
     assert_eq!(mebibytes(&at), before);
     disk.grow(LATER);
     assert_eq!(device.size().await.unwrap(), LATER);
-    filesystem::grow(&host, &device, kind, &at).await.unwrap();
-    assert!(mebibytes(&at) > before + 100, "{before} MiB, then {}", mebibytes(&at));
+    match filesystem::grow(&host, &device, kind, &at).await {
+        Err(error) if kind == Kind::Ext4 && !can_resize() => {
+            assert!(error.to_string().contains("Permission denied"), "{error}");
+            println!("SKIPPED: growing ext4 while it is mounted: root has no CAP_SYS_RESOURCE here");
+        }
+        grown => {
+            grown.unwrap();
+            assert!(mebibytes(&at) > before + 100, "{before} MiB, then {}", mebibytes(&at));
+        }
+    }
 
     mounts().unmount(&at).unwrap();
     assert_eq!(filesystem::look(&host, &device).await.unwrap(), Content::Signed(kind.name().into()));

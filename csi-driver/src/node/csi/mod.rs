@@ -15,7 +15,7 @@ use kube::ResourceExt;
 use portolan_crds::{POOL_TOPOLOGY_KEY, PortableVolume, TOPOLOGY_KEY, VolumeMode, VolumePhase};
 use portolan_zfs::{DatasetName, Zfs, ZfsError};
 use tokio::sync::OwnedMutexGuard;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::Node;
 use super::disk;
@@ -151,7 +151,13 @@ async fn publish<Z: Zfs>(
     wanted: &Wanted,
 ) -> Result<(), Status> {
     if wanted.access != Access::Block {
-        return filesystem::publish(node, name, dataset, target, wanted);
+        let published = filesystem::publish(node, name, dataset, target, wanted);
+        let Err(refused) = published else { return Ok(()) };
+        // It may not be staged because there is no such volume.
+        return match read(node, name).await {
+            Err(gone) if gone.code() == Code::NotFound => Err(gone),
+            _ => Err(refused),
+        };
     }
     // Nothing on this node says that a device was staged.
     let volume = check_owner(node, name, dataset).await?;
