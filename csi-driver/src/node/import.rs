@@ -128,7 +128,7 @@ impl Order<'_> {
                 result => result?,
             }
         }
-        let at = mounts.of(found.name.as_str())?;
+        let at = disk::mounts(mounts, &found.name)?;
         if !at.is_empty() {
             return Err(StepError::NotQuiet { dataset: found.name.clone(), at });
         }
