@@ -12,6 +12,7 @@ mod block;
 mod cni;
 mod events;
 mod house;
+mod mounts;
 mod net;
 mod transfer;
 mod zfs;

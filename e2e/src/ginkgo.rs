@@ -114,7 +114,10 @@ fn spec(report: &Value) -> Option<Spec> {
     let string = |value: &Value| value.as_str().unwrap_or_default().to_string();
     let containers: Vec<String> =
         report["ContainerHierarchyTexts"].as_array().into_iter().flatten().map(string).collect();
-    let message = string(&report["Failure"]["Message"]);
+    let mut message = string(&report["Failure"]["Message"]);
+    if report["State"] == "pending" {
+        message = "pending in the suite itself".to_owned();
+    }
     let outcome = match report["State"].as_str()? {
         "passed" => Outcome::Passed,
         "skipped" if message.is_empty() => Outcome::LeftOut,

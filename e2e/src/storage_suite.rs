@@ -37,6 +37,7 @@ const SELECTION: &[&str] = &[
 const LEFT_OUT: &[(&str, &str)] = &[
     ("[Disruptive]", "they restart kubelets as systemd's units through SSH; the lab's nodes have neither"),
     ("[Feature:Windows]", "the nodes run Linux"),
+    ("any volume data source", "it installs a populator whose image is not to be had in the lab"),
 ];
 
 /// Specs that the suite itself skips: a part of what it says, and why that is right.

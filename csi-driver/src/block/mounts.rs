@@ -5,10 +5,12 @@
 use std::fmt;
 use std::fs::OpenOptions;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::mount::{MountFlags, UnmountFlags, mount_bind, mount_remount, unmount};
+use rustix::fs::CWD;
+use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount};
 
 /// A mount operation that failed.
 #[derive(Debug, thiserror::Error)]
@@ -81,9 +83,9 @@ impl Mounts {
         self.host_root.join(path.strip_prefix("/").unwrap_or(path))
     }
 
-    /// The host's mounts (proc(5), `/proc/self/mountinfo`).
+    /// The host's mounts (proc(5), `/proc/thread-self/mountinfo`).
     pub fn table(&self) -> Result<Vec<Mount>, MountError> {
-        let path = Path::new("/proc/self/mountinfo");
+        let path = Path::new("/proc/thread-self/mountinfo");
         let text = std::fs::read(path).map_err(failed("read", path))?;
         Ok(parse(&String::from_utf8_lossy(&text), &self.host_root))
     }
@@ -177,17 +179,16 @@ impl Mounts {
     }
 
     /// Mounts `source`, a directory or a device's node, at `target` too, with `flags`.
+    ///
+    /// They are set before it is attached: what propagates to the host is the mount as it is then, and not what becomes of ours
+    /// later (mount_namespaces(7)).
     pub fn bind(&self, source: &Path, target: &Path, flags: MountFlags) -> Result<(), MountError> {
         let (source, target) = (self.here(source), self.here(target));
-        mount_bind(&source, &target).map_err(|e| failed("bind-mount", &target)(e.into()))?;
-        if flags.is_empty() {
-            return Ok(());
-        }
-        // A bind mount takes its flags only by a second call (mount(2)).
-        mount_remount(&target, MountFlags::BIND | flags, "").map_err(|error| {
-            let _ = unmount(&target, UnmountFlags::NOFOLLOW);
-            failed("set the mount options of", &target)(error.into())
-        })
+        let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let tree = open_tree(CWD, &source, clone).map_err(|e| failed("bind", &source)(e.into()))?;
+        set_flags(&tree, flags).map_err(failed("set the mount options of", &target))?;
+        move_mount(tree, "", CWD, &target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+            .map_err(|e| failed("bind-mount", &target)(e.into()))
     }
 
     /// Unmounts all that is mounted at `target`: never forced, never lazy. Idempotent.
@@ -198,6 +199,36 @@ impl Mounts {
         }
         Ok(())
     }
+}
+
+/// Sets a detached mount's flags (mount_setattr(2), Linux 5.12).
+fn set_flags(tree: &OwnedFd, flags: MountFlags) -> io::Result<()> {
+    let set = [
+        (MountFlags::RDONLY, libc::MOUNT_ATTR_RDONLY),
+        (MountFlags::NOSUID, libc::MOUNT_ATTR_NOSUID),
+        (MountFlags::NODEV, libc::MOUNT_ATTR_NODEV),
+        (MountFlags::NOEXEC, libc::MOUNT_ATTR_NOEXEC),
+        (MountFlags::NODIRATIME, libc::MOUNT_ATTR_NODIRATIME),
+        (MountFlags::NOATIME, libc::MOUNT_ATTR_NOATIME),
+        (MountFlags::STRICTATIME, libc::MOUNT_ATTR_STRICTATIME),
+    ];
+    let chosen = set.iter().filter(|(flag, _)| flags.contains(*flag));
+    let attr_set = chosen.fold(0, |all, (_, attribute)| all | attribute);
+    let atime = flags.intersects(MountFlags::NOATIME | MountFlags::STRICTATIME | MountFlags::RELATIME);
+    let attr_clr = if atime { libc::MOUNT_ATTR__ATIME } else { 0 };
+    let attributes = libc::mount_attr { attr_set, attr_clr, propagation: 0, userns_fd: 0 };
+    // SAFETY: the empty path is a C string and `attributes` a mount_attr of the length given; the call only reads both.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MountError {
