@@ -6,6 +6,7 @@ use kube::ResourceExt;
 use portolan_crds::PortableVolume;
 use portolan_zfs::{Dataset, DatasetName, ErrorKind, Kind, Property, Zfs};
 
+use super::disk;
 use super::steps::{StepError, Steps};
 use crate::block::mounts::Mounts;
 use crate::quantity::Human;
@@ -163,7 +164,6 @@ mod tests {
 
     use super::*;
     use crate::handoff::{self, Action};
-    use crate::node::disk;
 
     fn name(text: &str) -> DatasetName {
         DatasetName::new(text).unwrap()
