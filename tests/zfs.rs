@@ -142,6 +142,24 @@ async fn a_pool_that_is_gone_is_not_empty() {
 }
 
 #[tokio::test]
+async fn mounts_at_once_do_not_hang_the_daemon() {
+    let node = ZfsFuseNode::start(128);
+    let zfs = CommandLine::new(node.runner().with_deadline(Duration::from_secs(10)));
+    let volumes: Vec<DatasetName> = (0..4).map(|n| node.pool().child(&format!("v{n}")).unwrap()).collect();
+    for volume in &volumes {
+        let at = node.mountpoint(volume.short());
+        let properties = [Property::canmount_noauto(), Property::new("mountpoint", at.to_str().unwrap()).unwrap()];
+        zfs.create_filesystem(volume, &properties, None).await.unwrap();
+    }
+    for round in 0..15 {
+        let mounted = futures::future::join_all(volumes.iter().map(|volume| zfs.mount(volume))).await;
+        assert!(mounted.iter().all(Result::is_ok), "round {round}: {mounted:?}");
+        let unmounted = futures::future::join_all(volumes.iter().map(|volume| zfs.unmount(volume))).await;
+        assert!(unmounted.iter().all(Result::is_ok), "round {round}: {unmounted:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_daemon_that_hangs_is_a_timeout_and_holds_nobody_up() {
     let node = ZfsFuseNode::start(128);
     let zfs = CommandLine::new(node.runner().with_deadline(Duration::from_millis(300)));

@@ -8,9 +8,10 @@ mod streams;
 
 pub(crate) use self::streams::refuse_mixing;
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::OnceCell;
+use tokio::sync::{Mutex, OnceCell};
 
 use crate::api::Zfs;
 use crate::error::{ErrorKind, ZfsError};
@@ -33,12 +34,14 @@ const BUSY_PAUSE: Duration = Duration::from_millis(100);
 pub struct CommandLine {
     runner: Runner,
     probed: OnceCell<Probe>,
+    /// Held while something is mounted: two mounts at once make zfs-fuse hang for good.
+    mounting: Arc<Mutex<()>>,
 }
 
 impl CommandLine {
     /// Runs `zfs` and `zpool` with this runner.
     pub fn new(runner: Runner) -> Self {
-        Self { runner, probed: OnceCell::new() }
+        Self { runner, probed: OnceCell::new(), mounting: Arc::default() }
     }
 
     /// Runs a command about a dataset.
@@ -236,6 +239,7 @@ impl Zfs for CommandLine {
     }
 
     async fn mount(&self, name: &DatasetName) -> Result<(), ZfsError> {
+        let _alone = self.mounting.lock().await;
         already(self.run_unless_busy(name, &["zfs", "mount", name.as_str()]).await, "already mounted")
     }
 
