@@ -29,7 +29,6 @@ const SELECTION: &[&str] = &[
     "[Testpattern: Dynamic PV (default fs)] volume-modify [",
     "[Testpattern: Dynamic Snapshot (delete policy)] snapshottable",
     "[Testpattern: Pre-provisioned Snapshot (retain policy)] snapshottable",
-    "volumegroupsnapshottable [",
     "[Testpattern: Generic Ephemeral-volume (default fs) (late-binding)] ephemeral",
 ];
 
