@@ -10,6 +10,8 @@ use portolan_zfs::DatasetName;
 const FOREIGN_PREFIX: &str = "csi.storage.k8s.io/";
 const SMALLEST_RECORD: u32 = 512;
 const LARGEST_RECORD: u32 = 1 << 20;
+/// What mkfs.xfs takes (mkfs.xfs(8)).
+const SMALLEST_XFS: i64 = 300 << 20;
 const SMALLEST_BLOCK: u32 = 4 << 10;
 const LARGEST_BLOCK: u32 = 128 << 10;
 
@@ -80,6 +82,12 @@ pub enum Refusal {
     /// A claim that wants to be two things.
     #[error("spec.dataSource and annotation {IMPORT_ANNOTATION} are both given: allowed is one of them")]
     ImportAndSource,
+    /// A size that the filesystem is not made for.
+    #[error("a size of {given} bytes is too small for xfs: allowed are {SMALLEST_XFS} bytes (300Mi) and more")]
+    TooSmall {
+        /// Bytes.
+        given: i64,
+    },
     /// A claim that wants to start from something we can't copy.
     #[error("spec.dataSource {given} {why}")]
     DataSource {
@@ -288,6 +296,17 @@ pub fn import(given: &str) -> Result<Import, Refusal> {
     Ok(Import { node: node.to_owned(), dataset: dataset.to_string() })
 }
 
+/// Checks that a filesystem can be made in so many bytes.
+///
+/// # Errors
+/// When they are too few.
+pub fn check_size(filesystem: Filesystem, bytes: i64) -> Result<(), Refusal> {
+    match filesystem {
+        Filesystem::Xfs if bytes < SMALLEST_XFS => Err(Refusal::TooSmall { given: bytes }),
+        _ => Ok(()),
+    }
+}
+
 /// A claim's volume mode; none means Filesystem.
 ///
 /// # Errors
@@ -365,6 +384,12 @@ mod tests {
         assert!(parsed("volblocksize", "1M").unwrap_err().to_string().contains("128K"));
         let block = parse(&given("recordsize", "16K"), VolumeMode::Block).unwrap_err();
         assert!(block.to_string().contains("volblocksize"), "{block}");
+    }
+
+    #[test]
+    fn xfs_needs_room() {
+        assert!(check_size(Filesystem::Xfs, 299 << 20).unwrap_err().to_string().contains("300Mi"));
+        assert!(check_size(Filesystem::Xfs, 300 << 20).is_ok() && check_size(Filesystem::Zfs, 1).is_ok());
     }
 
     #[test]

@@ -7,6 +7,7 @@ pub mod ginkgo;
 pub mod lab;
 pub mod sanity;
 pub mod scene;
+pub mod snapshots;
 pub mod storage_suite;
 pub mod uninstall;
 pub mod zfs_contract;

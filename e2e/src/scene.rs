@@ -204,9 +204,16 @@ fn clean_up(lab: &Lab) -> Result<()> {
 /// When something is left after a minute, naming it.
 pub fn nothing_left(lab: &Lab) -> Result<()> {
     lab.wait("objects are gone", 60, || {
-        ["portablevolumes", "persistentvolumes", "volumeattachments", "ipclaims", "networknodeslices"]
-            .iter()
-            .try_for_each(|kind| empty(lab, kind))
+        [
+            "portablevolumes",
+            "portablesnapshots",
+            "persistentvolumes",
+            "volumeattachments",
+            "ipclaims",
+            "networknodeslices",
+        ]
+        .iter()
+        .try_for_each(|kind| empty(lab, kind))
     })?;
     for node in lab.nodes()? {
         let looks = [

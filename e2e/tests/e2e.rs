@@ -3,7 +3,7 @@
 use portolan_e2e::{
     bad_input,
     lab::Lab,
-    sanity, scene,
+    sanity, scene, snapshots,
     storage_suite::{self, Scope},
     uninstall, zfs_contract,
 };
@@ -14,6 +14,7 @@ fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     let lab = Lab::connect()?;
     scene::play(&lab)?;
     bad_input::play(&lab)?;
+    snapshots::play(&lab)?;
     sanity::play(&lab)?;
     if lab.has_zvols() {
         // zfs-fuse is held to it by the tests without a cluster.

@@ -68,6 +68,7 @@ fn check(
     let requests = spec.resources.as_ref().and_then(|resources| resources.requests.as_ref());
     let size = requests.and_then(|requests| requests.get("storage")).map(|size| size.0.clone()).unwrap_or_default();
     let size_bytes = quantity::bytes(&size)?;
+    parameters::check_size(asked.filesystem, size_bytes)?;
     Ok(Wish {
         size,
         size_bytes,

@@ -35,6 +35,7 @@ pub(super) async fn create(service: &Service, request: CreateVolumeRequest) -> R
     parameters::change(&mut asked.parameters, &map(request.mutable_parameters)).map_err(refused)?;
     let range = request.capacity_range.unwrap_or_default();
     let size_bytes = size(&range)?;
+    parameters::check_size(asked.filesystem, size_bytes).map_err(refused)?;
     let wish = Wish { size: Human(size_bytes).to_string(), size_bytes, mode, asked, ..Wish::default() };
     let from = request.volume_content_source;
     let present = service.hub.volumes.get_opt(&id).await.map_err(api_failed)?;
