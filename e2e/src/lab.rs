@@ -5,7 +5,7 @@ use std::{
     fs::File,
     io::Write,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -82,7 +82,7 @@ impl Lab {
     /// # Errors
     /// When they can't be.
     pub fn binaries(&self, group: &str) -> Result<PathBuf> {
-        Ok(PathBuf::from(self.build("binaries", group)?.trim()))
+        Ok(PathBuf::from(self.build("binaries", Some(group))?.trim()))
     }
 
     /// Imports the images of a group of `lab/build/images` onto all nodes.
@@ -90,16 +90,24 @@ impl Lab {
     /// # Errors
     /// When they can't be built, or a node doesn't take them.
     pub fn import(&self, group: &str) -> Result<()> {
-        let archives = self.build("images", group)?;
+        let archives = self.build("images", Some(group))?;
         self.lab(&[&["import"], archives.lines().collect::<Vec<_>>().as_slice()].concat(), None)?;
         Ok(())
     }
 
-    fn build(&self, what: &str, group: &str) -> Result<String> {
+    /// The archive of a program that `lab/build/NAME` makes for the nodes, built if it is not there.
+    ///
+    /// # Errors
+    /// When it can't be.
+    pub fn tool(&self, name: &str) -> Result<PathBuf> {
+        Ok(PathBuf::from(self.build(name, None)?.trim()))
+    }
+
+    fn build(&self, what: &str, group: Option<&str>) -> Result<String> {
         let script = repository().join("e2e/lab/build").join(what);
         // What it builds it says on standard error, which is ours.
-        let out = Command::new(&script).arg(group).stderr(Stdio::inherit()).output()?;
-        ensure!(out.status.success(), "{} {group}: {}", script.display(), out.status);
+        let out = Command::new(&script).args(group).stderr(Stdio::inherit()).output()?;
+        ensure!(out.status.success(), "{} {}: {}", script.display(), group.unwrap_or_default(), out.status);
         Ok(String::from_utf8(out.stdout)?)
     }
 
@@ -164,6 +172,16 @@ impl Lab {
                 Err(_) => std::thread::sleep(Duration::from_millis(200)),
             }
         }
+    }
+
+    /// Starts a command of the lab (`node NODE ...`, `run ...`) with pipes for standard input and output; its errors go where ours do.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn start(&self, args: &[&str]) -> Result<Child> {
+        let mut command = self.command(args);
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        child.with_context(|| format!("{} {}", self.script.display(), args.join(" ")))
     }
 
     fn command(&self, args: &[&str]) -> Command {

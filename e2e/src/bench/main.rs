@@ -1,0 +1,132 @@
+//! `make bench`: what Portolan takes beside what bare ZFS takes on the same node, in the same run, turn by turn. Asserts nothing about
+//! times; docs/benchmarks.md says what is measured and how.
+
+mod bare;
+mod load;
+mod snapshots;
+mod stats;
+mod volumes;
+mod watch;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use portolan_e2e::{
+    lab::{Lab, text},
+    scene,
+};
+
+use crate::{bare::Bare, volumes::Watches};
+
+/// How much is measured.
+struct Sizes {
+    /// Volumes made and deleted one at a time.
+    volumes: usize,
+    /// How often many are made at once, and with how many pods.
+    rounds: usize,
+    pods: usize,
+    snapshots: usize,
+    /// Pairs of runs of each program, and seconds of a run.
+    pairs: usize,
+    seconds: u32,
+}
+
+const FULL: Sizes = Sizes { volumes: 100, rounds: 2, pods: 20, snapshots: 30, pairs: 5, seconds: 10 };
+/// To see whether it works: `QUICK=1`.
+const QUICK: Sizes = Sizes { volumes: 4, rounds: 1, pods: 2, snapshots: 2, pairs: 2, seconds: 2 };
+
+fn main() -> ExitCode {
+    let mut report = String::new();
+    let result = Lab::connect().and_then(|lab| {
+        scene::install(&lab)?;
+        run(&lab, &mut report)
+    });
+    println!("\n{report}");
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("\nFAILED: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Measures all, and leaves nothing behind. The report has what was measured before an error, too.
+fn run(lab: &Lab, report: &mut String) -> Result<()> {
+    let sizes = if std::env::var_os("QUICK").is_some_and(|quick| !quick.is_empty()) { QUICK } else { FULL };
+    let node = lab.nodes()?.into_iter().next().context("the lab has nodes")?;
+    set_up(lab)?;
+    *report += &facts(lab, &node)?;
+    let mut add = |table: stats::Table| *report += &format!("\n{}", table.markdown());
+
+    let mut bare = Bare::start(lab, &node)?;
+    let watches = Watches::start(lab)?;
+    lab.step("volumes, one at a time");
+    add(volumes::one_by_one(lab, &watches, &mut bare, &node, &sizes)?);
+    lab.step("volumes, many at once");
+    add(volumes::many(lab, &watches, &mut bare, &sizes)?);
+    lab.step("two databases, one on a volume and one on a bare dataset");
+    load::start(lab, &mut bare, &node)?;
+    lab.step("snapshots and clones");
+    add(snapshots::measure(lab, &watches, &mut bare, &node, &sizes)?);
+    lab.step("fio");
+    add(load::fio(lab, &sizes)?);
+    lab.step("pgbench");
+    add(load::pgbench(lab, &sizes)?);
+    *report += &format!("\nLoad averages at the end: {}.\n", load_averages()?);
+
+    lab.step("all of it is taken away");
+    load::stop(lab)?;
+    bare.clean_up()?;
+    lab.kubectl(&["delete", "namespace", volumes::NAMESPACE, "--timeout=4m"])?;
+    lab.kubectl(&["delete", "storageclass", volumes::IMMEDIATE])?;
+    scene::nothing_left(lab)
+}
+
+fn set_up(lab: &Lab) -> Result<()> {
+    lab.kubectl(&["delete", "namespace", volumes::NAMESPACE, "--ignore-not-found", "--timeout=4m"])?;
+    lab.apply(&format!(
+        "apiVersion: v1
+kind: Namespace
+metadata: {{name: {}}}
+---
+apiVersion: storage.k8s.io/v1
+kind: StorageClass
+metadata: {{name: {}}}
+provisioner: portolan.dev
+volumeBindingMode: Immediate
+",
+        volumes::NAMESPACE,
+        volumes::IMMEDIATE
+    ))
+    .map(drop)
+}
+
+/// What it runs on.
+fn facts(lab: &Lab, node: &str) -> Result<String> {
+    let read = |file: &str| std::fs::read_to_string(file).with_context(|| file.to_owned());
+    let cpuinfo = read("/proc/cpuinfo")?;
+    let model =
+        cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map(|(_, name)| name);
+    let memory = read("/proc/meminfo")?;
+    let kib = memory.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).unwrap_or_default();
+    let pool = lab.json(&["get", "storagenode", node])?;
+    let version = lab.json(&["version"])?;
+    Ok(format!(
+        "{} cores ({}), {} GiB of memory; lane {}, {} nodes; {}; Kubernetes {}. Load averages before: {}.\n",
+        std::thread::available_parallelism()?,
+        model.unwrap_or("of unknown make"),
+        kib >> 20,
+        if lab.has_zvols() { "openzfs" } else { "native" },
+        lab.nodes()?.len(),
+        text(&pool, "/status/zfsVersion")?,
+        text(&version, "/serverVersion/gitVersion")?,
+        load_averages()?,
+    ))
+}
+
+/// Processes that ran or waited to, as averages of 1, 5 and 15 minutes (proc_loadavg(5)).
+fn load_averages() -> Result<String> {
+    let averages = std::fs::read_to_string("/proc/loadavg").context("/proc/loadavg")?;
+    Ok(averages.split(' ').take(3).collect::<Vec<_>>().join(", "))
+}

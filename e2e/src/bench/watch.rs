@@ -1,0 +1,142 @@
+//! When something happened, as the API server tells it: both ends of a time are events, so no program's start is in it.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::{Child, ChildStdout},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use portolan_e2e::lab::Lab;
+use serde_json::Value;
+
+/// One event, and when it got here.
+#[derive(Debug)]
+pub struct Event {
+    /// When it got here.
+    pub at: Instant,
+    /// `ADDED`, `MODIFIED`, `DELETED`, `BOOKMARK`.
+    pub kind: String,
+    /// The object as it was then.
+    pub object: Value,
+}
+
+impl Event {
+    /// Whether it is about the object of this name.
+    pub fn of(&self, name: &str) -> bool {
+        self.object["metadata"]["name"] == name
+    }
+
+    /// Whether the object is about to go, or has gone.
+    pub fn ends(&self) -> bool {
+        self.kind == "DELETED" || self.object["metadata"]["deletionTimestamp"].is_string()
+    }
+
+    /// Whether the object's `status.phase` is this one.
+    pub fn in_phase(&self, phase: &str) -> bool {
+        self.object["status"]["phase"] == phase
+    }
+}
+
+#[derive(Default)]
+struct Log {
+    events: Vec<Event>,
+    ended: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    log: Mutex<Log>,
+    grown: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All events of one kind of objects since it was made.
+pub struct Watch {
+    path: String,
+    stream: Child,
+    shared: Arc<Shared>,
+}
+
+impl Watch {
+    /// Watches the objects at an API path (`/api/v1/persistentvolumes`); returns when the watch has begun.
+    ///
+    /// # Errors
+    /// When the API server does not stream.
+    pub fn start(lab: &Lab, path: &str) -> Result<Self> {
+        let request = format!(
+            "{path}?watch=1&timeoutSeconds=7200&allowWatchBookmarks=true&sendInitialEvents=true\
+             &resourceVersionMatch=NotOlderThan"
+        );
+        let mut stream = lab.start(&["run", "kubectl", "get", "--raw", &request])?;
+        let lines = stream.stdout.take().context("its standard output is a pipe")?;
+        let shared = Arc::new(Shared::default());
+        let reader = shared.clone();
+        std::thread::spawn(move || read(lines, &reader));
+        let watch = Self { path: path.into(), stream, shared };
+        // What marks the end of the objects that were there before.
+        watch.first("the watch has begun", 30, |event| event.kind == "BOOKMARK")?;
+        Ok(watch)
+    }
+
+    /// Waits until there has been such an event, and gives the first one to `take`.
+    ///
+    /// # Errors
+    /// When there is none in so many seconds.
+    pub fn find<T>(
+        &self,
+        what: &str,
+        seconds: u64,
+        is: impl Fn(&Event) -> bool,
+        take: impl Fn(&Event) -> T,
+    ) -> Result<T> {
+        let deadline = Instant::now() + Duration::from_secs(seconds);
+        let mut seen = 0;
+        let mut log = self.shared.lock();
+        loop {
+            if let Some(event) = log.events[seen..].iter().find(|event| is(event)) {
+                return Ok(take(event));
+            }
+            seen = log.events.len();
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || log.ended {
+                bail!("{}: no event in {seconds} s ({seen} others; ended: {}): {what}", self.path, log.ended);
+            }
+            log = self.shared.grown.wait_timeout(log, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// When the first such event got here; waits for it.
+    ///
+    /// # Errors
+    /// As [`Watch::find`].
+    pub fn first(&self, what: &str, seconds: u64, is: impl Fn(&Event) -> bool) -> Result<Instant> {
+        self.find(what, seconds, is, |event| event.at)
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let _ = self.stream.kill();
+        let _ = self.stream.wait();
+    }
+}
+
+fn read(lines: ChildStdout, shared: &Shared) {
+    for line in BufReader::new(lines).lines().map_while(Result::ok) {
+        let at = Instant::now();
+        let Ok(Value::Object(mut event)) = serde_json::from_str(&line) else { continue };
+        let kind = event.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let object = event.remove("object").unwrap_or_default();
+        shared.lock().events.push(Event { at, kind, object });
+        shared.grown.notify_all();
+    }
+    shared.lock().ended = true;
+    shared.grown.notify_all();
+}
