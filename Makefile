@@ -37,7 +37,7 @@ TIMES ?= 1
 test-scene: tools
 	$(TIMED) "the scene on lane $(LANE)" env LANE=$(LANE) e2e/on-lane $(MAKE) scene TIMES=$(TIMES)
 
-## scene        the scene's test in the lab that is up
+## scene        the scene's test in the lab that is up; PARTS="install snapshots" plays only these parts of it
 scene:
 	for i in $$(seq $(TIMES)); do LANE=$(LANE) $(CARGO) test --release --locked -p portolan-e2e -- --nocapture || exit 1; done
 

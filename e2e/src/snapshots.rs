@@ -18,8 +18,7 @@ const FROM_SNAPSHOT: &str = "{apiGroup: snapshot.storage.k8s.io, kind: VolumeSna
 /// At the first thing that isn't so.
 pub fn play(lab: &Lab) -> Result<()> {
     let nodes = lab.nodes()?;
-    let [here, there] = nodes.get(..2).and_then(|two| two.try_into().ok()).context("two nodes")?;
-    let (here, there): (&String, &String) = (here, there);
+    let (here, there) = nodes.first().zip(nodes.get(1)).context("the lab has two nodes")?;
     lab.step("a volume, its snapshot, and volumes made of that on both nodes");
     lab.kubectl(&["create", "namespace", NAMESPACE])?;
     start(lab, "source", here, "null", "none")?;

@@ -8,20 +8,38 @@ use portolan_e2e::{
     uninstall, zfs_contract,
 };
 
-/// One test, because the cluster is one: a test harness would run several side by side.
+/// A part of the test by name, and whether it is for this lab.
+type Part = (&'static str, bool, fn(&Lab) -> anyhow::Result<()>);
+
+/// One test, because the cluster is one: a test harness would run several side by side. `PARTS="install snapshots"` plays only these.
 #[test]
 fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     let lab = Lab::connect()?;
-    scene::play(&lab)?;
-    bad_input::play(&lab)?;
-    snapshots::play(&lab)?;
-    sanity::play(&lab)?;
-    if lab.has_zvols() {
+    let openzfs = lab.has_zvols();
+    let parts: [Part; 8] = [
+        ("install", true, scene::install),
+        ("scene", true, scene::play),
+        ("bad-input", true, bad_input::play),
+        ("snapshots", true, snapshots::play),
+        ("sanity", true, sanity::play),
         // zfs-fuse is held to it by the tests without a cluster.
-        zfs_contract::play(&lab)?;
-    } else {
-        // Emulated nodes would take hours.
-        storage_suite::play(&lab, Scope::Selection)?;
+        ("zfs-contract", openzfs, zfs_contract::play),
+        // On emulated nodes it would take hours.
+        ("storage-suite", !openzfs, |lab| storage_suite::play(lab, Scope::Selection)),
+        ("uninstall", true, uninstall::play),
+    ];
+    let asked = std::env::var("PARTS").unwrap_or_default();
+    let asked: Vec<&str> = asked.split_whitespace().collect();
+    let known = |name: &str| parts.iter().any(|(part, ..)| *part == name);
+    anyhow::ensure!(
+        asked.iter().all(|name| known(name)),
+        "PARTS is {asked:?}: there are {:?}",
+        parts.map(|part| part.0)
+    );
+    for (name, here, play) in parts {
+        if here && (asked.is_empty() || asked.contains(&name)) {
+            play(&lab)?;
+        }
     }
-    uninstall::play(&lab)
+    Ok(())
 }
