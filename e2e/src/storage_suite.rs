@@ -52,6 +52,8 @@ const SKIPPED: &[(&str, &str)] = &[
     ("doesn't support RWX", "one node writes a volume"),
     ("multiple PVs with the same volumeHandle", "one volume is one PersistentVolume's"),
     ("Not enough topologies", "all nodes have pools of one kind, as the volumes go wherever their pods go"),
+    ("does not support snapshots - skipping", "the spec's kind of volume has no class of snapshots in the suite"),
+    ("is not ephemeral", "the spec is of ephemeral volumes, and this kind is not"),
     ("does not support volume limits", "the suite would fill a node with hundreds of volumes"),
     ("does not support SELinuxMount", "volumes have no SELinux labels of their own"),
     ("does not support snapshot metadata", "ZFS does not tell the blocks that changed"),
