@@ -65,7 +65,11 @@ impl Bare {
     /// # Errors
     /// When something is still in use.
     pub fn clean_up(&mut self) -> Result<()> {
-        self.time(&format!("! zfs list {ROOT} > /dev/null 2>&1 || zfs destroy -R {ROOT}"))?;
+        // zfs-fuse calls a dataset busy for a moment after it was unmounted.
+        self.time(&format!(
+            "for i in $(seq 50); do ! zfs list {ROOT} > /dev/null 2>&1 || zfs destroy -R {ROOT} && break; sleep 0.1; done; \
+             ! zfs list {ROOT} > /dev/null 2>&1"
+        ))?;
         self.time(&format!("rm -rf --one-file-system {FOLDER}")).map(drop)
     }
 }

@@ -23,7 +23,7 @@ pub fn measure(lab: &Lab, watches: &Watches, bare: &mut Bare, node: &str, sizes:
     let (theirs, ours) =
         (Watch::start(lab, &theirs)?, Watch::start(lab, "/apis/portolan.dev/v1alpha1/portablesnapshots")?);
     let (snapshot, clone) = ("`zfs snapshot`", "`zfs clone`");
-    let mut taken = Pairs::new("of that, ours: PortableSnapshot → taken", snapshot);
+    let mut taken = Pairs::new("of that, Portolan's part: PortableSnapshot → taken", snapshot);
     let mut ready = Pairs::new("VolumeSnapshot → readyToUse", snapshot);
     let mut bound = Pairs::new("claim from a VolumeSnapshot → Bound", clone);
     for i in 0..sizes.snapshots {
@@ -52,7 +52,7 @@ pub fn measure(lab: &Lab, watches: &Watches, bare: &mut Bare, node: &str, sizes:
     }
     delete_samples(lab, true)?;
     lab.kubectl(&["-n", NAMESPACE, "delete", "volumesnapshots", "--all", "--timeout=4m"])?;
-    Ok(Table::new("Snapshots and clones of a database's volume", "ms", [taken, ready, bound]))
+    Ok(Table::new("Snapshots and clones of a database's volume", "ms", [ready, taken, bound]))
 }
 
 fn volume_snapshot(name: &str) -> String {

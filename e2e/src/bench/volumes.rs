@@ -129,10 +129,10 @@ pub fn delete_samples(lab: &Lab, wait: bool) -> Result<()> {
 /// When a volume is not made or deleted.
 pub fn one_by_one(lab: &Lab, watches: &Watches, bare: &mut Bare, node: &str, sizes: &Sizes) -> Result<Table> {
     let (create, destroy) = ("`zfs create`", "`zfs destroy`");
-    let mut ready = Pairs::new("create: claim → its dataset is there and owned", create);
-    let mut agent = Pairs::new("of that, the node: PortableVolume → its dataset is there and owned", create);
-    let mut bound = Pairs::new("create: claim → Bound", create);
-    let mut gone = Pairs::new("delete: claim deleted → dataset destroyed, no object left", destroy);
+    let mut ready = Pairs::new("of that, until its dataset is there and owned", create);
+    let mut agent = Pairs::new("of that, the node's part: from its PortableVolume on", create);
+    let mut bound = Pairs::new("created: claim → Bound", create);
+    let mut gone = Pairs::new("deleted: claim deleted → dataset destroyed, no object left", destroy);
     for i in 0..sizes.volumes {
         let name = format!("one-{i}");
         let made = bare.time(&format!("zfs create {} {}", options(&name, SIZE), dataset(&name)))?;
@@ -149,7 +149,7 @@ pub fn one_by_one(lab: &Lab, watches: &Watches, bare: &mut Bare, node: &str, siz
         lab.kubectl(&["-n", NAMESPACE, "delete", "pvc", &name, "--wait=false"])?;
         gone.push(between(watches.deleted(&name)?, watches.gone(&volume)?), destroyed);
     }
-    Ok(Table::new("Volumes, one at a time", "ms", [agent, ready, bound, gone]))
+    Ok(Table::new("Volumes, one at a time", "ms", [bound, ready, agent, gone]))
 }
 
 /// Many volumes at once with their pods, each round beside as many of bare ZFS, one after the other.
