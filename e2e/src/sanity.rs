@@ -18,7 +18,6 @@ const NODE_SOCKET: &str = "/var/lib/kubelet/plugins/portolan.dev/csi.sock";
 /// Bytes, before and after growing.
 const SIZE: u64 = 64 << 20;
 const GROWN: u64 = 128 << 20;
-const PARAMETERS: &str = "recordsize: 16K\n";
 const MUTABLE_PARAMETERS: &str = "compression: \"off\"\n";
 
 /// Specs that are not asked for: a regular expression of their names, and why not.
@@ -31,37 +30,37 @@ const SKIPPED: &[(&str, &str)] = &[
     (PENDING, "its authors have switched it off (pagination while volumes come and go)"),
 ];
 
-/// Runs the suite for each kind of volume that the lane's pools have. Portolan must be installed.
+/// Runs the suite: with block volumes where the lane's pools have them, else with filesystems. Portolan must be installed.
 ///
 /// # Errors
 /// When a spec fails, is skipped without a reason, or leaves something behind.
 pub fn play(lab: &Lab) -> Result<()> {
-    for access in if lab.has_zvols() { &["mount", "block"][..] } else { &["mount"] } {
-        lab.step(format!("csi-sanity, access type {access}"));
-        let (node, controller_socket) = lab.wait("a replica of the controller is Ready", 60, || controller(lab))?;
-        let report = run(lab, access, &node, &controller_socket)?;
-        lab.show(report.totals());
-        for (reason, count) in report.reasons() {
-            let why = SKIPPED.iter().find(|(part, _)| reason.contains(part)).map_or("not expected", |(_, why)| why);
-            lab.show(format!("{count} skipped: {reason} ({why})"));
-        }
-        for (name, why) in LEFT_OUT {
-            let count = report.of(Outcome::LeftOut).count();
-            lab.show(format!("left out (of {count}): {name} ({why})"));
-        }
-        report.check(SKIPPED)?;
-        lab.on_node(&node, &format!("rmdir {MOUNTS}")).context("the suite has left something mounted")?;
-        nothing_left(lab)?;
+    // Of filesystems the native lane says all there is to say, ten times as fast.
+    let access = if lab.has_zvols() { "block" } else { "mount" };
+    lab.step(format!("csi-sanity, access type {access}"));
+    let (node, controller_socket) = lab.wait("a replica of the controller is Ready", 60, || controller(lab))?;
+    let report = run(lab, access, &node, &controller_socket)?;
+    lab.show(report.totals());
+    for (reason, count) in report.reasons() {
+        let why = SKIPPED.iter().find(|(part, _)| reason.contains(part)).map_or("not expected", |(_, why)| why);
+        lab.show(format!("{count} skipped: {reason} ({why})"));
     }
-    Ok(())
+    for (name, why) in LEFT_OUT {
+        let count = report.of(Outcome::LeftOut).count();
+        lab.show(format!("left out (of {count}): {name} ({why})"));
+    }
+    report.check(SKIPPED)?;
+    lab.on_node(&node, &format!("rmdir {MOUNTS}")).context("the suite has left something mounted")?;
+    nothing_left(lab)
 }
 
 fn run(lab: &Lab, access: &str, node: &str, controller_socket: &str) -> Result<Report> {
     lab.on_node(node, &format!("rm -rf {WORK}; mkdir -p {WORK} {MOUNTS}"))?;
     lab.copy_to_node(node, &lab.binaries("csi")?.join("csi-sanity"), &format!("{WORK}/csi-sanity"))?;
+    let parameter = if access == "block" { "volblocksize" } else { "recordsize" };
     lab.on_node(
         node,
-        &format!("printf '{PARAMETERS}' > {WORK}/parameters; printf '{MUTABLE_PARAMETERS}' > {WORK}/mutable"),
+        &format!("echo '{parameter}: 16K' > {WORK}/parameters; printf '{MUTABLE_PARAMETERS}' > {WORK}/mutable"),
     )?;
     let skip = LEFT_OUT.iter().map(|(name, _)| format!(" --ginkgo.skip='{name}'")).collect::<String>();
     // Its exit status says no more than the report.

@@ -43,18 +43,13 @@ pub fn install(lab: &Lab) -> Result<()> {
     lab.step("helm install portolan charts/portolan");
     let chart = repository().join("charts/portolan").canonicalize()?;
     let chart = chart.to_string_lossy();
-    lab.helm(&[
-        "upgrade",
-        "--install",
-        "portolan",
-        &chart,
-        "--namespace",
-        RELEASE_NAMESPACE,
-        "--create-namespace",
-        "--wait",
-        "--timeout",
-        "5m",
-    ])?;
+    let mut command = vec!["upgrade", "--install", "portolan", &chart, "--namespace", RELEASE_NAMESPACE];
+    command.extend(["--create-namespace", "--wait", "--timeout", "5m"]);
+    if lab.has_zvols() {
+        // Emulated nodes need minutes to start what stands by.
+        command.extend(["--set", "replicas=1"]);
+    }
+    lab.helm(&command)?;
     lab.show(lab.kubectl(&["-n", RELEASE_NAMESPACE, "get", "pods", "-o", "wide"])?);
     let nodes = lab.nodes()?;
     lab.wait("a StorageNode that is Ready for each node", 30, || {
