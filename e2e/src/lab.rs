@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 /// A lab that is up, and the clock of what is shown in it.
+#[derive(Clone)]
 pub struct Lab {
     script: PathBuf,
     started: Instant,

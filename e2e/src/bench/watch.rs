@@ -42,7 +42,18 @@ impl Event {
 #[derive(Default)]
 struct Log {
     events: Vec<Event>,
+    stream: Option<Child>,
+    /// Nobody wants to know any more, or nothing can be known any more.
     ended: bool,
+}
+
+impl Log {
+    fn end(&mut self) {
+        self.ended = true;
+        if let Some(stream) = &mut self.stream {
+            let _ = stream.kill();
+        }
+    }
 }
 
 #[derive(Default)]
@@ -60,7 +71,6 @@ impl Shared {
 /// All events of one kind of objects since it was made.
 pub struct Watch {
     path: String,
-    stream: Child,
     shared: Arc<Shared>,
 }
 
@@ -70,16 +80,10 @@ impl Watch {
     /// # Errors
     /// When the API server does not stream.
     pub fn start(lab: &Lab, path: &str) -> Result<Self> {
-        let request = format!(
-            "{path}?watch=1&timeoutSeconds=7200&allowWatchBookmarks=true&sendInitialEvents=true\
-             &resourceVersionMatch=NotOlderThan"
-        );
-        let mut stream = lab.start(&["run", "kubectl", "get", "--raw", &request])?;
-        let lines = stream.stdout.take().context("its standard output is a pipe")?;
         let shared = Arc::new(Shared::default());
-        let reader = shared.clone();
-        std::thread::spawn(move || read(lines, &reader));
-        let watch = Self { path: path.into(), stream, shared };
+        let watch = Self { path: path.into(), shared: shared.clone() };
+        let (lab, path) = (lab.clone(), path.to_owned());
+        std::thread::spawn(move || follow(&lab, &path, &shared));
         // What marks the end of the objects that were there before.
         watch.first("the watch has begun", 30, |event| event.kind == "BOOKMARK")?;
         Ok(watch)
@@ -123,20 +127,53 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        let _ = self.stream.kill();
-        let _ = self.stream.wait();
+        self.shared.lock().end();
     }
 }
 
-fn read(lines: ChildStdout, shared: &Shared) {
-    for line in BufReader::new(lines).lines().map_while(Result::ok) {
-        let at = Instant::now();
-        let Ok(Value::Object(mut event)) = serde_json::from_str(&line) else { continue };
-        let kind = event.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
-        let object = event.remove("object").unwrap_or_default();
-        shared.lock().events.push(Event { at, kind, object });
-        shared.grown.notify_all();
+/// Reads until nobody wants to know. The API server may end a stream at any time: it goes on after the last event.
+fn follow(lab: &Lab, path: &str, shared: &Shared) {
+    let mut since = "sendInitialEvents=true&resourceVersionMatch=NotOlderThan".to_owned();
+    while let Ok(lines) = open(lab, path, &since, shared) {
+        for line in BufReader::new(lines).lines().map_while(Result::ok) {
+            let Some(event) = parse(&line) else { continue };
+            // The events after the last one are no longer known.
+            if event.kind == "ERROR" {
+                shared.lock().end();
+                break;
+            }
+            if let Some(version) = event.object["metadata"]["resourceVersion"].as_str() {
+                since = format!("resourceVersion={version}");
+            }
+            shared.lock().events.push(event);
+            shared.grown.notify_all();
+        }
+        let stream = shared.lock().stream.take();
+        let _ = stream.map(|mut stream| stream.wait());
+        if shared.lock().ended {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
     }
-    shared.lock().ended = true;
+    shared.lock().end();
     shared.grown.notify_all();
+}
+
+fn open(lab: &Lab, path: &str, since: &str, shared: &Shared) -> Result<ChildStdout> {
+    let request = format!("{path}?watch=1&timeoutSeconds=7200&allowWatchBookmarks=true&{since}");
+    let mut stream = lab.start(&["run", "kubectl", "get", "--raw", &request])?;
+    let lines = stream.stdout.take().context("its standard output is a pipe")?;
+    let mut log = shared.lock();
+    log.stream = Some(stream);
+    if log.ended {
+        log.end();
+    }
+    Ok(lines)
+}
+
+fn parse(line: &str) -> Option<Event> {
+    let at = Instant::now();
+    let Ok(Value::Object(mut event)) = serde_json::from_str(line) else { return None };
+    let kind = event.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
+    Some(Event { at, kind, object: event.remove("object").unwrap_or_default() })
 }
