@@ -8,12 +8,13 @@ use portolan_zfs::{DatasetName, ErrorKind, Property, SnapshotName, Zfs};
 use super::fetch;
 use super::steps::{StepError, Steps, ignore_missing};
 use crate::transfer::Request;
-use crate::volume;
+use crate::volume::{self, UID_PROPERTY};
 
 /// Makes the dataset, or goes on with one that an earlier attempt has begun.
 pub(super) async fn run<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<(), StepError> {
     let Some(source) = steps.volume.spec.source.clone() else { return Ok(()) };
     let zfs = steps.node.zfs.clone();
+    let own = steps.volume.uid();
     let found = match zfs.dataset(&steps.dataset).await {
         Err(error) if error.kind == ErrorKind::NotFound => None,
         found => Some(found?),
@@ -23,6 +24,9 @@ pub(super) async fn run<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<(), StepErro
             Some(snapshot) => zfs.clone_snapshot(&snapshot, &steps.dataset, &steps.new_properties()?).await?,
             None => copy(steps, &source).await?,
         },
+        // Complete, and its snapshot may be gone: the mark comes with the copy or last, and a copy is read-only until it is whole.
+        Some(found) if found.user.get(UID_PROPERTY).is_some_and(|uid| own.as_ref() == Some(uid)) && !found.readonly => {
+        }
         // A clone, or a copy that has come whole: what it lacks are properties.
         Some(found) if found.origin.is_some() || received(steps, &source).await?.is_some() => set_all(steps).await?,
         // A copy of which snapshots have come that lie before the one asked for.
