@@ -52,7 +52,7 @@ pub fn install(lab: &Lab) -> Result<()> {
     lab.helm(&command)?;
     lab.show(lab.kubectl(&["-n", RELEASE_NAMESPACE, "get", "pods", "-o", "wide"])?);
     let nodes = lab.nodes()?;
-    lab.wait("a StorageNode that is Ready for each node", 30, || {
+    lab.wait("a StorageNode that is Ready for each node", 90, || {
         for node in &nodes {
             let pool = lab.json(&["get", "storagenode", node])?;
             ready(&pool)?;

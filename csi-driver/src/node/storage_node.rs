@@ -21,8 +21,8 @@ use crate::quantity::Human;
 
 /// How often the pool is looked at.
 const EVERY: Duration = Duration::from_secs(10);
-/// How long a look waits for the pool.
-const LOOK_WITHIN: Duration = Duration::from_secs(45);
+/// How long a look waits for the pool: several commands, each of which has a deadline of its own.
+const LOOK_WITHIN: Duration = Duration::from_secs(150);
 /// The longest pause after a look that the pool did not answer: each may leave a process that can't be killed.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Who writes, for server-side apply.
