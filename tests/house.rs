@@ -1,13 +1,10 @@
 //! The house keeps its shape: dependencies point one way, and the YAML is what the types generate.
 
-use std::{
-    collections::BTreeSet,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{collections::BTreeSet, path::PathBuf, process::Command};
 
+/// The tree that cargo runs us for: the one that we were compiled in may be another, since trees share what is compiled.
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo runs the tests")).join("..")
 }
 
 /// The names of all packages that a package is built with, on its own: what other members make of a shared dependency's features

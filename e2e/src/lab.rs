@@ -232,9 +232,12 @@ impl Lab {
     }
 }
 
-/// The repository's root.
+/// The repository's root: of the tree that cargo runs us for. The one that we were compiled in may be another, since trees share
+/// what is compiled, and may be gone.
 pub fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    let package =
+        std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    package.join("..")
 }
 
 /// A string in a JSON object, by pointer.
