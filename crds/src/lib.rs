@@ -3,11 +3,13 @@
 //! The YAML beside this crate (`crds/*.yaml`) and the chart's copy are generated from these types by
 //! `cargo run -p portolan-crds --bin generate-crds`; a test fails when they differ. This crate sees no client.
 
+mod handoff;
 mod network;
 mod snapshot;
 mod storage_node;
 mod volume;
 
+pub use handoff::*;
 pub use network::*;
 pub use snapshot::*;
 pub use storage_node::*;

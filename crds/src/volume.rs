@@ -1,9 +1,11 @@
-//! PortableVolume: one volume, where it lives, and the handoff that moves it.
+//! PortableVolume: one volume, and where it lives.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, MicroTime};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::handoff::{Handoff, HandoffReport};
 
 /// A volume that follows its pod: a ZFS dataset on its owner, and warm replicas elsewhere.
 #[derive(CustomResource, Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
@@ -214,7 +216,7 @@ pub struct PortableVolumeStatus {
     /// The move that is under way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub handoff: Option<Handoff>,
-    /// The newest move that ended well, with its figures.
+    /// The newest move that ended, with its figures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_handoff: Option<HandoffReport>,
     /// `Ready`, and what stands in its way.
@@ -248,76 +250,4 @@ pub struct Replica {
     /// That snapshot's GUID, in decimal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guid: Option<String>,
-}
-
-/// A running move of a volume from its owner to another node.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Handoff {
-    /// The owner when the handoff began.
-    pub from: String,
-    /// The node that takes over.
-    pub to: String,
-    /// The epoch that the handoff will establish: the owner's plus one.
-    pub epoch: i64,
-    /// How far it is.
-    pub phase: HandoffPhase,
-    /// When it was asked for.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub started_at: Option<MicroTime>,
-    /// When the source had proved that nothing can write there any more.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub quiesced_at: Option<MicroTime>,
-    /// The final snapshot's short name at the source.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub snapshot: Option<String>,
-    /// The final snapshot's GUID at the source, in decimal: the target's must equal it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub guid: Option<String>,
-    /// Bytes of ZFS stream that the target has received.
-    #[serde(default)]
-    pub bytes: i64,
-    /// The common snapshot that the stream started from; none for a full one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub base: Option<String>,
-    /// Why the newest attempt failed, if it did.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub last_error: Option<String>,
-}
-
-/// The phases of a handoff, in order.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, PartialOrd, Serialize)]
-pub enum HandoffPhase {
-    /// The source unmounts, sets the dataset read-only and takes the final snapshot.
-    #[default]
-    Quiescing,
-    /// The target receives up to the final snapshot.
-    FinalSync,
-    /// Owner and epoch are the target's; it makes its dataset writable.
-    Activating,
-}
-
-/// A move that ended well.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct HandoffReport {
-    /// The owner before.
-    pub from: String,
-    /// The owner after.
-    pub to: String,
-    /// The epoch it established.
-    pub epoch: i64,
-    /// Bytes of ZFS stream that were sent.
-    pub bytes: i64,
-    /// The common snapshot that the stream started from; none for a full one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub base: Option<String>,
-    /// When it was asked for.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub started_at: Option<MicroTime>,
-    /// When the target was writable.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub finished_at: Option<MicroTime>,
-    /// Milliseconds from unmounted at the source to writable at the target.
-    pub downtime_milliseconds: i64,
 }

@@ -15,3 +15,4 @@ pub mod room;
 mod socket;
 pub mod transfer;
 pub mod volume;
+mod write;

@@ -20,6 +20,9 @@ pub const KEPT: &str = "Kept";
 /// Reason of a condition: the dataset that the volume was to be can't be it.
 pub const IMPORT_REFUSED: &str = "ImportRefused";
 
+/// What stands between a volume's name and an epoch in the name of a copy that is not from its history.
+const QUARANTINED: &str = ".diverged-";
+
 /// A volume's status; an empty one if nobody has written any.
 pub fn status(volume: &PortableVolume) -> PortableVolumeStatus {
     volume.status.clone().unwrap_or_default()
@@ -38,6 +41,19 @@ pub fn is_kept(volume: &PortableVolume) -> bool {
 /// When the volume's name can't be one of ZFS.
 pub fn dataset(pool: &DatasetName, volume: &str) -> Result<DatasetName, InvalidName> {
     pool.child(volume)
+}
+
+/// Where a copy is put that is not from the volume's history.
+///
+/// # Errors
+/// As [`dataset`].
+pub fn quarantine(dataset: &DatasetName, epoch: i64) -> Result<DatasetName, InvalidName> {
+    DatasetName::new(format!("{dataset}{QUARANTINED}{epoch}"))
+}
+
+/// Whether a dataset's short name says that it was put out of the way as a copy of `volume`.
+pub fn is_quarantined(short: &str, volume: &str) -> bool {
+    short.strip_prefix(volume).is_some_and(|rest| rest.starts_with(QUARANTINED))
 }
 
 /// Where the driver keeps its sockets and mounts, as the host sees it.

@@ -135,6 +135,10 @@ fn state(volume: &PortableVolume) -> String {
     };
     let Some(handoff) = status.handoff else { return phase.to_owned() };
     let step = match handoff.phase {
+        HandoffPhase::PreCopy => match handoff.warm {
+            true => format!("is copied, about {} bytes are left", handoff.delta_bytes.unwrap_or_default()),
+            false => format!("is being copied: round {}, {} bytes", handoff.rounds + 1, handoff.bytes),
+        },
         HandoffPhase::Quiescing => format!("waits until {} has let go", handoff.from),
         HandoffPhase::FinalSync => format!("{} bytes received", handoff.bytes),
         HandoffPhase::Activating => "becomes writable".to_owned(),

@@ -9,17 +9,19 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PersistentVolume;
 use k8s_openapi::api::storage::v1::VolumeAttachment;
 use kube::ResourceExt;
-use kube::api::{Patch, PatchParams, PostParams};
+use kube::api::{Patch, PatchParams};
 use kube::runtime::controller::Action;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::{Controller, watcher};
 use portolan_crds::{ATTACH_FINALIZER, DRIVER, PortableVolume};
 use serde_json::json;
 
-use super::decide::{self, Decision};
+use super::decide::{self, Decision, Other};
 use super::wish::no_pool;
 use super::{Hub, RESYNC, exhaust, retry, set_finalizer};
+use crate::handoff::{Ask, Event};
 use crate::volume;
+use crate::write::{self, WriteError};
 
 /// How soon an attachment is looked at again that can't be answered yet: events come first.
 const WAITING: std::time::Duration = std::time::Duration::from_secs(5);
@@ -73,10 +75,10 @@ async fn reconcile(attachment: Arc<VolumeAttachment>, hub: Arc<Hub>) -> kube::Re
     };
     let node = &attachment.spec.node_name;
     let mut decision = decide::decide(&volume, node, &[]);
-    if decision == Decision::Move {
+    if matches!(decision, Decision::Move | Decision::Stay) {
         // Only then does it matter who else has it; asking is a list.
         let pv = attachment.spec.source.persistent_volume_name.as_deref().unwrap_or_default();
-        decision = decide::decide(&volume, node, &attached_elsewhere(&hub, pv, node).await?);
+        decision = decide::decide(&volume, node, &elsewhere(&hub, pv, node).await?);
     }
     tracing::debug!(volume = volume.name_any(), node, ?decision, "attachment");
     match decision {
@@ -89,6 +91,10 @@ async fn reconcile(attachment: Arc<VolumeAttachment>, hub: Arc<Hub>) -> kube::Re
             Ok(Action::requeue(RESYNC))
         }
         Decision::Move => start_move(&hub, &attachment, &volume).await,
+        Decision::Stay => {
+            end_move(&hub, &volume, node).await?;
+            Ok(Action::requeue(WAITING))
+        }
         Decision::Wait => Ok(Action::requeue(WAITING)),
         Decision::Refuse(why) => refuse(&hub, &attachment, &format!("volume {}: {why}", volume.name_any())).await,
     }
@@ -110,16 +116,17 @@ async fn find(hub: &Hub, attachment: &VolumeAttachment) -> kube::Result<Result<P
     Ok(volume.ok_or_else(|| format!("there is no PortableVolume {handle}")))
 }
 
-/// The other nodes that a PersistentVolume is attached to, asked of the API: a watch may be behind.
-pub(super) async fn attached_elsewhere(hub: &Hub, pv: &str, node: &str) -> kube::Result<Vec<String>> {
+/// The other attachments of a PersistentVolume, asked of the API: a watch may be behind. Without those that are being deleted before
+/// anybody was told anything.
+pub(super) async fn elsewhere(hub: &Hub, pv: &str, node: &str) -> kube::Result<Vec<Other>> {
     let all = hub.attachments.list(&Default::default()).await?;
-    let other = |it: &VolumeAttachment| {
-        it.spec.attacher == DRIVER
-            && it.spec.source.persistent_volume_name.as_deref() == Some(pv)
-            && it.spec.node_name != node
-            && it.status.as_ref().is_some_and(|status| status.attached)
+    let other = |it: VolumeAttachment| {
+        let ours = it.spec.attacher == DRIVER && it.spec.source.persistent_volume_name.as_deref() == Some(pv);
+        let attached = it.status.as_ref().is_some_and(|status| status.attached);
+        let counts = ours && it.spec.node_name != node && (attached || it.metadata.deletion_timestamp.is_none());
+        counts.then_some(Other { node: it.spec.node_name, attached })
     };
-    Ok(all.items.into_iter().filter(other).map(|it| it.spec.node_name).collect())
+    Ok(all.items.into_iter().filter_map(other).collect())
 }
 
 async fn start_move(hub: &Hub, attachment: &VolumeAttachment, volume: &PortableVolume) -> kube::Result<Action> {
@@ -132,18 +139,36 @@ async fn start_move(hub: &Hub, attachment: &VolumeAttachment, volume: &PortableV
     Ok(Action::requeue(WAITING))
 }
 
-/// Writes that the volume moves to `node`.
+/// Writes that the volume moves to `node`, whose pod waits for it.
 pub(super) async fn ask_for_move(hub: &Hub, volume: &PortableVolume, node: &str) -> kube::Result<()> {
-    let mut next = volume.clone();
-    let mut status = volume::status(volume);
-    decide::start(&mut status, node, Timestamp::now());
-    let (name, from) = (volume.name_any(), status.owner.clone().unwrap_or_default());
-    next.status = Some(status);
-    hub.volumes.replace_status(&name, &PostParams::default(), &next).await?;
+    let ask = Ask { to: node.to_owned(), ..Ask::default() };
+    if !happen(hub, volume, Event::Asked(ask, write::now())).await? {
+        return Ok(());
+    }
     hub.moves.inc();
-    tracing::info!(volume = name, from, to = node, "asked for a move");
+    let from = volume::status(volume).owner.unwrap_or_default();
+    tracing::info!(volume = volume.name_any(), from, to = node, "asked for a move");
     // The move goes on without what follows; what fails here is done when it has ended.
     place(hub, volume, node).await
+}
+
+/// Writes that the volume stays on its `node`.
+pub(super) async fn end_move(hub: &Hub, volume: &PortableVolume, node: &str) -> kube::Result<()> {
+    let why = format!("the volume is wanted on node {node} again");
+    happen(hub, volume, Event::Aborted { why, at: write::now() }).await?;
+    place(hub, volume, node).await
+}
+
+/// Writes an event; false if it can't happen to the volume as it is, so that it has to be looked at again.
+pub(super) async fn happen(hub: &Hub, volume: &PortableVolume, event: Event) -> kube::Result<bool> {
+    match write::event(&hub.volumes, volume, event).await {
+        Ok(_) => Ok(true),
+        Err(WriteError::Refused(refused)) => {
+            tracing::info!(volume = volume.name_any(), %refused);
+            Ok(false)
+        }
+        Err(WriteError::Api(error)) => Err(error),
+    }
 }
 
 /// Says where the volume is wanted now.

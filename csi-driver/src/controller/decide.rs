@@ -1,9 +1,6 @@
 //! What a VolumeAttachment needs next: a pure function of the volume and of the other attachments.
 
-use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
-use portolan_crds::{Handoff, PortableVolume, PortableVolumeStatus, Replica, VolumePhase, condition};
-use portolan_runtime::conditions;
+use portolan_crds::{HandoffPhase, PortableVolume, VolumePhase};
 
 use crate::volume;
 
@@ -14,57 +11,56 @@ pub(crate) enum Decision {
     Attached,
     /// Move the volume to the node.
     Move,
+    /// End the move that is under way: the volume stays where it is.
+    Stay,
     /// Wait for what is under way.
     Wait,
     /// It can't be done as things are.
     Refuse(String),
 }
 
-/// What an attachment of `volume` to `node` needs, while `others` are the other nodes that it is attached to.
-pub(crate) fn decide(volume: &PortableVolume, node: &str, others: &[String]) -> Decision {
+/// An attachment of the volume to another node.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct Other {
+    /// The node.
+    pub(crate) node: String,
+    /// Whether it was told that it may write the volume.
+    pub(crate) attached: bool,
+}
+
+/// What an attachment of `volume` to `node` needs, beside the `others`.
+pub(crate) fn decide(volume: &PortableVolume, node: &str, others: &[Other]) -> Decision {
     let status = volume::status(volume);
     if volume.metadata.deletion_timestamp.is_some() {
         return Decision::Refuse("the volume is being deleted".into());
     }
     let Some(owner) = &status.owner else { return Decision::Wait };
-    if status.handoff.is_some() {
-        // To this node or to another: its end is an event.
-        return Decision::Wait;
+    let here = owner == node;
+    match status.handoff.as_ref().map(|handoff| (handoff.phase, handoff.to.as_str())) {
+        None | Some((HandoffPhase::PreCopy, _)) if here => match status.phase {
+            VolumePhase::Ready => return Decision::Attached,
+            _ => return Decision::Wait,
+        },
+        None | Some((HandoffPhase::PreCopy, _)) => {}
+        Some((HandoffPhase::Activating, _)) => return Decision::Wait,
+        Some((_, to)) if to == node || others.iter().any(|other| other.node == to) => return Decision::Wait,
+        // The pod that it was moving for is gone.
+        Some(_) if here => return Decision::Stay,
+        Some(_) => {}
     }
-    if owner == node {
-        return if status.phase == VolumePhase::Ready { Decision::Attached } else { Decision::Wait };
-    }
-    match others.first() {
+    match others.iter().find(|other| other.attached) {
         Some(other) => {
-            Decision::Refuse(format!("the volume is attached to node {other}: one node at a time can have it"))
+            Decision::Refuse(format!("the volume is attached to node {}: one node at a time can have it", other.node))
         }
         None => Decision::Move,
     }
 }
 
-/// Writes the start of a move to `node` into a status.
-pub(crate) fn start(status: &mut PortableVolumeStatus, node: &str, now: Timestamp) {
-    let from = status.owner.clone().unwrap_or_default();
-    let message = format!("moving from node {from} to {node}");
-    conditions::set(&mut status.conditions, condition::READY, condition::FALSE, "Moving", &message, None);
-    status.phase = VolumePhase::Moving;
-    // Before there is a dataset: what a crash leaves on the node is known then. The node would do it itself, one write later.
-    if !status.replicas.iter().any(|replica| replica.node == node) {
-        status.replicas.push(Replica { node: node.to_owned(), ..Replica::default() });
-    }
-    status.handoff = Some(Handoff {
-        from,
-        to: node.to_owned(),
-        epoch: status.epoch + 1,
-        started_at: Some(MicroTime(now)),
-        ..Handoff::default()
-    });
-}
-
 #[cfg(test)]
 mod tests {
+    use jiff::Timestamp;
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-    use portolan_crds::{HandoffPhase, PortableVolumeSpec};
+    use portolan_crds::{Handoff, PortableVolumeSpec, PortableVolumeStatus};
 
     use super::*;
 
@@ -75,33 +71,53 @@ mod tests {
         volume
     }
 
+    fn moving(phase: HandoffPhase) -> PortableVolume {
+        let state = if phase == HandoffPhase::PreCopy { VolumePhase::Ready } else { VolumePhase::Moving };
+        let mut volume = owned_by(Some("a"), state);
+        let handoff = Handoff { from: "a".into(), to: "b".into(), epoch: 5, phase, ..Handoff::default() };
+        volume.status.as_mut().unwrap().handoff = Some(handoff);
+        volume
+    }
+
+    fn other(node: &str, attached: bool) -> Other {
+        Other { node: node.into(), attached }
+    }
+
     #[test]
     fn decisions() {
         let ready = owned_by(Some("a"), VolumePhase::Ready);
         assert_eq!(decide(&ready, "a", &[]), Decision::Attached);
         assert_eq!(decide(&ready, "b", &[]), Decision::Move);
-        assert!(matches!(decide(&ready, "b", &["a".into()]), Decision::Refuse(why) if why.contains("node a")));
+        assert_eq!(decide(&ready, "b", &[other("a", false)]), Decision::Move);
+        assert!(matches!(decide(&ready, "b", &[other("a", true)]), Decision::Refuse(why) if why.contains("node a")));
         assert_eq!(decide(&owned_by(None, VolumePhase::Pending), "a", &[]), Decision::Wait);
-        let mut moving = ready.clone();
-        start(moving.status.as_mut().unwrap(), "b", Timestamp::UNIX_EPOCH);
-        for node in ["a", "b", "c"] {
-            assert_eq!(decide(&moving, node, &[]), Decision::Wait);
-        }
         let mut deleted = ready;
         deleted.metadata.deletion_timestamp = Some(Time(Timestamp::UNIX_EPOCH));
         assert!(matches!(decide(&deleted, "a", &[]), Decision::Refuse(_)));
     }
 
     #[test]
-    fn a_move_starts_with_its_source() {
-        let mut status = owned_by(Some("a"), VolumePhase::Ready).status.unwrap();
-        start(&mut status, "b", Timestamp::UNIX_EPOCH);
-        assert_eq!(status.replicas.last().map(|replica| replica.node.as_str()), Some("b"));
-        let handoff = status.handoff.unwrap();
-        assert_eq!((handoff.from.as_str(), handoff.to.as_str(), handoff.epoch), ("a", "b", 5));
-        assert_eq!(
-            (handoff.phase, status.phase, status.owner.as_deref()),
-            (HandoffPhase::Quiescing, VolumePhase::Moving, Some("a"))
-        );
+    fn a_move_follows_the_pod() {
+        for phase in [HandoffPhase::Quiescing, HandoffPhase::FinalSync] {
+            let moving = moving(phase);
+            assert_eq!(decide(&moving, "b", &[]), Decision::Wait);
+            for node in ["a", "c"] {
+                assert_eq!(decide(&moving, node, &[other("b", false)]), Decision::Wait);
+            }
+            assert_eq!(decide(&moving, "a", &[]), Decision::Stay);
+            assert_eq!(decide(&moving, "c", &[]), Decision::Move);
+        }
+        for node in ["a", "b", "c"] {
+            assert_eq!(decide(&moving(HandoffPhase::Activating), node, &[]), Decision::Wait);
+        }
+    }
+
+    #[test]
+    fn while_it_is_copied_it_is_in_use() {
+        let copying = moving(HandoffPhase::PreCopy);
+        assert_eq!(decide(&copying, "a", &[]), Decision::Attached);
+        assert_eq!(decide(&copying, "b", &[]), Decision::Move);
+        assert_eq!(decide(&copying, "c", &[]), Decision::Move);
+        assert!(matches!(decide(&copying, "b", &[other("a", true)]), Decision::Refuse(_)));
     }
 }

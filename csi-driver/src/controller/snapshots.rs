@@ -8,7 +8,7 @@ use kube::ResourceExt;
 use kube::api::{DeleteParams, PostParams};
 use kube::runtime::controller::Action;
 use kube::runtime::{Controller, watcher};
-use portolan_crds::{PortableSnapshot, PortableVolume, SNAPSHOT_FINALIZER, condition};
+use portolan_crds::{HandoffPhase, PortableSnapshot, PortableVolume, SNAPSHOT_FINALIZER, condition};
 use portolan_runtime::conditions;
 
 use super::source::CLONE_FOR;
@@ -60,7 +60,8 @@ fn is_nowhere(snapshot: &PortableSnapshot, of: Option<&PortableVolume>) -> bool 
     let Some(volume) = of else { return true };
     let status = volume::status(volume);
     let said = snapshot.status.as_ref().map(|status| status.destroyed_on.as_slice()).unwrap_or_default();
-    status.handoff.is_none() && status.replicas.iter().all(|replica| said.contains(&replica.node))
+    let quiet = status.handoff.as_ref().is_none_or(|handoff| handoff.phase == HandoffPhase::PreCopy && handoff.warm);
+    quiet && status.replicas.iter().all(|replica| said.contains(&replica.node))
 }
 
 /// A snapshot that was taken to make a volume from goes when that is made, or when nobody makes it any more.

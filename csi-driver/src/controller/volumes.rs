@@ -68,8 +68,7 @@ async fn name_dead_source(volume: &PortableVolume, hub: &Hub) -> kube::Result<()
     };
     let message = format!(
         "node {}, which has the data at epoch {}, {why}: the move goes on when it is back",
-        handoff.from,
-        handoff.epoch - 1
+        handoff.from, status.epoch
     );
     if handoff.last_error.as_ref() == Some(&message) {
         return Ok(());

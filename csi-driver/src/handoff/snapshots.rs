@@ -1,13 +1,13 @@
 //! Which snapshots a copy takes, fetches and lets go of.
 //!
-//! Portolan's snapshots are called `portolan-<epoch>`, after the epoch that the handoff they were taken for establishes. If an
-//! attempt that was cut short has left one of that name, the next takes `portolan-<epoch>-2` and so on: a snapshot that was
+//! Portolan's snapshots are called `portolan-<epoch>`, after the epoch that the handoff they were taken for establishes, then
+//! `portolan-<epoch>-2` and so on: one for each round of PreCopy, and for each attempt at the final one. A snapshot that was
 //! taken before the last look at the mount table proves nothing, and zfs-fuse can't tell what was written since one.
 
 use kube::ResourceExt;
-use portolan_crds::{PortableSnapshot, Replica, SnapshotGroup};
+use portolan_crds::{PortableSnapshot, PortableVolumeStatus, Replica, SnapshotGroup};
 
-use super::{Action, Local};
+use super::{Action, Local, known_guids};
 
 const PREFIX: &str = "portolan-";
 
@@ -114,25 +114,26 @@ fn order(name: &str) -> Option<(u64, u64)> {
     }
 }
 
-/// A name for a final snapshot that none of `present` has.
-pub fn fresh_name(epoch: i64, present: &[Known]) -> String {
-    let taken = |name: &String| present.iter().any(|snapshot| snapshot.name == *name);
-    let first = format!("{PREFIX}{epoch}");
-    if !taken(&first) {
-        return first;
-    }
-    let mut attempt = 2;
-    loop {
-        let name = format!("{PREFIX}{epoch}-{attempt}");
-        if !taken(&name) {
-            return name;
-        }
-        attempt += 1;
+/// A name for the next snapshot of the handoff that establishes `epoch`: none of `present` has it, nor any of the `taken` ones that may
+/// be gone here already and still be elsewhere.
+pub fn fresh_name<'a>(epoch: i64, present: &'a [Known], taken: impl Iterator<Item = &'a str>) -> String {
+    let names = present.iter().map(|snapshot| snapshot.name.as_str()).chain(taken);
+    let attempts =
+        names.filter_map(order).filter(|(of, _)| i64::try_from(*of) == Ok(epoch)).map(|(_, attempt)| attempt);
+    match attempts.max() {
+        None => format!("{PREFIX}{epoch}"),
+        Some(attempt) => format!("{PREFIX}{epoch}-{}", attempt + 1),
     }
 }
 
+/// The newest snapshot here that others are known to have too.
+pub(super) fn shared<'a>(status: &PortableVolumeStatus, here: &'a [Known]) -> Option<&'a Known> {
+    let known = known_guids(status);
+    here.iter().rev().find(|snapshot| snapshot.is_ours() && known.contains(&snapshot.guid))
+}
+
 /// Our snapshots that come after the one recorded for this copy and that nobody knows of: attempts at a final snapshot whose write
-/// was lost. Nothing was written between them, and they would make the copy look as if something had been.
+/// was lost, when this copy was the source. Nothing was written between them, and they would make the copy look as if something had been.
 pub(super) fn unpublished<'a>(
     known: &'a [String],
     entry: &'a Replica,
@@ -149,17 +150,18 @@ pub fn travels(known: &[String], snapshot: &Known) -> bool {
     !snapshot.is_ours() || known.contains(&snapshot.guid)
 }
 
-/// Our snapshots that no copy's newest is, oldest first. None while any copy's newest is unknown: it may be one of these.
-pub(super) fn unneeded<'a>(replicas: &'a [Replica], here: &'a [Known]) -> impl Iterator<Item = Known> + 'a {
-    let all_known = replicas.iter().all(|replica| replica.guid.is_some());
-    here.iter()
-        .filter(move |snapshot| all_known && snapshot.is_ours())
-        .filter(|snapshot| !replicas.iter().any(|replica| replica.guid.as_ref() == Some(&snapshot.guid)))
-        .cloned()
+/// Our snapshots that nobody needs, oldest first: no copy is known to share them, nor may a target have received them. None while any
+/// copy's newest is unknown: it may be one of these.
+pub(super) fn unneeded<'a>(status: &PortableVolumeStatus, here: &'a [Known]) -> impl Iterator<Item = Known> + 'a {
+    let all_known = status.replicas.iter().all(|replica| replica.guid.is_some());
+    let needed = known_guids(status);
+    here.iter().filter(move |snapshot| all_known && snapshot.is_ours() && !needed.contains(&snapshot.guid)).cloned()
 }
 
 #[cfg(test)]
 mod tests {
+    use portolan_crds::HandoffReport;
+
     use super::*;
 
     fn known(name: &str) -> Known {
@@ -176,8 +178,13 @@ mod tests {
 
     #[test]
     fn names_are_fresh() {
-        assert_eq!(fresh_name(4, &[known("portolan-3")]), "portolan-4");
-        assert_eq!(fresh_name(4, &[known("portolan-4"), known("portolan-4-2")]), "portolan-4-3");
+        let fresh = |present: &[&str], taken: &[&str]| {
+            let present: Vec<Known> = present.iter().map(|name| known(name)).collect();
+            fresh_name(4, &present, taken.iter().copied())
+        };
+        assert_eq!(fresh(&["portolan-3"], &[]), "portolan-4");
+        assert_eq!(fresh(&["portolan-4", "portolan-4-2"], &[]), "portolan-4-3");
+        assert_eq!(fresh(&["portolan-4-7"], &["portolan-4-9", "portolan-3-20"]), "portolan-4-10", "no name comes back");
         assert_eq!(order("portolan-4-3"), Some((4, 3)));
         assert!(order("portolan-4-2") > order("portolan-4") && order("portolan-10") > order("portolan-9-7"));
         assert_eq!((order("daily-1"), order("portolan-x"), order("portolan-1-x")), (None, None, None));
@@ -221,9 +228,13 @@ mod tests {
     #[test]
     fn only_what_nobody_needs_is_destroyed() {
         let here = [known("portolan-2"), known("daily"), known("portolan-3"), known("portolan-4")];
-        let needed = [replica("a", Some("portolan-4")), replica("b", Some("portolan-3"))];
-        assert_eq!(unneeded(&needed, &here).collect::<Vec<_>>(), [known("portolan-2")]);
-        let unknown = [replica("a", Some("portolan-4")), replica("b", None)];
-        assert_eq!(unneeded(&unknown, &here).count(), 0);
+        let replicas = vec![replica("a", Some("portolan-4")), replica("b", Some("portolan-3"))];
+        let mut status = PortableVolumeStatus { replicas, ..PortableVolumeStatus::default() };
+        assert_eq!(unneeded(&status, &here).collect::<Vec<_>>(), [known("portolan-2")]);
+        let aborted = HandoffReport { round_guid: Some("g-portolan-2".into()), ..HandoffReport::default() };
+        status.last_handoff = Some(aborted);
+        assert_eq!(unneeded(&status, &here).count(), 0, "its target may have it and nothing newer");
+        (status.last_handoff, status.replicas[1].guid) = (None, None);
+        assert_eq!(unneeded(&status, &here).count(), 0);
     }
 }

@@ -1,5 +1,8 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
-use portolan_crds::{Placement, PortableVolumeSpec, Replica, VolumeParameters, VolumeSource};
+use portolan_crds::{
+    Handoff, HandoffPhase, HandoffReport, Placement, PortableVolumeSpec, PortableVolumeStatus, Replica,
+    VolumeParameters, VolumePhase, VolumeSource,
+};
 
 use super::*;
 
@@ -168,11 +171,13 @@ fn a_target_is_recorded_receives_and_takes_over() {
     let mounted = Local { mounted: true, ..copy(2, &["portolan-2"]) };
     assert!(waits(&plan("b", &volume, Some(&mounted), &[])));
     let unmarked = Local { uid: None, epoch: None, ..copy(0, &["portolan-4"]) };
-    let activated = [Action::TakeOver, Action::Stamp(4), Action::SetReadonly(false), Action::Finish];
+    let activated =
+        [Action::TakeOver("g-portolan-4".into()), Action::Stamp(4), Action::SetReadonly(false), Action::Finish];
     assert_eq!(plan("b", &volume, Some(&unmarked), &[]), [&[Action::Adopt][..], &activated].concat());
     // The name alone is no proof: the GUID is.
     let impostor = Local { snapshots: vec![Known { name: "portolan-4".into(), guid: "other".into() }], ..copy(2, &[]) };
-    assert!(!plan("b", &volume, Some(&impostor), &[]).contains(&Action::TakeOver));
+    let actions = plan("b", &volume, Some(&impostor), &[]);
+    assert!(!actions.iter().any(|action| matches!(action, Action::TakeOver(_) | Action::RecordSnapshot(_))));
     let received = Local { readonly: true, ..copy(2, &["portolan-2", "portolan-4"]) };
     assert_eq!(plan("b", &volume, Some(&received), &[]), activated);
 }
@@ -312,4 +317,69 @@ fn an_import_is_known_by_its_guid_and_never_destroyed_before_it_is_owned() {
         deleted.metadata.deletion_timestamp = Some(Time(jiff::Timestamp::UNIX_EPOCH));
         assert_eq!(plan("a", &deleted, Some(&local), &[]), [Action::ForgetReplica]);
     }
+}
+
+/// The volume of a, copied to b before it moves at epoch 4.
+fn copying(round: Option<&str>, received: Option<&str>, warm: bool) -> PortableVolume {
+    owned(|status| {
+        let guid = round.map(|name| format!("g-{name}"));
+        status.handoff = Some(Handoff {
+            from: "a".into(),
+            to: "b".into(),
+            epoch: 4,
+            phase: HandoffPhase::PreCopy,
+            snapshot: round.map(Into::into),
+            round_guid: guid.clone(),
+            guid,
+            warm,
+            ..Handoff::default()
+        });
+        status.replicas = vec![replica("a", received.or(Some("portolan-3"))), replica("b", received)];
+    })
+}
+
+#[test]
+fn a_source_takes_a_round_when_the_last_has_come_until_it_is_warm() {
+    let round = |name: &str| [Action::PublishRound(name.into())];
+    let mounted = |snapshots: &[&str]| Local { mounted: true, ..copy(3, snapshots) };
+    assert_eq!(plan("a", &copying(None, None, false), Some(&mounted(&["portolan-3"])), &[]), round("portolan-4"));
+    let first = mounted(&["portolan-3", "portolan-4"]);
+    assert_eq!(plan("a", &copying(Some("portolan-4"), None, false), Some(&first), &[]), []);
+    let come = copying(Some("portolan-4"), Some("portolan-4"), false);
+    let prune = Action::DestroySnapshot(known("portolan-3"));
+    assert_eq!(plan("a", &come, Some(&first), &[]), [&[prune.clone()][..], &round("portolan-4-2")].concat());
+    let warm = copying(Some("portolan-4"), Some("portolan-4"), true);
+    assert_eq!(plan("a", &warm, Some(&first), &[]), [prune]);
+    // Destroyed by hand before it was fetched; its name is not used again.
+    let lost = mounted(&["portolan-3"]);
+    assert_eq!(plan("a", &copying(Some("portolan-4"), None, false), Some(&lost), &[]), round("portolan-4-2"));
+}
+
+#[test]
+fn a_target_records_each_round_that_has_come() {
+    let volume = copying(Some("portolan-4"), None, false);
+    assert_eq!(plan("b", &volume, None, &[]), [Action::Fetch(known("portolan-4"))]);
+    let record = Action::RecordRound("g-portolan-4".into());
+    let unmarked = Local { uid: None, epoch: None, ..copy(0, &["portolan-4"]) };
+    assert_eq!(plan("b", &volume, Some(&unmarked), &[]), [Action::Adopt, record]);
+    let come = copying(Some("portolan-4"), Some("portolan-4"), false);
+    let here = copy(2, &["portolan-2", "portolan-4"]);
+    assert_eq!(plan("b", &come, Some(&here), &[]), [Action::DestroySnapshot(known("portolan-2"))]);
+    let next = copying(Some("portolan-4-2"), Some("portolan-4"), false);
+    assert_eq!(plan("b", &next, Some(&here), &[]), [Action::Fetch(known("portolan-4-2"))]);
+}
+
+#[test]
+fn what_came_before_an_abort_is_recorded_and_kept() {
+    let aborted = owned(|status| {
+        let (to, guid) = ("b".to_owned(), Some("g-portolan-4-2".to_owned()));
+        status.last_handoff = Some(HandoffReport { to, epoch: 4, round_guid: guid, ..HandoffReport::default() });
+        status.replicas = vec![replica("a", Some("portolan-3")), replica("b", Some("portolan-3"))];
+    });
+    let came = copy(2, &["portolan-3", "portolan-4-2"]);
+    assert_eq!(plan("b", &aborted, Some(&came), &[]), [Action::RecordSnapshot(known("portolan-4-2"))]);
+    assert_eq!(
+        plan("a", &aborted, Some(&copy(3, &["portolan-3", "portolan-4", "portolan-4-2"])), &[]),
+        [Action::DestroySnapshot(known("portolan-4"))]
+    );
 }

@@ -109,7 +109,17 @@ async fn reconcile<Z: Zfs>(volume: Arc<PortableVolume>, agent: Arc<Agent<Z>>) ->
             let told = report(&mut steps, IMPORT_REFUSED, &error.to_string()).await;
             Requeue::requeue(told.unwrap_or(REPORTED))
         }
-        Err(StepError::Deleted) => Requeue::requeue(Duration::ZERO),
+        Err(StepError::Deleted | StepError::Superseded) => Requeue::requeue(Duration::ZERO),
+        Err(StepError::Refused(refused)) => {
+            tracing::debug!(volume = name, %refused, "decided otherwise meanwhile");
+            Requeue::requeue(Duration::from_millis(20))
+        }
+        Err(StepError::Transfer(TransferError::Diverged { why, .. })) if agent.again(&name) => {
+            match steps.quarantine(&why).await {
+                Ok(()) => Requeue::requeue(Duration::ZERO),
+                Err(error) => agent.failed(&steps, error).await,
+            }
+        }
         Err(error) => agent.failed(&steps, error).await,
     })
 }
@@ -205,6 +215,11 @@ impl<Z: Zfs> Agent<Z> {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether the newest attempt has failed too.
+    fn again(&self, name: &str) -> bool {
+        self.failures().contains_key(name)
+    }
+
     /// Makes a failure known, once for each different text, and says when to try again.
     async fn failed(&self, steps: &Steps<'_, Z>, error: StepError) -> Requeue {
         let (name, message) = (steps.volume.name_any(), error.to_string());
@@ -224,7 +239,7 @@ impl<Z: Zfs> Agent<Z> {
             if let Err(error) = self.note(&name, &message, diverged).await {
                 tracing::debug!(volume = name, %error, "could not write the failure");
             }
-            let reason = if diverged { write::DIVERGED } else { "StepFailed" };
+            let reason = if diverged { handoff::DIVERGED } else { "StepFailed" };
             self.node.events.warning(&volume::reference(&steps.volume), reason, "Retry", &message).await;
         }
         Requeue::requeue(pause)
@@ -240,7 +255,14 @@ impl<Z: Zfs> Agent<Z> {
             None => _ = write::not_ready(&mut status, "StepFailed", message),
         }
         if diverged {
-            conditions::set(&mut status.conditions, write::DIVERGED, condition::TRUE, "NotFromHistory", message, None);
+            conditions::set(
+                &mut status.conditions,
+                handoff::DIVERGED,
+                condition::TRUE,
+                "NotFromHistory",
+                message,
+                None,
+            );
         }
         write::status(&self.node.volumes, &volume, |now| *now = status).await?;
         Ok(())

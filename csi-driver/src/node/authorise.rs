@@ -66,7 +66,8 @@ fn check(me: &str, peer: &str, request: &Request, volume: &PortableVolume) -> Re
             request.volume, handoff.from, handoff.to
         ));
     }
-    if handoff.phase != HandoffPhase::FinalSync || handoff.epoch != request.epoch {
+    let sends = matches!(handoff.phase, HandoffPhase::PreCopy | HandoffPhase::FinalSync);
+    if !sends || handoff.epoch != request.epoch {
         return Err(format!("the handoff is in phase {:?} for epoch {}", handoff.phase, handoff.epoch));
     }
     let guid = request.guid.to_string();

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
@@ -11,7 +11,7 @@ use portolan_zfs::{Property, Zfs};
 
 use super::steps::{StepError, Steps};
 use super::write;
-use crate::handoff::Known;
+use crate::handoff::{Known, Round};
 use crate::transfer::{self, Fetch, Limits, Received, Request};
 use crate::volume;
 
@@ -25,13 +25,20 @@ const CERTIFICATE_WITHIN: Duration = Duration::from_secs(5);
 pub(super) struct Progress {
     bytes: u64,
     base: Option<String>,
+    took: Duration,
 }
 
 impl Progress {
     /// Writes it into a handoff.
-    pub(super) fn record(self, handoff: &mut Handoff) {
+    pub(super) fn record(&self, handoff: &mut Handoff) {
         handoff.bytes = i64::try_from(self.bytes).unwrap_or(i64::MAX);
-        handoff.base = self.base;
+        handoff.base = self.base.clone();
+    }
+
+    /// The figures of a round of PreCopy.
+    pub(super) fn round(&self) -> Round {
+        let milliseconds = i64::try_from(self.took.as_millis()).unwrap_or(i64::MAX);
+        Round { bytes: i64::try_from(self.bytes).unwrap_or(i64::MAX), milliseconds }
     }
 }
 
@@ -41,8 +48,10 @@ pub(super) async fn run<Z: Zfs>(steps: &mut Steps<'_, Z>, snapshot: Known) -> Re
     let name = steps.volume.name_any();
     let request = Request::new(name.as_str(), handoff.epoch, snapshot.name.as_str(), snapshot.guid.parse()?);
     let properties = steps.received_properties()?;
+    let began = Instant::now();
     let Received { bytes, base, .. } = transfer(steps, &handoff.from, request, properties).await?;
-    steps.progress = Some(Progress { bytes, base: base.map(|base| base.short().to_owned()) });
+    let base = base.map(|base| base.short().to_owned());
+    steps.progress = Some(Progress { bytes, base, took: began.elapsed() });
     tracing::info!(volume = name, snapshot = snapshot.name, bytes, from = handoff.from, "received");
     Ok(())
 }
@@ -84,12 +93,19 @@ async fn address_of<Z: Zfs>(steps: &Steps<'_, Z>, node: &str) -> Result<SocketAd
     address.and_then(|address| address.parse().ok()).ok_or_else(|| StepError::NoAddress(node.to_owned()))
 }
 
-/// Writes the bytes so far; ends the transfer if the volume is being deleted. A write that fails is left to the next.
+/// Writes the bytes so far; ends the transfer if the volume is being deleted, or the handoff is another by now. A write that fails is left
+/// to the next.
 async fn tell<Z: Zfs>(steps: &mut Steps<'_, Z>, bytes: u64) -> Result<(), StepError> {
     let name = steps.volume.name_any();
     let seen = steps.node.seen.get(&ObjectRef::new(&name));
-    if seen.is_none_or(|seen| seen.metadata.deletion_timestamp.is_some()) {
+    let Some(seen) = seen.filter(|seen| seen.metadata.deletion_timestamp.is_none()) else {
         return Err(StepError::Deleted);
+    };
+    let running = volume::status(&steps.volume).handoff.map(|handoff| handoff.epoch);
+    let seen = volume::status(&seen);
+    let newest = seen.handoff.map(|handoff| handoff.epoch).max(seen.last_handoff.map(|ended| ended.epoch + 1));
+    if running.is_some_and(|epoch| newest > Some(epoch)) {
+        return Err(StepError::Superseded);
     }
     let written = write::status(&steps.node.volumes, &steps.volume, |status| {
         if let Some(handoff) = &mut status.handoff {

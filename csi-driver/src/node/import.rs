@@ -197,9 +197,11 @@ mod tests {
         let (pool, to, mounts) = (name("tank/portolan"), name("tank/portolan/db"), Mounts::new("/"));
         let local = disk::read(zfs, &mounts, &to).await?;
         for action in handoff::plan("a", volume, local.as_ref(), &[]) {
-            let status = volume.status.as_mut().unwrap();
+            let happens = |event| Some(handoff::transition(volume, event).unwrap());
             match action {
-                Action::RecordReplica => crate::node::write::replica(status, "a", None),
+                Action::RecordReplica => {
+                    volume.status = happens(handoff::Event::Recorded { node: "a".into(), snapshot: None });
+                }
                 Action::Import => {
                     let from = name(&volume.spec.import.as_ref().unwrap().dataset);
                     let mut properties = vec![volume::epoch_property(1).unwrap()];
@@ -211,7 +213,7 @@ mod tests {
                     order.carry_out(zfs, &mounts, &found).await?;
                 }
                 Action::Own => {
-                    crate::node::write::own(status, "a", &PortableVolumeSpec::default());
+                    volume.status = happens(handoff::Event::Owned { node: "a".into(), spec: Box::default() });
                     return Ok(true);
                 }
                 other => panic!("{other:?}"),

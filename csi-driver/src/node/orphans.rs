@@ -143,6 +143,13 @@ fn of_volume(
     known: &Known,
 ) -> Vec<Orphan> {
     let (name, of) = (&dataset.name, volume.name_any());
+    if volume::is_quarantined(name.short(), &of) {
+        let message = format!(
+            "dataset {name} on node {me} was a copy of volume {of} that is not from its history: look at what it has; if nobody needs that, \
+             run there `zfs destroy -r {name}`"
+        );
+        return vec![orphan(name, "Quarantined", Some(dataset.used), message)];
+    }
     if name.short() != of {
         let message = format!(
             "dataset {name} on node {me} is volume {of}'s and was renamed by hand: run there `zfs rename {name} {pool}/{of}`"

@@ -5,15 +5,16 @@ use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::ResourceExt;
-use portolan_crds::{HandoffPhase, PortableVolume};
+use portolan_crds::PortableVolume;
 use portolan_zfs::{DatasetName, ErrorKind, InvalidName, Kind, Property, Zfs, ZfsError};
 
 use super::disk::{self, ReadError};
 use super::fetch::{self, Progress};
+use super::write::WriteError;
 use super::{Node, import, restore, take, write};
 use crate::block::device::{Device, DeviceError};
 use crate::block::mounts::MountError;
-use crate::handoff::{Action, Known};
+use crate::handoff::{self, Action, Event, Known, Refused};
 use crate::transfer::TransferError;
 use crate::volume;
 
@@ -82,6 +83,21 @@ pub enum StepError {
     /// The volume is being deleted, so that the transfer is of no use.
     #[error("the volume is being deleted")]
     Deleted,
+    /// The handoff has been aborted, so that the transfer is of no use.
+    #[error("the handoff has been aborted")]
+    Superseded,
+    /// Somebody has decided otherwise since the plan was made.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+}
+
+impl From<WriteError> for StepError {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::Refused(error) => error.into(),
+            WriteError::Api(error) => error.into(),
+        }
+    }
 }
 
 impl From<ReadError> for StepError {
@@ -112,17 +128,15 @@ impl<Z: Zfs> Steps<'_, Z> {
         match action {
             // The caller's.
             Action::Wait(_) | Action::Report { .. } | Action::Keep(_) => {}
-            Action::RecordReplica => self.write(|status| write::replica(status, &me, None)).await?,
-            Action::ForgetReplica => {
-                self.write(|status| status.replicas.retain(|replica| replica.node != me)).await?;
-            }
+            Action::RecordReplica => self.happen(Event::Recorded { node: me, snapshot: None }).await?,
+            Action::ForgetReplica => self.happen(Event::Forgotten { node: me }).await?,
             Action::RecordSnapshot(snapshot) => {
-                self.write(|status| write::replica(status, &me, Some(snapshot))).await?;
+                self.happen(Event::Recorded { node: me, snapshot: Some(snapshot) }).await?;
             }
             Action::RecordUsed(bytes) => {
                 self.write(|status| {
                     write::used(status, bytes);
-                    write::ready(status);
+                    handoff::ready(status);
                 })
                 .await?;
             }
@@ -130,8 +144,8 @@ impl<Z: Zfs> Steps<'_, Z> {
             Action::Restore => restore::run(self).await?,
             Action::Import => import::run(self).await?,
             Action::Own => {
-                let spec = self.volume.spec.clone();
-                self.write(|status| write::own(status, &me, &spec)).await?;
+                let spec = Box::new(self.volume.spec.clone());
+                self.happen(Event::Owned { node: me, spec }).await?;
             }
             Action::ApplySpec => self.apply_spec().await?,
             Action::Take(asked) => take::run(self, &asked).await?,
@@ -142,18 +156,22 @@ impl<Z: Zfs> Steps<'_, Z> {
             Action::RecordDestroyed { object } => take::record_destroyed(self.node, &object).await?,
             Action::SetReadonly(on) => zfs.set_readonly(&self.dataset, on).await?,
             Action::CheckQuiet => self.check_quiet().await?,
+            Action::PublishRound(name) => self.publish_round(&name).await?,
             Action::PublishFinal(name) => self.publish(&name).await?,
+            Action::RecordRound(guid) => {
+                let round = self.progress.take().map(|progress| progress.round());
+                let epoch = self.epoch();
+                self.happen(Event::RoundReceived { node: me, epoch, guid, round }).await?;
+            }
             Action::Fetch(snapshot) => fetch::run(self, snapshot).await?,
             Action::Adopt => self.adopt().await?,
-            Action::TakeOver => {
-                let progress = self.progress.take();
-                self.write(|status| {
-                    if let (Some(progress), Some(handoff)) = (progress, &mut status.handoff) {
-                        progress.record(handoff);
-                    }
-                    write::taken_over(status, &me);
-                })
-                .await?;
+            Action::TakeOver(guid) => {
+                let (progress, epoch) = (self.progress.take(), self.epoch());
+                let mut next = handoff::transition(&self.volume, Event::TookOver { node: me, epoch, guid })?;
+                if let (Some(progress), Some(handoff)) = (progress, &mut next.handoff) {
+                    progress.record(handoff);
+                }
+                self.write(|status| *status = next).await?;
             }
             Action::Stamp(epoch) => zfs.set_property(&self.dataset, &volume::epoch_property(epoch)?).await?,
             Action::Finish => self.finish().await?,
@@ -171,6 +189,17 @@ impl<Z: Zfs> Steps<'_, Z> {
     ) -> kube::Result<()> {
         self.volume = write::status(&self.node.volumes, &self.volume, change).await?;
         Ok(())
+    }
+
+    /// Writes what an event makes of the object as we know it.
+    pub(super) async fn happen(&mut self, event: Event) -> Result<(), StepError> {
+        self.volume = write::event(&self.node.volumes, &self.volume, event).await?;
+        Ok(())
+    }
+
+    /// The epoch of the running handoff; 0, which none has, if there is none.
+    fn epoch(&self) -> i64 {
+        self.volume.status.as_ref().and_then(|status| status.handoff.as_ref()).map_or(0, |handoff| handoff.epoch)
     }
 
     /// What a received dataset is given, the mark that it is ours last.
@@ -208,7 +237,7 @@ impl<Z: Zfs> Steps<'_, Z> {
         }
         let spec = self.volume.spec.clone();
         tracing::info!(volume = self.volume.name_any(), size = spec.size_bytes, "the dataset is as the spec says");
-        self.write(|status| write::applied(status, &spec)).await?;
+        self.write(|status| handoff::applied(status, &spec)).await?;
         Ok(())
     }
 
@@ -227,27 +256,51 @@ impl<Z: Zfs> Steps<'_, Z> {
         }
     }
 
+    /// Takes the snapshot of a round of PreCopy, while the volume is in use, and writes it.
+    async fn publish_round(&mut self, name: &str) -> Result<(), StepError> {
+        let known = self.snapshot(name).await?;
+        let (node, epoch) = (self.node.name.clone(), self.epoch());
+        self.happen(Event::RoundTaken { node, epoch, snapshot: known, at: write::now() }).await
+    }
+
     /// Takes the final snapshot and writes it. Whoever else writes meanwhile doesn't cost another snapshot: the lock is held, so
     /// the dataset stays as it is.
     async fn publish(&mut self, name: &str) -> Result<(), StepError> {
-        let snapshot = self.node.zfs.snapshot(&self.dataset.snapshot(name)?).await?;
-        let volume = self.volume.name_any();
+        let (snapshot, volume) = (self.snapshot(name).await?, self.volume.name_any());
         let quiesced_at = self.node.unstaged_at(&volume).map_or_else(write::now, MicroTime);
-        let known = Known { name: name.to_owned(), guid: snapshot.guid.to_string() };
-        let epoch = quiescing(&self.volume);
+        let (node, epoch) = (self.node.name.clone(), self.epoch());
+        let event = Event::Published { node, epoch, snapshot, quiesced_at };
         loop {
-            let (me, known, quiesced_at) = (self.node.name.clone(), known.clone(), quiesced_at.clone());
-            match self.write(|status| write::published(status, &me, known, quiesced_at)).await {
-                Err(error) if write::is_conflict(&error) => {
-                    let now = self.node.volumes.get(&volume).await?;
-                    if quiescing(&now).is_none() || quiescing(&now) != epoch {
-                        return Err(error.into());
+            match self.happen(event.clone()).await {
+                Err(StepError::Api(error)) if write::is_conflict(&error) => {
+                    self.volume = self.node.volumes.get(&volume).await?;
+                    if self.volume.metadata.deletion_timestamp.is_some() {
+                        return Err(StepError::Deleted);
                     }
-                    self.volume = now;
                 }
-                result => return Ok(result?),
+                result => return result,
             }
         }
+    }
+
+    async fn snapshot(&self, name: &str) -> Result<Known, StepError> {
+        let taken = self.node.zfs.snapshot(&self.dataset.snapshot(name)?).await?;
+        Ok(Known { name: name.to_owned(), guid: taken.guid.to_string() })
+    }
+
+    /// Puts a copy that doesn't fit the volume's history out of the way, for a person to look at: the next fetch brings all of it.
+    pub(super) async fn quarantine(&mut self, why: &str) -> Result<(), StepError> {
+        let name = volume::quarantine(&self.dataset, self.epoch())?;
+        let node = self.node.name.clone();
+        let message = format!(
+            "the copy on node {node} is not from the volume's history ({why}): it is kept there as dataset {name}. Look at what it has; \
+             if nobody needs that, run there `zfs destroy -r {name}`"
+        );
+        self.happen(Event::Quarantined { node, message: message.clone() }).await?;
+        self.node.zfs.rename(&self.dataset, &name).await?;
+        tracing::warn!(volume = self.volume.name_any(), message, "quarantined");
+        self.node.events.warning(&volume::reference(&self.volume), handoff::DIVERGED, "Quarantine", &message).await;
+        Ok(())
     }
 
     /// Sets what a received dataset lacks. One without the mark may lack anything; one with it has all.
@@ -263,7 +316,8 @@ impl<Z: Zfs> Steps<'_, Z> {
     }
 
     async fn finish(&mut self) -> Result<(), StepError> {
-        self.write(|status| write::finished(status, write::now())).await?;
+        let (node, epoch) = (self.node.name.clone(), self.epoch());
+        self.happen(Event::Finished { node, epoch, at: write::now() }).await?;
         let Some(report) = volume::status(&self.volume).last_handoff else { return Ok(()) };
         let metrics = &self.node.metrics;
         metrics.handoffs.inc();
@@ -290,13 +344,6 @@ impl<Z: Zfs> Steps<'_, Z> {
         }
         Ok(())
     }
-}
-
-/// The epoch of the handoff that waits for its source, if one does.
-fn quiescing(volume: &PortableVolume) -> Option<i64> {
-    let handoff = volume.status.as_ref()?.handoff.as_ref()?;
-    let waits = handoff.phase == HandoffPhase::Quiescing && volume.metadata.deletion_timestamp.is_none();
-    waits.then_some(handoff.epoch)
 }
 
 pub(super) fn ignore_missing(result: Result<(), ZfsError>) -> Result<(), ZfsError> {

@@ -6,7 +6,7 @@ use kube::ResourceExt;
 use portolan_crds::PortableVolume;
 use tonic::Status;
 
-use super::super::attach::{ask_for_move, attached_elsewhere, place};
+use super::super::attach::{ask_for_move, elsewhere, end_move, place};
 use super::super::decide::{self, Decision};
 use super::super::wish::no_pool;
 use super::{PATIENCE, Service, api_failed, required, until};
@@ -27,9 +27,9 @@ pub(super) async fn publish(service: &Service, request: &ControllerPublishVolume
     let begin = Instant::now();
     while begin.elapsed() < PATIENCE {
         let mut decision = decide::decide(&volume, node, &[]);
-        if decision == Decision::Move {
-            let elsewhere = attached_elsewhere(hub, id, node).await.map_err(api_failed)?;
-            decision = decide::decide(&volume, node, &elsewhere);
+        if matches!(decision, Decision::Move | Decision::Stay) {
+            let others = elsewhere(hub, id, node).await.map_err(api_failed)?;
+            decision = decide::decide(&volume, node, &others);
         }
         match decision {
             Decision::Attached => return place(hub, &volume, node).await.map_err(api_failed),
@@ -41,6 +41,7 @@ pub(super) async fn publish(service: &Service, request: &ControllerPublishVolume
                 }
                 ask_for_move(hub, &volume, node).await.map_err(api_failed)?;
             }
+            Decision::Stay => end_move(hub, &volume, node).await.map_err(api_failed)?,
             Decision::Wait => {}
         }
         let read = volume.resource_version();

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kube::ResourceExt;
-use portolan_crds::{POOL_TOPOLOGY_KEY, PortableVolume, TOPOLOGY_KEY, VolumeMode, VolumePhase};
+use portolan_crds::{HandoffPhase, POOL_TOPOLOGY_KEY, PortableVolume, TOPOLOGY_KEY, VolumeMode, VolumePhase};
 use portolan_zfs::{DatasetName, Zfs, ZfsError};
 use tokio::sync::OwnedMutexGuard;
 use tonic::{Code, Request, Response, Status};
@@ -77,7 +77,7 @@ async fn check_owner<Z: Zfs>(node: &Node<Z>, name: &str, dataset: &DatasetName) 
     if status.owner.as_ref() != Some(&node.name) {
         return Err(refused(format!("its owner is {}", status.owner.as_deref().unwrap_or("nobody yet"))));
     }
-    if let Some(handoff) = &status.handoff {
+    if let Some(handoff) = status.handoff.as_ref().filter(|handoff| handoff.phase > HandoffPhase::PreCopy) {
         return Err(refused(format!("it is moving to node {} ({:?})", handoff.to, handoff.phase)));
     }
     if status.phase != VolumePhase::Ready || volume.metadata.deletion_timestamp.is_some() {

@@ -1,0 +1,92 @@
+//! A copy of a volume on a node's disk, and whose it is.
+
+use kube::ResourceExt;
+use portolan_crds::{PortableVolume, PortableVolumeStatus};
+
+use super::Known;
+use crate::volume;
+
+/// A copy of a volume on this node's disk.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Local {
+    /// The dataset's name in full.
+    pub dataset: String,
+    /// What identifies the dataset on this pool, in decimal.
+    pub guid: String,
+    /// Whose it is: the UID of a PortableVolume. None on a received copy whose properties haven't been set yet.
+    pub uid: Option<String>,
+    /// The epoch at which it was last writable.
+    pub epoch: Option<i64>,
+    /// Whether nothing can be written to it.
+    pub readonly: bool,
+    /// Whether it is mounted anywhere on this node.
+    pub mounted: bool,
+    /// Bytes that it uses, snapshots included.
+    pub used: i64,
+    /// Its snapshots, oldest first; not those that only a clone still keeps.
+    pub snapshots: Vec<Known>,
+    /// What it is a clone of: dataset and snapshot by their short names.
+    pub origin: Option<(String, String)>,
+}
+
+impl Local {
+    pub(super) fn has(&self, guid: &str) -> bool {
+        self.snapshots.iter().any(|snapshot| snapshot.guid == guid)
+    }
+
+    /// The newest snapshot that Portolan took.
+    pub(super) fn newest(&self) -> Option<&Known> {
+        self.snapshots.iter().rev().find(|snapshot| snapshot.is_ours())
+    }
+}
+
+/// Whether a volume is any of this node's business.
+pub fn concerns(me: &str, volume: &PortableVolume) -> bool {
+    let status = volume.status.as_ref();
+    let handoff = status.and_then(|status| status.handoff.as_ref());
+    let owner = status.and_then(|status| status.owner.as_deref());
+    owner == Some(me)
+        || (owner.is_none() && volume.spec.placement.node == me)
+        || handoff.is_some_and(|handoff| handoff.to == me || handoff.from == me)
+        || status.is_some_and(|status| status.replicas.iter().any(|replica| replica.node == me))
+}
+
+/// Whether a dataset is a copy of this volume: by its UID, or, received but not yet marked, by the GUID of a snapshot.
+pub fn is_copy(volume: &PortableVolume, local: &Local) -> bool {
+    match &local.uid {
+        Some(uid) => volume.uid().as_ref() == Some(uid),
+        None => {
+            let received = known_guids(&volume::status(volume)).iter().any(|guid| local.has(guid));
+            received || is_restored(volume, local) || is_imported(volume, local)
+        }
+    }
+}
+
+/// Whether a dataset without a mark is the one that the spec names, at its place already: by the GUID that was written down before it was
+/// renamed, or because it was made at that place.
+fn is_imported(volume: &PortableVolume, local: &Local) -> bool {
+    let Some(import) = &volume.spec.import else { return false };
+    let status = volume::status(volume);
+    let is_it = match &status.import_guid {
+        Some(guid) => *guid == local.guid,
+        None => import.dataset == local.dataset,
+    };
+    status.owner.is_none() && is_it
+}
+
+/// Whether a dataset without a mark is what an interrupted [`Action::Restore`] has left.
+fn is_restored(volume: &PortableVolume, local: &Local) -> bool {
+    let Some(source) = &volume.spec.source else { return false };
+    let cloned = local.origin.as_ref() == Some(&(source.volume.clone(), source.short_name.clone()));
+    let received = local.snapshots.len() == 1 && local.has(&source.guid);
+    volume::status(volume).owner.is_none() && (cloned || received)
+}
+
+/// The GUIDs that a volume's status names: of the newest snapshot that each copy is known to share, and of those that the running
+/// handoff's target may have received, or the newest one's, without having said so.
+pub fn known_guids(status: &PortableVolumeStatus) -> Vec<String> {
+    let copies = status.replicas.iter().map(|replica| &replica.guid);
+    let handoff = status.handoff.iter().flat_map(|handoff| [&handoff.guid, &handoff.round_guid]);
+    let last = status.last_handoff.iter().flat_map(|report| [&report.guid, &report.round_guid]);
+    copies.chain(handoff).chain(last).flatten().cloned().collect()
+}

@@ -1,0 +1,385 @@
+//! What a node does next about a volume: a pure function of the volume's object and of what is on the node's disk.
+//!
+//! Nothing else is remembered, so an agent that is killed anywhere goes on with the same step. Actions that write the status
+//! are compare-and-set: one that fails ends the plan, and the agent reads both and plans again, as it does after the last.
+
+use kube::ResourceExt;
+use portolan_crds::{Handoff, HandoffPhase, PortableVolume, PortableVolumeStatus, Replica, VolumePhase, condition};
+
+use super::copy::known_guids;
+use super::snapshots::{self, fresh_name};
+use super::{Asked, Known, Local, is_copy};
+use crate::volume;
+
+/// One step of a plan.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Action {
+    /// Nothing can be done yet, and why. Look again soon.
+    Wait(String),
+    /// Something is wrong that waiting alone won't mend: say so in a condition.
+    Report {
+        /// The condition's reason, CamelCase.
+        reason: &'static str,
+        /// What is wrong, and what to do.
+        message: String,
+    },
+    /// Write: this node may hold a dataset from now on. Comes before any dataset does.
+    RecordReplica,
+    /// Write: this node holds no dataset any more.
+    ForgetReplica,
+    /// Write: the snapshot that this node's copy shares with the others.
+    RecordSnapshot(Known),
+    /// Write: the bytes that the owner's copy uses, and that it is well.
+    RecordUsed(i64),
+    /// Make the dataset of a new volume, stamped with epoch 1.
+    Create,
+    /// Make the dataset of a new volume from the snapshot that it begins as, stamped with epoch 1; or go on with that.
+    Restore,
+    /// Make the dataset that the spec names a new volume's, stamped with epoch 1; or go on with that.
+    Import,
+    /// Write: this node owns the new volume, at epoch 1.
+    Own,
+    /// Set `readonly` and read it back.
+    SetReadonly(bool),
+    /// Make sure by the node's mount table that nothing has the dataset mounted, and that a zvol's device can't be written.
+    CheckQuiet,
+    /// Take the snapshot of a round of PreCopy under this name, and write it with its GUID.
+    PublishRound(String),
+    /// Take the final snapshot under this name, and write it with its GUID; phase FinalSync.
+    PublishFinal(String),
+    /// Receive what the source has up to this snapshot, and this snapshot.
+    Fetch(Known),
+    /// Write: the round's snapshot, of this GUID, has come.
+    RecordRound(String),
+    /// Set the properties that a received dataset lacks because an earlier attempt was cut short, its `portolan:uid` last.
+    Adopt,
+    /// Write: this node, whose newest snapshot has this GUID, owns the volume, at the handoff's epoch; phase Activating.
+    TakeOver(String),
+    /// Stamp the epoch on the dataset.
+    Stamp(i64),
+    /// Write: the handoff is done; phase Ready.
+    Finish,
+    /// Bring size and parameters of the owner's dataset up to the spec, and write that they are.
+    ApplySpec,
+    /// Take the snapshots that these objects ask for; more than one are a group's, of one moment.
+    Take(Box<Asked>),
+    /// Write: the object's snapshot is this one.
+    RecordTaken {
+        /// The PortableSnapshot.
+        object: String,
+        /// Its snapshot.
+        snapshot: Known,
+    },
+    /// Destroy a snapshot whose object is being deleted, as soon as no clone needs it.
+    DestroyTaken(Known),
+    /// Write: this node has no snapshot of that object any more.
+    RecordDestroyed {
+        /// The PortableSnapshot.
+        object: String,
+    },
+    /// The volume is gone for its users; its dataset stays for what still needs it, and for what.
+    Keep(String),
+    /// Destroy the dataset and its snapshots, if it is this volume's.
+    Destroy,
+    /// Destroy one snapshot that no copy needs any more.
+    DestroySnapshot(Known),
+}
+
+/// What node `me` does next about `volume`, whose copy here is `local` (none: the pool is there and has no such dataset) and
+/// whose snapshots are `asked` for.
+pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>, asked: &[Asked]) -> Vec<Action> {
+    let status = volume::status(volume);
+    let recorded = status.replicas.iter().any(|replica| replica.node == me);
+    if volume.metadata.deletion_timestamp.is_some() {
+        return delete(me, volume, recorded, local, asked);
+    }
+    if let Some(local) = local.filter(|local| !is_copy(volume, local)) {
+        // A copy that isn't one is nobody's concern while the owner has its own.
+        return match (&status.owner, &status.handoff) {
+            (Some(owner), None) if owner != me && recorded => vec![Action::ForgetReplica],
+            (Some(owner), None) if owner != me => Vec::new(),
+            _ => foreign(me, volume, local),
+        };
+    }
+    if let Some(handoff) = &status.handoff {
+        if handoff.from == me && handoff.phase == HandoffPhase::PreCopy {
+            let mut actions = own(me, volume, &status, recorded, local, asked);
+            actions.extend(local.and_then(|local| next_round(&status, handoff, local)));
+            return actions;
+        }
+        if handoff.from == me && handoff.phase < HandoffPhase::Activating {
+            return source(&status, handoff, local);
+        }
+        if handoff.to == me {
+            return target(me, &status, handoff, local);
+        }
+        return Vec::new();
+    }
+    match &status.owner {
+        None if volume.spec.placement.node == me => create(volume, recorded, local),
+        None => withdraw(me, volume, recorded, local),
+        Some(owner) if owner == me => own(me, volume, &status, recorded, local, asked),
+        Some(_) => keep(me, &status, recorded, local, asked),
+    }
+}
+
+fn foreign(me: &str, volume: &PortableVolume, local: &Local) -> Vec<Action> {
+    let whose = match &local.uid {
+        Some(uid) => format!("belongs to another volume (portolan:uid is {uid})"),
+        None => "was not made by Portolan (it has no portolan:uid)".to_owned(),
+    };
+    let message = format!(
+        "the dataset {} on node {me} {whose}: rename it or destroy it there if nobody needs it",
+        volume.name_any()
+    );
+    vec![Action::Report { reason: "DatasetConflict", message }]
+}
+
+fn delete(me: &str, volume: &PortableVolume, recorded: bool, local: Option<&Local>, asked: &[Asked]) -> Vec<Action> {
+    let local = local.filter(|local| is_copy(volume, local));
+    if let Some(local) = local.filter(|local| local.mounted) {
+        return vec![Action::Wait(format!(
+            "the volume is being deleted and dataset is still mounted ({} bytes)",
+            local.used
+        ))];
+    }
+    // What was to be imported and never was is still its maker's.
+    let local = local.filter(|_| volume.spec.import.is_none() || volume::status(volume).owner.is_some());
+    let mut actions = snapshots::destroy_asked(me, local, asked);
+    let kept: Vec<&str> = local.map(|local| snapshots::kept(local, asked)).unwrap_or_default();
+    if !kept.is_empty() {
+        actions.push(Action::Keep(format!("its snapshots are kept: {}", kept.join(", "))));
+        return actions;
+    }
+    if local.is_some() {
+        actions.push(Action::Destroy);
+    }
+    if recorded {
+        actions.push(Action::ForgetReplica);
+    }
+    actions
+}
+
+/// A new volume that is wanted here.
+fn create(volume: &PortableVolume, recorded: bool, local: Option<&Local>) -> Vec<Action> {
+    match (recorded, local) {
+        (false, _) => vec![Action::RecordReplica],
+        (true, _) if volume.spec.import.is_some() => vec![Action::Import, Action::Own],
+        (true, _) if volume.spec.source.is_some() => vec![Action::Restore, Action::Own],
+        (true, None) => vec![Action::Create, Action::Own],
+        (true, Some(_)) => vec![Action::Own],
+    }
+}
+
+/// A new volume that was wanted here once, and that nobody has owned: its dataset has never been mounted.
+fn withdraw(me: &str, volume: &PortableVolume, recorded: bool, local: Option<&Local>) -> Vec<Action> {
+    match (recorded, local) {
+        (_, Some(local)) if volume.spec.import.is_some() => {
+            let message = format!(
+                "the dataset that is to be imported is {} on node {me}, and spec.placement.node is {}: allowed is {me}",
+                local.dataset, volume.spec.placement.node
+            );
+            vec![Action::Report { reason: "ImportElsewhere", message }]
+        }
+        (_, Some(local)) if local.mounted || !local.snapshots.is_empty() => Vec::new(),
+        (_, Some(_)) => vec![Action::Destroy, Action::ForgetReplica],
+        (true, None) => vec![Action::ForgetReplica],
+        (false, None) => Vec::new(),
+    }
+}
+
+/// The owner's copy when no handoff is under way.
+fn own(
+    me: &str,
+    volume: &PortableVolume,
+    status: &PortableVolumeStatus,
+    recorded: bool,
+    local: Option<&Local>,
+    asked: &[Asked],
+) -> Vec<Action> {
+    let local = match at_epoch(local, status.epoch) {
+        Ok(local) => local,
+        Err(report) => return vec![report],
+    };
+    if !recorded {
+        return vec![Action::RecordReplica];
+    }
+    let mut actions = Vec::new();
+    if local.readonly {
+        actions.push(Action::SetReadonly(false));
+    }
+    if status.size_bytes != Some(volume.spec.size_bytes) || status.parameters.as_ref() != Some(&volume.spec.parameters)
+    {
+        actions.push(Action::ApplySpec);
+    }
+    actions.extend(snapshots::take_asked(local, asked));
+    actions.extend(snapshots::destroy_asked(me, Some(local), asked));
+    actions.extend(record_and_prune(me, status, local));
+    let noticeable = status.used_bytes.is_none_or(|used| (used - local.used).abs() > (used / 100).max(64 << 10));
+    let well = status
+        .conditions
+        .iter()
+        .any(|condition| condition.type_ == condition::READY && condition.status == condition::TRUE);
+    if noticeable || !well || status.phase != VolumePhase::Ready {
+        actions.push(Action::RecordUsed(local.used));
+    }
+    actions
+}
+
+/// A copy on a node that is not the owner.
+fn keep(
+    me: &str,
+    status: &PortableVolumeStatus,
+    recorded: bool,
+    local: Option<&Local>,
+    asked: &[Asked],
+) -> Vec<Action> {
+    match (recorded, local) {
+        (true, Some(local)) => {
+            // An aborted handoff has left it so.
+            let mut actions: Vec<Action> = local.uid.is_none().then_some(Action::Adopt).into_iter().collect();
+            actions.extend(snapshots::destroy_asked(me, Some(local), asked));
+            // Received for a handoff that was aborted before that was written down.
+            match unrecorded(me, status, local) {
+                Some(shared) => actions.push(Action::RecordSnapshot(shared.clone())),
+                None => actions.extend(record_and_prune(me, status, local)),
+            }
+            actions
+        }
+        (true, None) => vec![Action::ForgetReplica],
+        (false, Some(_)) => vec![Action::RecordReplica],
+        (false, None) => Vec::new(),
+    }
+}
+
+/// The newest snapshot that this node's copy shares with others, if the status doesn't say so yet.
+fn unrecorded<'a>(me: &str, status: &PortableVolumeStatus, local: &'a Local) -> Option<&'a Known> {
+    let entry = status.replicas.iter().find(|replica| replica.node == me);
+    snapshots::shared(status, &local.snapshots)
+        .filter(|shared| entry.is_none_or(|entry| entry.guid.as_ref() != Some(&shared.guid)))
+}
+
+fn record_and_prune(me: &str, status: &PortableVolumeStatus, local: &Local) -> Vec<Action> {
+    let entry = status.replicas.iter().find(|replica| replica.node == me);
+    match (local.newest(), entry) {
+        // What was taken after the recorded one was never published: the others don't have it.
+        (Some(newest), Some(entry)) if !entry.guid.as_ref().is_some_and(|guid| local.has(guid)) => {
+            vec![Action::RecordSnapshot(newest.clone())]
+        }
+        _ => snapshots::unneeded(status, &local.snapshots).map(Action::DestroySnapshot).collect(),
+    }
+}
+
+fn at_epoch(local: Option<&Local>, epoch: i64) -> Result<&Local, Action> {
+    let Some(local) = local else {
+        let message =
+            "the owner's pool is there but the volume's dataset is not: it was destroyed or renamed by hand".to_owned();
+        return Err(Action::Report { reason: "DatasetMissing", message });
+    };
+    if local.epoch != Some(epoch) {
+        let found = local.epoch.map_or("none".to_owned(), |epoch| epoch.to_string());
+        let message = format!(
+            "the owner's dataset carries epoch {found} and the volume is at epoch {epoch}: it is not the copy that was written last"
+        );
+        return Err(Action::Report { reason: "EpochMismatch", message });
+    }
+    Ok(local)
+}
+
+fn source(status: &PortableVolumeStatus, handoff: &Handoff, local: Option<&Local>) -> Vec<Action> {
+    if handoff.phase == HandoffPhase::FinalSync {
+        let found = handoff.guid.as_ref().is_some_and(|guid| local.is_some_and(|local| local.has(guid)));
+        if found {
+            return Vec::new();
+        }
+        let message =
+            "the source has lost the handoff's final snapshot: it was destroyed or rolled back by hand".to_owned();
+        return vec![Action::Report { reason: "SnapshotMissing", message }];
+    }
+    match at_epoch(local, status.epoch) {
+        Err(report) => vec![report],
+        Ok(local) if local.mounted => vec![Action::Wait(format!("still mounted on node {}", handoff.from))],
+        Ok(local) => {
+            let name = next_name(status, handoff, local);
+            vec![Action::SetReadonly(true), Action::CheckQuiet, Action::PublishFinal(name)]
+        }
+    }
+}
+
+/// The next round of PreCopy, once the newest has come, unless that was enough.
+fn next_round(status: &PortableVolumeStatus, handoff: &Handoff, local: &Local) -> Option<Action> {
+    let come = status.replicas.iter().any(|replica| replica.node == handoff.to && replica.guid == handoff.guid);
+    let wanted = match &handoff.guid {
+        None => true,
+        Some(_) if come => !handoff.warm,
+        // Destroyed by hand before it was fetched.
+        Some(guid) => !local.has(guid),
+    };
+    wanted.then(|| Action::PublishRound(next_name(status, handoff, local)))
+}
+
+fn next_name(status: &PortableVolumeStatus, handoff: &Handoff, local: &Local) -> String {
+    let copies = status.replicas.iter().filter_map(|replica| replica.snapshot.as_deref());
+    fresh_name(handoff.epoch, &local.snapshots, copies.chain(handoff.snapshot.as_deref()))
+}
+
+fn target(me: &str, status: &PortableVolumeStatus, handoff: &Handoff, local: Option<&Local>) -> Vec<Action> {
+    let Some(entry) = status.replicas.iter().find(|replica| replica.node == me) else {
+        return vec![Action::RecordReplica];
+    };
+    if handoff.phase == HandoffPhase::Activating {
+        return match local.filter(|local| handoff.guid.as_ref().is_some_and(|guid| local.has(guid))) {
+            Some(local) => activate(handoff, local),
+            None => {
+                let message =
+                    "the new owner has lost the copy it received: it was destroyed or rolled back by hand".to_owned();
+                vec![Action::Report { reason: "DatasetMissing", message }]
+            }
+        };
+    }
+    let adopt = local.filter(|local| local.uid.is_none()).map(|_| Action::Adopt);
+    let has = |guid: &String| local.is_some_and(|local| local.has(guid));
+    match (handoff.phase, handoff.guid.clone().filter(has), local) {
+        (HandoffPhase::FinalSync, Some(guid), Some(local)) => {
+            // What follows is decided by our own write: nobody else can change it between.
+            adopt.into_iter().chain([Action::TakeOver(guid)]).chain(activate(handoff, local)).collect()
+        }
+        (HandoffPhase::PreCopy, Some(guid), _) if entry.guid.as_ref() != Some(&guid) => {
+            adopt.into_iter().chain([Action::RecordRound(guid)]).collect()
+        }
+        (HandoffPhase::PreCopy, Some(_), Some(local)) => {
+            snapshots::unneeded(status, &local.snapshots).map(Action::DestroySnapshot).collect()
+        }
+        (_, _, Some(local)) if local.mounted => {
+            vec![Action::Wait(format!("the replica on node {} is mounted there", handoff.to))]
+        }
+        (_, _, local) => match local.and_then(|local| unrecorded(me, status, local)) {
+            // The source lets go of it if nobody is known to have it.
+            Some(shared) => vec![Action::RecordSnapshot(shared.clone())],
+            None => fetch(status, handoff, entry, local),
+        },
+    }
+}
+
+fn fetch(status: &PortableVolumeStatus, handoff: &Handoff, entry: &Replica, local: Option<&Local>) -> Vec<Action> {
+    let wanted = handoff.snapshot.clone().zip(handoff.guid.clone());
+    // Until there is one it is the source's turn.
+    let Some((name, guid)) = wanted else { return Vec::new() };
+    let known = known_guids(status);
+    let here = local.map(|local| local.snapshots.as_slice()).unwrap_or_default();
+    let unpublished = snapshots::unpublished(&known, entry, here);
+    unpublished.map(Action::DestroySnapshot).chain([Action::Fetch(Known { name, guid })]).collect()
+}
+
+fn activate(handoff: &Handoff, local: &Local) -> Vec<Action> {
+    let mut actions = Vec::new();
+    if local.epoch != Some(handoff.epoch) {
+        actions.push(Action::Stamp(handoff.epoch));
+    }
+    // One that has just been adopted is read-only since.
+    if local.readonly || local.uid.is_none() {
+        actions.push(Action::SetReadonly(false));
+    }
+    actions.push(Action::Finish);
+    actions
+}
