@@ -55,11 +55,17 @@ pub fn concerns(me: &str, volume: &PortableVolume) -> bool {
 pub fn is_copy(volume: &PortableVolume, local: &Local) -> bool {
     match &local.uid {
         Some(uid) => volume.uid().as_ref() == Some(uid),
-        None => {
-            let received = known_guids(&volume::status(volume)).iter().any(|guid| local.has(guid));
-            received || is_restored(volume, local) || is_imported(volume, local)
-        }
+        None => is_received(volume, local) || is_restored(volume, local) || is_imported(volume, local),
     }
+}
+
+/// Whether a dataset without a mark has come from the volume's owner: an interrupted handoff has left it. What it was to bring may be
+/// known no more, but the names of our snapshots are nobody else's.
+fn is_received(volume: &PortableVolume, local: &Local) -> bool {
+    let status = volume::status(volume);
+    let known = known_guids(&status);
+    let of_volume = |snapshot: &Known| known.contains(&snapshot.guid) || (status.owner.is_some() && snapshot.is_ours());
+    local.snapshots.iter().any(of_volume)
 }
 
 /// Whether a dataset without a mark is the one that the spec names, at its place already: by the GUID that was written down before it was
@@ -89,4 +95,9 @@ pub fn known_guids(status: &PortableVolumeStatus) -> Vec<String> {
     let handoff = status.handoff.iter().flat_map(|handoff| [&handoff.guid, &handoff.round_guid]);
     let last = status.last_handoff.iter().flat_map(|report| [&report.guid, &report.round_guid]);
     copies.chain(handoff).chain(last).flatten().cloned().collect()
+}
+
+/// The GUIDs of the snapshots that copies of a volume are known to share.
+pub fn shared_guids(status: &PortableVolumeStatus) -> Vec<String> {
+    status.replicas.iter().filter_map(|replica| replica.guid.clone()).collect()
 }

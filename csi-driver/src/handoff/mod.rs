@@ -7,9 +7,13 @@
 //! the controller, the agents, the property tests and the model checker run.
 
 mod copy;
+#[cfg(test)]
+mod diagram;
 mod event;
 #[cfg(test)]
 mod event_tests;
+#[cfg(test)]
+mod model;
 mod plan;
 mod snapshots;
 #[cfg(test)]
@@ -17,7 +21,7 @@ mod tests;
 
 use portolan_crds::PortableVolume;
 
-pub use copy::{Local, concerns, is_copy, known_guids};
+pub use copy::{Local, concerns, is_copy, known_guids, shared_guids};
 pub use event::{Ask, DIVERGED, Event, Refused, Round, applied, ready, transition};
 pub use plan::{Action, plan};
 pub use snapshots::{Asked, Known, is_final_name, travels};

@@ -113,7 +113,10 @@ pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>, asked: &[A
         if handoff.to == me {
             return target(me, &status, handoff, local);
         }
-        return Vec::new();
+        // PreCopy may last: other copies are kept in order meanwhile.
+        if handoff.phase != HandoffPhase::PreCopy {
+            return Vec::new();
+        }
     }
     match &status.owner {
         None if volume.spec.placement.node == me => create(volume, recorded, local),

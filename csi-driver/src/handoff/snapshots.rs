@@ -144,10 +144,10 @@ pub(super) fn unpublished<'a>(
     later.iter().filter(|snapshot| snapshot.is_ours() && !known.contains(&snapshot.guid)).cloned()
 }
 
-/// Whether a snapshot goes along on the way to a final one: a person's, or one that some copy shares. `known` are the GUIDs of those.
-/// Others of ours are attempts at a final snapshot whose write was lost.
-pub fn travels(known: &[String], snapshot: &Known) -> bool {
-    !snapshot.is_ours() || known.contains(&snapshot.guid)
+/// Whether a snapshot goes along on the way to the one that is wanted: a person's, or one that some copy shares. `shared` are the GUIDs of
+/// those. Others of ours are of attempts that have ended.
+pub fn travels(shared: &[String], snapshot: &Known) -> bool {
+    !snapshot.is_ours() || shared.contains(&snapshot.guid)
 }
 
 /// Our snapshots that nobody needs, oldest first: no copy is known to share them, nor may a target have received them. None while any

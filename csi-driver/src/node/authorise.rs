@@ -29,10 +29,10 @@ impl<Z: Zfs> Authorise for ByVolume<Z> {
         let dataset = dataset.map_err(|error| Refusal::new(RefusalCode::Invalid, error.to_string()))?;
         // A new volume is one snapshot; a copy of a volume has its history.
         let history = request.restore.is_none();
-        let known = handoff::known_guids(&volume::status(&found));
+        let shared = handoff::shared_guids(&volume::status(&found));
         let travels = move |snapshot: &Snapshot| {
             let name = snapshot.name.short().to_owned();
-            history && handoff::travels(&known, &Known { name, guid: snapshot.guid.to_string() })
+            history && handoff::travels(&shared, &Known { name, guid: snapshot.guid.to_string() })
         };
         Ok(Grant { dataset, travels: Box::new(travels) })
     }

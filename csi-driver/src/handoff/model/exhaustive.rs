@@ -1,0 +1,151 @@
+//! Every history up to some number of moves, kills, aborts and writes, by stateright.
+
+use stateright::{Checker, HasDiscoveries, Model, Property};
+
+use super::{Happening, NODES, Weakness, World};
+
+/// How often the things happen that need not.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+struct Budget {
+    wants: u8,
+    kills: u8,
+    aborts: u8,
+    mounts: u8,
+    writes: u8,
+}
+
+struct Cluster {
+    nodes: usize,
+    budget: Budget,
+    weakness: Weakness,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq)]
+struct Moment {
+    world: World,
+    left: Budget,
+}
+
+impl Cluster {
+    fn possible(&self, moment: &Moment) -> Vec<Happening> {
+        let (left, world) = (moment.left, &moment.world);
+        let mut all: Vec<Happening> = (0..self.nodes).map(Happening::Step).collect();
+        for node in 0..self.nodes {
+            if left.kills > 0 && world.is_busy(node) {
+                all.extend([Happening::Kill(node), Happening::KillSending(node)]);
+            }
+            if left.wants > 0 {
+                all.extend([Happening::Want(node), Happening::WantWarm(node)]);
+            }
+            if left.mounts > 0 {
+                all.push(Happening::Mount(node));
+                if left.kills > 0 {
+                    all.push(Happening::MountLate(node));
+                }
+            }
+            if world.disks[node].as_ref().is_some_and(|disk| disk.local.mounted) {
+                all.push(Happening::Unmount(node));
+            }
+        }
+        if world.has_late() {
+            all.push(Happening::Arrive);
+        }
+        if world.has_late_mount() {
+            all.push(Happening::MountComes);
+        }
+        if left.aborts > 0 {
+            all.push(Happening::Abort);
+        }
+        if left.writes > 0 {
+            all.push(Happening::Write);
+        }
+        all
+    }
+}
+
+impl Budget {
+    fn spend(&mut self, happening: &Happening) {
+        match happening {
+            Happening::Kill(_) | Happening::KillSending(_) => self.kills -= 1,
+            Happening::Want(_) | Happening::WantWarm(_) => self.wants -= 1,
+            Happening::Mount(_) => self.mounts -= 1,
+            Happening::MountLate(_) => (self.mounts, self.kills) = (self.mounts - 1, self.kills - 1),
+            Happening::Abort => self.aborts -= 1,
+            Happening::Write => self.writes -= 1,
+            Happening::Step(_) | Happening::Arrive | Happening::MountComes | Happening::Unmount(_) => {}
+        }
+    }
+}
+
+impl Model for Cluster {
+    type State = Moment;
+    type Action = Happening;
+
+    fn init_states(&self) -> Vec<Moment> {
+        vec![Moment { world: World::owned(self.weakness), left: self.budget }]
+    }
+
+    fn actions(&self, moment: &Moment, actions: &mut Vec<Happening>) {
+        actions.extend(self.possible(moment));
+    }
+
+    fn next_state(&self, moment: &Moment, happening: Happening) -> Option<Moment> {
+        let mut next = moment.clone();
+        next.world.happen(&happening);
+        // What changes nothing costs nothing.
+        if next.world == moment.world {
+            return None;
+        }
+        next.left.spend(&happening);
+        Some(next)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::<Self>::always("one writer, nothing lost, no epoch twice", |_, moment| {
+                moment.world.wrong.is_none()
+            }),
+            Property::<Self>::always("whatever has happened, it can end well on any node", |cluster, moment| {
+                (0..cluster.nodes).all(|node| moment.world.clone().settle(node).is_ok())
+            }),
+        ]
+    }
+}
+
+fn check(nodes: usize, budget: Budget, weakness: Weakness) -> (usize, Vec<String>) {
+    assert!(nodes <= NODES.len());
+    let checker = Cluster { nodes, budget, weakness }
+        .checker()
+        .threads(2)
+        .finish_when(HasDiscoveries::AnyFailures)
+        .spawn_bfs()
+        .join();
+    let found = checker.discoveries();
+    let told = found.into_iter().map(|(name, path)| format!("{name}: {:?}", path.into_actions())).collect();
+    (checker.unique_state_count(), told)
+}
+
+#[test]
+fn every_short_history_of_two_nodes_ends_well() {
+    let budget = Budget { wants: 2, kills: 1, aborts: 1, mounts: 1, writes: 1 };
+    let (states, found) = check(2, budget, Weakness::None);
+    println!("the handoff's model: {states} states");
+    assert_eq!(found, Vec::<String>::new());
+}
+
+/// Each guard, taken out, is missed.
+#[test]
+fn no_guard_is_there_for_nothing() {
+    let budget = Budget { wants: 2, kills: 1, aborts: 1, mounts: 2, writes: 2 };
+    for weakness in [
+        Weakness::StaleWrites,
+        Weakness::BlindToMounts,
+        Weakness::StaysWritable,
+        Weakness::KeepsCutStreams,
+        Weakness::MountsAnywhere,
+    ] {
+        let (states, found) = check(2, budget, weakness);
+        println!("{weakness:?}: {states} states, {found:?}");
+        assert!(!found.is_empty(), "{weakness:?} was not noticed in {states} states");
+    }
+}

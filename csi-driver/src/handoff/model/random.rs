@@ -1,0 +1,36 @@
+use proptest::prelude::*;
+
+use super::{Happening, NODES, Weakness, World};
+
+fn happenings() -> impl Strategy<Value = Vec<Happening>> {
+    let node = 0..NODES.len();
+    let happening = prop_oneof![
+        40 => node.clone().prop_map(Happening::Step),
+        2 => node.clone().prop_map(Happening::Kill),
+        2 => node.clone().prop_map(Happening::KillSending),
+        1 => Just(Happening::Arrive),
+        3 => node.clone().prop_map(Happening::Want),
+        2 => node.clone().prop_map(Happening::WantWarm),
+        1 => Just(Happening::Abort),
+        4 => node.clone().prop_map(Happening::Mount),
+        1 => node.clone().prop_map(Happening::MountLate),
+        1 => Just(Happening::MountComes),
+        4 => node.prop_map(Happening::Unmount),
+        4 => Just(Happening::Write),
+    ];
+    proptest::collection::vec(happening, 0..500)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn one_writer_nothing_lost_every_move_ends(happenings in happenings(), last in 0..NODES.len()) {
+        let mut world = World::new(Weakness::None);
+        for happening in &happenings {
+            world.happen(happening);
+            prop_assert_eq!(&world.wrong, &None);
+        }
+        prop_assert_eq!(world.settle(last), Ok(()));
+    }
+}
