@@ -50,6 +50,9 @@ pub struct PortableVolumeSpec {
     /// What the volume begins as; empty if nothing is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<VolumeSource>,
+    /// How the dataset is encrypted; empty if it isn't. Fixed when the volume is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<VolumeEncryption>,
     /// The dataset that the volume is to be, there already on the node of `placement`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub import: Option<VolumeImport>,
@@ -108,6 +111,59 @@ pub struct VolumeImport {
     /// Its name in full, in the same pool as the volumes. It is renamed.
     #[schemars(length(min = 1))]
     pub dataset: String,
+}
+
+/// How a volume's dataset is encrypted. The key itself is in no object of Portolan's.
+#[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeEncryption {
+    /// ZFS property `encryption` (zfsprops(7)).
+    pub cipher: Cipher,
+    /// The Secret with the key, which the kubelet hands to the node where a pod uses the volume; empty if the volume was made by a CSI
+    /// call, whose caller knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret: Option<KeySecret>,
+}
+
+/// Values of the ZFS property `encryption` that Portolan passes on.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum Cipher {
+    /// AES in GCM, key of 128 bits.
+    #[serde(rename = "aes-128-gcm")]
+    Aes128Gcm,
+    /// AES in GCM, key of 192 bits.
+    #[serde(rename = "aes-192-gcm")]
+    Aes192Gcm,
+    /// AES in GCM, key of 256 bits.
+    #[serde(rename = "aes-256-gcm")]
+    Aes256Gcm,
+}
+
+impl Cipher {
+    /// As ZFS spells it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Aes128Gcm => "aes-128-gcm",
+            Self::Aes192Gcm => "aes-192-gcm",
+            Self::Aes256Gcm => "aes-256-gcm",
+        }
+    }
+}
+
+/// A Secret by name.
+#[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KeySecret {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl std::fmt::Display for KeySecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
 }
 
 /// Where a volume is wanted. The owner follows; it never leads.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
-use portolan_crds::{Compression, Filesystem, IMPORT_ANNOTATION, Logbias, Sync, VolumeMode, VolumeParameters};
+use portolan_crds::{Cipher, Compression, Filesystem, IMPORT_ANNOTATION, Logbias, Sync, VolumeMode, VolumeParameters};
 use portolan_zfs::DatasetName;
 
 /// Parameters that other parties put into a StorageClass or a CSI call under this prefix are not ours to judge.
@@ -21,7 +21,7 @@ pub enum Refusal {
     /// A parameter Portolan doesn't know.
     #[error(
         "parameter {name:?} (given: {given:?}) is unknown: allowed are compression, recordsize, volblocksize, atime, sync, \
-         logbias and {FS_TYPE}"
+         logbias, encryption and {FS_TYPE}"
     )]
     UnknownParameter {
         /// The parameter.
@@ -82,6 +82,30 @@ pub enum Refusal {
     /// A claim that wants to be two things.
     #[error("spec.dataSource and annotation {IMPORT_ANNOTATION} are both given: allowed is one of them")]
     ImportAndSource,
+    /// An encrypted volume whose Secret nobody names.
+    #[error(
+        "parameter encryption is given and {missing} is not: allowed is both, the second naming the Secret with the key"
+    )]
+    NoSecret {
+        /// The parameter that is missing.
+        missing: &'static str,
+    },
+    /// A Secret's name that can't be one.
+    #[error("parameter {name} is {given:?}: {why}")]
+    Secret {
+        /// The parameter.
+        name: &'static str,
+        /// Its value.
+        given: String,
+        /// What is the matter with it, and what is allowed.
+        why: String,
+    },
+    /// A dataset that is there already and is to be encrypted.
+    #[error(
+        "parameter encryption and annotation {IMPORT_ANNOTATION} are both given: allowed is one of them, as a dataset that is \
+         there already can't be encrypted"
+    )]
+    ImportAndEncryption,
     /// A size that the filesystem is not made for.
     #[error("a size of {given} bytes is too small for xfs: allowed are {SMALLEST_XFS} bytes (300Mi) and more")]
     TooSmall {
@@ -110,6 +134,8 @@ pub struct Asked {
     pub parameters: VolumeParameters,
     /// The filesystem.
     pub filesystem: Filesystem,
+    /// How the dataset is to be encrypted, if it is.
+    pub encryption: Option<Cipher>,
 }
 
 /// Parses a StorageClass's parameters, for a volume of this mode.
@@ -123,6 +149,7 @@ pub fn parse(given: &BTreeMap<String, String>, mode: VolumeMode) -> Result<Asked
             FS_TYPE => asked.filesystem = filesystem(value)?,
             "volblocksize" => asked.parameters.block_size = Some(block_size(value)?),
             "atime" => asked.parameters.atime = Some(on_off(value)?),
+            "encryption" => asked.encryption = Some(cipher(value)?),
             name if name.starts_with(FOREIGN_PREFIX) => {}
             _ => set(&mut asked.parameters, name, value)?,
         }
@@ -186,6 +213,15 @@ pub fn filesystem(value: &str) -> Result<Filesystem, Refusal> {
         "xfs" => Ok(Filesystem::Xfs),
         _ => Err(Refusal::Parameter { name: FS_TYPE, given: value.to_owned(), allowed: "zfs, ext4 or xfs" }),
     }
+}
+
+fn cipher(value: &str) -> Result<Cipher, Refusal> {
+    let all = [Cipher::Aes128Gcm, Cipher::Aes192Gcm, Cipher::Aes256Gcm];
+    all.into_iter().find(|cipher| cipher.as_str() == value).ok_or_else(|| Refusal::Parameter {
+        name: "encryption",
+        given: value.to_owned(),
+        allowed: "aes-256-gcm, aes-192-gcm or aes-128-gcm",
+    })
 }
 
 fn sync(value: &str) -> Result<Sync, Refusal> {
@@ -358,6 +394,7 @@ mod tests {
             ("logbias", "fast"),
             (FS_TYPE, "btrfs"),
             ("poolname", "tank"),
+            ("encryption", "on"),
         ];
         for (name, value) in wrong {
             let message = parsed(name, value).unwrap_err().to_string();
@@ -384,6 +421,18 @@ mod tests {
         assert!(parsed("volblocksize", "1M").unwrap_err().to_string().contains("128K"));
         let block = parse(&given("recordsize", "16K"), VolumeMode::Block).unwrap_err();
         assert!(block.to_string().contains("volblocksize"), "{block}");
+    }
+
+    #[test]
+    fn ciphers() {
+        for (value, wanted) in [("aes-256-gcm", Cipher::Aes256Gcm), ("aes-128-gcm", Cipher::Aes128Gcm)] {
+            for mode in [VolumeMode::Filesystem, VolumeMode::Block] {
+                assert_eq!(parse(&given("encryption", value), mode).unwrap().encryption, Some(wanted));
+            }
+            assert_eq!(serde_json::to_value(wanted).unwrap(), value, "ZFS and the API spell it alike");
+        }
+        let refused = parsed("encryption", "aes-256-ccm").unwrap_err().to_string();
+        assert!(refused.contains("aes-256-ccm") && refused.contains("aes-256-gcm"), "{refused}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{Resource, ResourceExt};
 use portolan_crds::{DRIVER, PortableVolume, PortableVolumeStatus, condition};
 use portolan_zfs::{DatasetName, InvalidName, Property};
@@ -20,6 +21,9 @@ pub const KEPT: &str = "Kept";
 /// Reason of a condition: the dataset that the volume was to be can't be it.
 pub const IMPORT_REFUSED: &str = "ImportRefused";
 
+/// Reason of a condition: the volume is encrypted, and its dataset is made when the kubelet brings the key for the first time.
+pub const AWAITS_KEY: &str = "AwaitsKey";
+
 /// What stands between a volume's name and an epoch in the name of a copy that is not from its history.
 const QUARANTINED: &str = ".diverged-";
 
@@ -33,6 +37,17 @@ pub fn is_kept(volume: &PortableVolume) -> bool {
     let conditions = volume.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
     let kept = conditions.iter().any(|condition| condition.type_ == condition::READY && condition.reason == KEPT);
     kept && volume.metadata.deletion_timestamp.is_some()
+}
+
+/// Whether a volume is all that it can be before the kubelet brings its key, on the node where it is wanted. Nobody owns it, so nobody has
+/// ever mounted it.
+pub fn awaits_key(volume: &PortableVolume) -> bool {
+    let Some(status) = &volume.status else { return false };
+    let said = |condition: &Condition| condition.type_ == condition::READY && condition.reason == AWAITS_KEY;
+    status.owner.is_none()
+        && volume.metadata.deletion_timestamp.is_none()
+        && status.replicas.iter().any(|replica| replica.node == volume.spec.placement.node)
+        && status.conditions.iter().any(said)
 }
 
 /// A volume's dataset below `pool`.
@@ -84,6 +99,16 @@ pub fn properties(volume: &PortableVolume, mountpoint: &Path) -> Result<Vec<Prop
     properties.push(Property::new(VOLUME_PROPERTY, volume.name_any())?);
     properties.push(Property::new(UID_PROPERTY, volume.uid().unwrap_or_default())?);
     Ok(properties)
+}
+
+/// The properties of a new volume's dataset, in the order in which they are to be set; not how it is encrypted.
+///
+/// # Errors
+/// As [`properties`].
+pub fn new_properties(volume: &PortableVolume, mountpoint: &Path) -> Result<Vec<Property>, InvalidName> {
+    let mut all = vec![epoch_property(1)?];
+    all.extend(properties(volume, mountpoint)?);
+    Ok(all)
 }
 
 /// The properties that a dataset in use can be given when the spec changes: its size and its tunables.

@@ -77,7 +77,7 @@ impl Authorise for Only {
         if peer_node != self.node {
             return Err(Refusal::new(RefusalCode::NotAuthorised, format!("{peer_node} is not the target")));
         }
-        Ok(Grant { dataset: self.pool.child(&request.volume).unwrap(), travels: Box::new(|_| true) })
+        Ok(Grant { dataset: self.pool.child(&request.volume).unwrap(), raw: false, travels: Box::new(|_| true) })
     }
 }
 

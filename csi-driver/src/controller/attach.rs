@@ -17,7 +17,7 @@ use portolan_crds::{ATTACH_FINALIZER, DRIVER, PortableVolume};
 use serde_json::json;
 
 use super::decide::{self, Decision, Other};
-use super::wish::no_pool;
+use super::wish::{Needs, no_pool};
 use super::{Hub, RESYNC, exhaust, retry, set_finalizer};
 use crate::handoff::{Ask, Event};
 use crate::volume;
@@ -75,7 +75,7 @@ async fn reconcile(attachment: Arc<VolumeAttachment>, hub: Arc<Hub>) -> kube::Re
     };
     let node = &attachment.spec.node_name;
     let mut decision = decide::decide(&volume, node, &[]);
-    if matches!(decision, Decision::Move | Decision::Stay) {
+    if matches!(decision, Decision::Move | Decision::Stay | Decision::Place) {
         // Only then does it matter who else has it; asking is a list.
         let pv = attachment.spec.source.persistent_volume_name.as_deref().unwrap_or_default();
         decision = decide::decide(&volume, node, &elsewhere(&hub, pv, node).await?);
@@ -91,6 +91,13 @@ async fn reconcile(attachment: Arc<VolumeAttachment>, hub: Arc<Hub>) -> kube::Re
             Ok(Action::requeue(RESYNC))
         }
         Decision::Move => start_move(&hub, &attachment, &volume).await,
+        Decision::Place => {
+            if let Some(why) = no_pool(&hub.storage_nodes, node, Needs::of(&volume.spec)).await? {
+                return refuse(&hub, &attachment, &why).await;
+            }
+            place(&hub, &volume, node).await?;
+            Ok(Action::requeue(WAITING))
+        }
         Decision::Stay => {
             end_move(&hub, &volume, node).await?;
             Ok(Action::requeue(WAITING))
@@ -131,7 +138,7 @@ pub(super) async fn elsewhere(hub: &Hub, pv: &str, node: &str) -> kube::Result<V
 
 async fn start_move(hub: &Hub, attachment: &VolumeAttachment, volume: &PortableVolume) -> kube::Result<Action> {
     let node = &attachment.spec.node_name;
-    if let Some(why) = no_pool(&hub.storage_nodes, node, volume.spec.is_zvol()).await? {
+    if let Some(why) = no_pool(&hub.storage_nodes, node, Needs::of(&volume.spec)).await? {
         return refuse(hub, attachment, &why).await;
     }
     ask_for_move(hub, volume, node).await?;

@@ -21,6 +21,7 @@ use portolan_crds::{DRIVER, Filesystem, POOL_TOPOLOGY_KEY, StorageNode, conditio
 use portolan_runtime::conditions;
 use serde_json::json;
 
+use super::wish::Needs;
 use super::{Hub, RESYNC, unless_gone};
 use crate::parameters::{self, FS_TYPE};
 use crate::{quantity, room};
@@ -45,13 +46,13 @@ pub(super) enum Change {
 }
 
 /// What a pool has to offer.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 struct Pool {
     /// Bytes; none where it can't be used.
     available: i64,
     /// Bytes in all.
     capacity: i64,
-    zvol: bool,
+    capabilities: Vec<String>,
 }
 
 /// What makes the objects `present` say what the pools of `nodes` have to offer to volumes of `classes`. Those that are made get `owner`.
@@ -66,7 +67,7 @@ pub(super) fn plan(
     let mut wanted = Vec::new();
     for class in classes.iter().filter(|class| class.provisioner == DRIVER) {
         for (guid, pool) in &pools {
-            let bytes = if wants_zvol(class) && !pool.zvol { 0 } else { pool.available };
+            let bytes = if needs(class).missing(&pool.capabilities).is_some() { 0 } else { pool.available };
             let object = object(&class.name_any(), guid, bytes, owner);
             wanted.push(object.name_any());
             match present.iter().find(|present| present.name_any() == object.name_any()) {
@@ -94,7 +95,7 @@ fn pools(nodes: &[Arc<StorageNode>]) -> BTreeMap<String, Pool> {
         let pool = Pool {
             available: status.available_bytes.filter(|_| usable).unwrap_or_default(),
             capacity: status.capacity_bytes.unwrap_or_default(),
-            zvol: status.capabilities.iter().any(|can| can == "zvol"),
+            capabilities: status.capabilities.clone(),
         };
         let better = found.get(&guid).is_none_or(|other| other.available < pool.available);
         if better {
@@ -104,11 +105,11 @@ fn pools(nodes: &[Arc<StorageNode>]) -> BTreeMap<String, Pool> {
     found
 }
 
-/// Whether volumes of a class are zvols. What else is wrong with a class is said where a claim names it: without room nobody would see that.
-fn wants_zvol(class: &StorageClass) -> bool {
-    let named = class.parameters.as_ref().and_then(|parameters| parameters.get(FS_TYPE));
-    let filesystem = named.map(|name| parameters::filesystem(name).unwrap_or_default()).unwrap_or_default();
-    filesystem != Filesystem::Zfs
+/// What volumes of a class need of a pool. What else is wrong with a class is said where a claim names it: without room nobody would see that.
+fn needs(class: &StorageClass) -> Needs {
+    let given = |name| class.parameters.as_ref().and_then(|parameters| parameters.get(name));
+    let filesystem = given(FS_TYPE).map(|name| parameters::filesystem(name).unwrap_or_default()).unwrap_or_default();
+    Needs { zvol: filesystem != Filesystem::Zfs, encryption: given("encryption").is_some() }
 }
 
 fn object(class: &str, guid: &str, bytes: i64, owner: Option<&OwnerReference>) -> CSIStorageCapacity {
@@ -310,13 +311,21 @@ mod tests {
         let classes = [
             class("fast", DRIVER, json!({})),
             class("zvols", DRIVER, json!({ FS_TYPE: "ext4" })),
+            class("sealed", DRIVER, json!({ "encryption": "aes-256-gcm" })),
             class("other", "example.com/other", json!({})),
         ];
-        let nodes = [node("a", "1", "True", 50 * GIB, &["zvol"]), node("b", "2", "True", 40 * GIB, &[])];
+        let openzfs = ["zvol", "encryption", "raw-send"];
+        let nodes = [node("a", "1", "True", 50 * GIB, &openzfs), node("b", "2", "True", 40 * GIB, &[])];
         let owner = OwnerReference { name: MANAGER.into(), ..OwnerReference::default() };
         let made = after(&[], plan(&classes, &nodes, &[], Some(&owner)));
-        let wanted =
-            [of("fast", "1", 50 * GIB), of("fast", "2", 40 * GIB), of("zvols", "1", 50 * GIB), of("zvols", "2", 0)];
+        let wanted = [
+            of("fast", "1", 50 * GIB),
+            of("fast", "2", 40 * GIB),
+            of("sealed", "1", 50 * GIB),
+            of("sealed", "2", 0),
+            of("zvols", "1", 50 * GIB),
+            of("zvols", "2", 0),
+        ];
         assert_eq!(said(&made), wanted);
         assert!(made.iter().all(|object| object.owner_references() == std::slice::from_ref(&owner)));
         assert!(made.iter().all(|object| object.labels()[MANAGER_LABEL] == MANAGER));

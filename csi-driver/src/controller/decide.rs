@@ -11,6 +11,8 @@ pub(crate) enum Decision {
     Attached,
     /// Move the volume to the node.
     Move,
+    /// Want the volume on the node: there is none yet, it waits for its key.
+    Place,
     /// End the move that is under way: the volume stays where it is.
     Stay,
     /// Wait for what is under way.
@@ -34,7 +36,7 @@ pub(crate) fn decide(volume: &PortableVolume, node: &str, others: &[Other]) -> D
     if volume.metadata.deletion_timestamp.is_some() {
         return Decision::Refuse("the volume is being deleted".into());
     }
-    let Some(owner) = &status.owner else { return Decision::Wait };
+    let Some(owner) = &status.owner else { return before_its_key(volume, node, others) };
     let here = owner == node;
     match status.handoff.as_ref().map(|handoff| (handoff.phase, handoff.to.as_str())) {
         None | Some((HandoffPhase::PreCopy, _)) if here => match status.phase {
@@ -49,18 +51,32 @@ pub(crate) fn decide(volume: &PortableVolume, node: &str, others: &[Other]) -> D
         Some(_) => {}
     }
     match others.iter().find(|other| other.attached) {
-        Some(other) => {
-            Decision::Refuse(format!("the volume is attached to node {}: one node at a time can have it", other.node))
-        }
+        Some(other) => attached_to(other),
         None => Decision::Move,
     }
+}
+
+/// Of a volume that nobody has owned yet.
+fn before_its_key(volume: &PortableVolume, node: &str, others: &[Other]) -> Decision {
+    match (volume::awaits_key(volume), others.iter().find(|other| other.attached)) {
+        (false, _) => Decision::Wait,
+        // The kubelet brings the key when it mounts.
+        (true, _) if volume.spec.placement.node == node => Decision::Attached,
+        (true, Some(other)) => attached_to(other),
+        (true, None) => Decision::Place,
+    }
+}
+
+fn attached_to(other: &Other) -> Decision {
+    Decision::Refuse(format!("the volume is attached to node {}: one node at a time can have it", other.node))
 }
 
 #[cfg(test)]
 mod tests {
     use jiff::Timestamp;
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-    use portolan_crds::{Handoff, PortableVolumeSpec, PortableVolumeStatus};
+    use portolan_crds::{Handoff, PortableVolumeSpec, PortableVolumeStatus, Replica, condition};
+    use portolan_runtime::conditions;
 
     use super::*;
 
@@ -94,6 +110,21 @@ mod tests {
         let mut deleted = ready;
         deleted.metadata.deletion_timestamp = Some(Time(Timestamp::UNIX_EPOCH));
         assert!(matches!(decide(&deleted, "a", &[]), Decision::Refuse(_)));
+    }
+
+    #[test]
+    fn a_volume_that_waits_for_its_key_goes_where_its_pod_is() {
+        let mut volume = owned_by(None, VolumePhase::Pending);
+        volume.spec.placement.node = "a".into();
+        let status = volume.status.as_mut().unwrap();
+        status.replicas.push(Replica { node: "a".into(), ..Replica::default() });
+        conditions::set(&mut status.conditions, condition::READY, condition::FALSE, volume::AWAITS_KEY, "", None);
+        assert_eq!(decide(&volume, "a", &[]), Decision::Attached);
+        assert_eq!(decide(&volume, "b", &[other("a", false)]), Decision::Place);
+        assert!(matches!(decide(&volume, "b", &[other("a", true)]), Decision::Refuse(why) if why.contains("node a")));
+        // Wanted on b, whose agent has not said anything yet.
+        volume.spec.placement.node = "b".into();
+        assert_eq!(decide(&volume, "b", &[]), Decision::Wait);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod attach;
 mod capacity;
 pub(crate) mod decide;
+mod encryption;
 mod provision;
 mod reclaim;
 mod service;

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{
     CSIPersistentVolumeSource, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, ObjectReference,
-    PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimSpec, PersistentVolumeSpec, VolumeNodeAffinity,
+    PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimSpec, PersistentVolumeSpec, SecretReference,
+    VolumeNodeAffinity,
 };
 use k8s_openapi::api::storage::v1::{StorageClass, VolumeAttributesClass};
 use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
@@ -20,9 +21,10 @@ use portolan_crds::{
 use portolan_runtime::conditions;
 use serde_json::json;
 
+use super::encryption;
 use super::source::{self, Named, Resolved, Source};
 use super::volumes::{self, name_of};
-use super::wish::{self, Wish, no_pool};
+use super::wish::{self, Needs, Wish, no_pool};
 use super::{Hub, PROVISIONED_BY, RESYNC, exhaust, retry};
 use crate::parameters::{self, Import, Refusal};
 use crate::quantity::{self, Human};
@@ -61,9 +63,19 @@ fn check(
     if let Some(given) = attributes.and_then(|attributes| attributes.parameters.as_ref()) {
         parameters::change(&mut asked.parameters, given)?;
     }
+    let secret = match asked.encryption {
+        Some(_) => {
+            let pv = name_of(claim).unwrap_or_default();
+            Some(encryption::secret(class.parameters.as_ref().unwrap_or(&BTreeMap::new()), claim, &pv)?)
+        }
+        None => None,
+    };
     let import = claim.annotations().get(IMPORT_ANNOTATION).map(|given| parameters::import(given)).transpose()?;
     if import.is_some() && (spec.data_source.is_some() || spec.data_source_ref.is_some()) {
         return Err(Refusal::ImportAndSource);
+    }
+    if import.is_some() && secret.is_some() {
+        return Err(Refusal::ImportAndEncryption);
     }
     let requests = spec.resources.as_ref().and_then(|resources| resources.requests.as_ref());
     let size = requests.and_then(|requests| requests.get("storage")).map(|size| size.0.clone()).unwrap_or_default();
@@ -75,6 +87,7 @@ fn check(
         mode,
         asked,
         source: None,
+        secret,
         import,
         claim: format!("{}/{}", claim.namespace().unwrap_or_default(), claim.name_any()),
         claim_uid: claim.uid().unwrap_or_default(),
@@ -144,7 +157,7 @@ async fn provision(
         if volume.metadata.deletion_timestamp.is_some() {
             return Ok(Action::requeue(WAITING));
         }
-        if status.owner.is_some() && status.phase == VolumePhase::Ready {
+        if (status.owner.is_some() && status.phase == VolumePhase::Ready) || volume::awaits_key(volume) {
             return bind(claim, class, volume, hub).await;
         }
         let ready = conditions::find(&status.conditions, condition::READY);
@@ -152,7 +165,8 @@ async fn provision(
             failed(hub, claim, &format!("annotation {IMPORT_ANNOTATION}: {}", refused.message)).await;
         }
     }
-    let Some(node) = choose(claim, class, present.as_ref(), wish.import.as_ref(), hub).await? else {
+    let needs = Needs::of(&wish.clone().spec(String::new()));
+    let Some(node) = choose(claim, class, present.as_ref(), wish.import.as_ref(), needs, hub).await? else {
         return Ok(Action::requeue(WAITING));
     };
     if let Some(import) = wish.import.as_ref().filter(|import| import.node != node) {
@@ -164,8 +178,7 @@ async fn provision(
         give_back(claim, hub).await?;
         return Ok(Action::requeue(WAITING));
     }
-    let zvol = wish.clone().spec(node.clone()).is_zvol();
-    if let Some(why) = no_pool(&hub.storage_nodes, &node, zvol).await? {
+    if let Some(why) = no_pool(&hub.storage_nodes, &node, needs).await? {
         failed(hub, claim, &format!("no volume can be made on the chosen node: {why}")).await;
         give_back(claim, hub).await?;
         return Ok(Action::requeue(WAITING));
@@ -183,7 +196,13 @@ async fn provision(
                         failed(hub, claim, &message).await;
                         return Ok(Action::requeue(RESYNC));
                     }
-                    Resolved::Ready(found, _) => wish.source = Some(found),
+                    Resolved::Ready(found, _) => {
+                        if let Some(why) = encryption::check_source(hub, &found, wish.encryption().as_ref()).await? {
+                            failed(hub, claim, &format!("spec.dataSource: {why}")).await;
+                            return Ok(Action::requeue(RESYNC));
+                        }
+                        wish.source = Some(found);
+                    }
                     Resolved::Waiting(_) => return Ok(Action::requeue(SOURCE)),
                     Resolved::Missing(why) => {
                         failed(hub, claim, &format!("spec.dataSource: {why}")).await;
@@ -216,6 +235,7 @@ async fn choose(
     class: &StorageClass,
     present: Option<&PortableVolume>,
     import: Option<&Import>,
+    needs: Needs,
     hub: &Hub,
 ) -> kube::Result<Option<String>> {
     if let Some(node) = claim.annotations().get(SELECTED_NODE) {
@@ -230,10 +250,13 @@ async fn choose(
     if let Some(import) = import {
         return Ok(Some(import.node.clone()));
     }
-    let best = wish::candidates(&hub.storage_nodes).await?.into_iter().next();
-    if best.is_none() {
+    let candidates = wish::candidates(&hub.storage_nodes).await?;
+    if candidates.is_empty() {
         failed(hub, claim, "no StorageNode is ready: see `kubectl get storagenodes`").await;
     }
+    // If none can, the refusal names what the roomiest lacks.
+    let able = candidates.iter().find(|candidate| needs.missing(&candidate.capabilities).is_none());
+    let best = able.or(candidates.first()).cloned();
     Ok(best.map(|best| best.node))
 }
 
@@ -279,6 +302,7 @@ fn persistent_volume(
 ) -> PersistentVolume {
     let name = volume.name_any();
     let asked = claim.spec.as_ref();
+    let secret = volume.spec.encryption.clone().and_then(|encryption| encryption.secret);
     let here = NodeSelectorRequirement {
         key: TOPOLOGY_KEY.to_owned(),
         operator: "In".to_owned(),
@@ -301,6 +325,8 @@ fn persistent_volume(
                 driver: DRIVER.to_owned(),
                 volume_handle: name,
                 fs_type: fs_type(&volume.spec).map(str::to_owned),
+                node_stage_secret_ref: secret
+                    .map(|secret| SecretReference { name: Some(secret.name), namespace: Some(secret.namespace) }),
                 ..CSIPersistentVolumeSource::default()
             }),
             mount_options: class.mount_options.clone(),
@@ -363,6 +389,8 @@ mod tests {
             (json!({ "volumeMode": "Block" }), json!({ "recordsize": "16K" }), "volblocksize"),
             (json!({ "accessModes": ["ReadWriteMany"] }), json!({}), "ReadWriteMany"),
             (json!({ "resources": {} }), json!({}), "requests.storage"),
+            (json!({}), json!({ "encryption": "aes-256-gcm" }), "node-stage-secret-name"),
+            (json!({}), json!({ "encryption": "rot13" }), "aes-256-gcm"),
         ] {
             assert!(refused(change, parameters).unwrap().contains(named), "{named}");
         }
@@ -384,6 +412,26 @@ mod tests {
         }
         let both = json!({ "dataSource": { "kind": "PersistentVolumeClaim", "name": "other" } });
         assert!(asked("node-1:tank/old", both).unwrap_err().contains("dataSource"));
+        let mut claim = claim(json!({}));
+        claim.annotations_mut().insert(IMPORT_ANNOTATION.to_owned(), "node-1:tank/old".to_owned());
+        let refused = check(&claim, claim.spec.as_ref().unwrap(), &class(sealed()), None).unwrap_err().to_string();
+        assert!(refused.contains(IMPORT_ANNOTATION) && refused.contains("encryption"), "{refused}");
+    }
+
+    fn sealed() -> serde_json::Value {
+        json!({
+            "encryption": "aes-256-gcm", "csi.storage.k8s.io/node-stage-secret-name": "${pvc.name}-key",
+            "csi.storage.k8s.io/node-stage-secret-namespace": "${pvc.namespace}",
+        })
+    }
+
+    #[test]
+    fn the_persistent_volume_of_an_encrypted_one_names_the_secret() {
+        let (claim, class) = (claim(json!({})), class(sealed()));
+        let wish = check(&claim, claim.spec.as_ref().unwrap(), &class, None).unwrap();
+        let pv = persistent_volume(&claim, &class, &PortableVolume::new("pvc-u1", wish.spec("a".into())), "default");
+        let text = serde_json::to_value(&pv).unwrap();
+        assert_eq!(text["spec"]["csi"]["nodeStageSecretRef"], json!({ "name": "db-key", "namespace": "shop" }));
     }
 
     #[test]

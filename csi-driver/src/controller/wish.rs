@@ -3,8 +3,8 @@
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, ResourceExt};
 use portolan_crds::{
-    Placement, PortableVolume, PortableVolumeSpec, StorageNode, VOLUME_FINALIZER, VolumeImport, VolumeMode,
-    VolumeSource, condition,
+    KeySecret, Placement, PortableVolume, PortableVolumeSpec, StorageNode, VOLUME_FINALIZER, VolumeEncryption,
+    VolumeImport, VolumeMode, VolumeSource, condition,
 };
 use portolan_runtime::conditions;
 
@@ -25,6 +25,8 @@ pub(super) struct Wish {
     pub(super) asked: Asked,
     /// What it begins as.
     pub(super) source: Option<VolumeSource>,
+    /// Where its key is, if it is encrypted and that is known.
+    pub(super) secret: Option<KeySecret>,
     /// The dataset that it is to be, which is there already.
     pub(super) import: Option<Import>,
     /// The claim, `namespace/name`, and its UID; empty if there is none.
@@ -33,9 +35,16 @@ pub(super) struct Wish {
 }
 
 impl Wish {
+    /// How the volume is to be encrypted.
+    pub(super) fn encryption(&self) -> Option<VolumeEncryption> {
+        self.asked.encryption.map(|cipher| VolumeEncryption { cipher, secret: self.secret.clone() })
+    }
+
     /// The spec of the volume, on a node.
     pub(super) fn spec(self, node: String) -> PortableVolumeSpec {
+        let encryption = self.encryption();
         let mut spec = PortableVolumeSpec {
+            encryption,
             size: self.size,
             size_bytes: self.size_bytes,
             claim: self.claim,
@@ -77,13 +86,40 @@ pub(super) async fn create(hub: &Hub, name: &str, spec: PortableVolumeSpec) -> k
     }
 }
 
+/// What a volume needs of a pool that not every pool can do.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(super) struct Needs {
+    /// It is a zvol.
+    pub(super) zvol: bool,
+    /// It is encrypted.
+    pub(super) encryption: bool,
+}
+
+impl Needs {
+    pub(super) fn of(spec: &PortableVolumeSpec) -> Self {
+        Self { zvol: spec.is_zvol(), encryption: spec.encryption.is_some() }
+    }
+
+    /// What a pool with these capabilities can't do of it.
+    pub(super) fn missing(self, capabilities: &[String]) -> Option<&'static str> {
+        let can = |wanted: &[&str]| wanted.iter().all(|wanted| capabilities.iter().any(|can| can == wanted));
+        match self {
+            Self { zvol: true, .. } if !can(&["zvol"]) => Some("can't have zvols, which this volume is one of"),
+            Self { encryption: true, .. } if !can(&["encryption", "raw-send"]) => {
+                Some("can't encrypt, and this volume is encrypted")
+            }
+            _ => None,
+        }
+    }
+}
+
 /// A node that can take a volume.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Candidate {
     pub(super) node: String,
     pub(super) available: i64,
     pub(super) capacity: i64,
-    pub(super) zvol: bool,
+    pub(super) capabilities: Vec<String>,
 }
 
 /// The nodes whose pools can be used, the one with the most room first.
@@ -101,21 +137,25 @@ fn candidate(node: &StorageNode) -> Option<Candidate> {
         node: node.name_any(),
         available: status.available_bytes?,
         capacity: status.capacity_bytes?,
-        zvol: status.capabilities.iter().any(|can| can == "zvol"),
+        capabilities: status.capabilities.clone(),
     })
 }
 
 /// Why a node can't take a volume, if it can't.
-pub(super) async fn no_pool(storage_nodes: &Api<StorageNode>, node: &str, zvol: bool) -> kube::Result<Option<String>> {
+pub(super) async fn no_pool(
+    storage_nodes: &Api<StorageNode>,
+    node: &str,
+    needs: Needs,
+) -> kube::Result<Option<String>> {
     let Some(found) = storage_nodes.get_opt(node).await? else {
         return Ok(Some(format!("node {node} has no StorageNode: the storage agent has not run there")));
     };
     let ready = found.status.as_ref().and_then(|status| conditions::find(&status.conditions, condition::READY));
     Ok(match ready {
         Some(ready) if ready.status == condition::TRUE => {
-            let can = !zvol || candidate(&found).is_some_and(|candidate| candidate.zvol);
-            let which = found.status.and_then(|status| status.zfs_version).unwrap_or_default();
-            (!can).then(|| format!("the pool of node {node} ({which}) can't have zvols, which this volume is one of"))
+            let status = found.status.clone().unwrap_or_default();
+            let which = status.zfs_version.unwrap_or_default();
+            needs.missing(&status.capabilities).map(|why| format!("the pool of node {node} ({which}) {why}"))
         }
         Some(ready) => Some(format!("StorageNode {node} is not ready: {}: {}", ready.reason, ready.message)),
         None => Some(format!("StorageNode {node} does not say whether it is ready")),
@@ -127,6 +167,18 @@ mod tests {
     use portolan_crds::Filesystem;
 
     use super::*;
+
+    #[test]
+    fn what_a_pool_cannot_do_is_said() {
+        let can = |all: &[&str]| all.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let (fuse, old) = (can(&[]), can(&["zvol", "encryption"]));
+        let openzfs = can(&["zvol", "encryption", "raw-send"]);
+        let (plain, sealed) = (Needs::default(), Needs { encryption: true, ..Needs::default() });
+        assert_eq!((plain.missing(&fuse), sealed.missing(&openzfs)), (None, None));
+        assert!(Needs { zvol: true, ..plain }.missing(&fuse).unwrap().contains("zvol"));
+        assert!(sealed.missing(&fuse).unwrap().contains("encrypt"));
+        assert!(sealed.missing(&old).is_some(), "it could never move");
+    }
 
     #[test]
     fn a_zvol_has_whole_blocks() {

@@ -21,6 +21,8 @@ pub struct Local {
     pub readonly: bool,
     /// Whether it is mounted anywhere on this node.
     pub mounted: bool,
+    /// Whether it is encrypted and its key isn't loaded.
+    pub sealed: bool,
     /// Bytes that it uses, snapshots included.
     pub used: i64,
     /// Its snapshots, oldest first; not those that only a clone still keeps.

@@ -33,6 +33,8 @@ pub enum Action {
     RecordUsed(i64),
     /// Make the dataset of a new volume, stamped with epoch 1.
     Create,
+    /// Write: the dataset is made when the kubelet brings its key.
+    AwaitKey,
     /// Make the dataset of a new volume from the snapshot that it begins as, stamped with epoch 1; or go on with that.
     Restore,
     /// Make the dataset that the spec names a new volume's, stamped with epoch 1; or go on with that.
@@ -169,6 +171,8 @@ fn create(volume: &PortableVolume, recorded: bool, local: Option<&Local>) -> Vec
         (false, _) => vec![Action::RecordReplica],
         (true, _) if volume.spec.import.is_some() => vec![Action::Import, Action::Own],
         (true, _) if volume.spec.source.is_some() => vec![Action::Restore, Action::Own],
+        // Made when it is first mounted (`node::seal`); what that has left when it was cut short is owned like any other.
+        (true, None) if volume.spec.encryption.is_some() => vec![Action::AwaitKey],
         (true, None) => vec![Action::Create, Action::Own],
         (true, Some(_)) => vec![Action::Own],
     }
@@ -211,8 +215,10 @@ fn own(
     if local.readonly {
         actions.push(Action::SetReadonly(false));
     }
-    if status.size_bytes != Some(volume.spec.size_bytes) || status.parameters.as_ref() != Some(&volume.spec.parameters)
-    {
+    let spec = &volume.spec;
+    let differs = status.size_bytes != Some(spec.size_bytes) || status.parameters.as_ref() != Some(&spec.parameters);
+    // A zvol's size is behind its key: it waits for the next mount.
+    if differs && !(spec.is_zvol() && local.sealed) {
         actions.push(Action::ApplySpec);
     }
     actions.extend(snapshots::take_asked(local, asked));

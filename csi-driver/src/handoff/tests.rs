@@ -1,7 +1,7 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use portolan_crds::{
-    Handoff, HandoffPhase, HandoffReport, Placement, PortableVolumeSpec, PortableVolumeStatus, Replica,
-    VolumeParameters, VolumePhase, VolumeSource,
+    Cipher, Handoff, HandoffPhase, HandoffReport, Placement, PortableVolumeSpec, PortableVolumeStatus, Replica,
+    VolumeEncryption, VolumeMode, VolumeParameters, VolumePhase, VolumeSource,
 };
 
 use super::*;
@@ -97,10 +97,28 @@ fn a_new_volume_is_recorded_then_made_then_owned() {
     let recorded = volume(|status| status.replicas = vec![replica("a", None)]);
     assert_eq!(plan("a", &recorded, None, &[]), [Action::Create, Action::Own]);
     assert_eq!(plan("a", &recorded, Some(&copy(1, &[])), &[]), [Action::Own]);
+    // An encrypted one is made when it is mounted; what that left is owned.
+    let mut sealed = recorded.clone();
+    sealed.spec.encryption = Some(VolumeEncryption { cipher: Cipher::Aes256Gcm, secret: None });
+    assert_eq!(plan("a", &sealed, None, &[]), [Action::AwaitKey]);
+    assert_eq!(plan("a", &sealed, Some(&copy(1, &[])), &[]), [Action::Own]);
     // Wanted elsewhere before anybody owned it.
     let elsewhere = volume(|status| status.replicas = vec![replica("c", None)]);
     assert_eq!(plan("c", &elsewhere, None, &[]), [Action::ForgetReplica]);
     assert_eq!(plan("c", &elsewhere, Some(&copy(1, &[])), &[]), [Action::Destroy, Action::ForgetReplica]);
+}
+
+#[test]
+fn a_sealed_zvol_grows_when_it_is_opened() {
+    let mut grown = owned(|_| {});
+    grown.spec.size_bytes = 7;
+    let plans = |grown: &PortableVolume, sealed| {
+        let local = Local { sealed, ..copy(3, &["portolan-3"]) };
+        plan("a", grown, Some(&local), &[]).contains(&Action::ApplySpec)
+    };
+    assert!(plans(&grown, false) && plans(&grown, true), "a dataset's quota needs no key");
+    grown.spec.mode = VolumeMode::Block;
+    assert!(plans(&grown, false) && !plans(&grown, true));
 }
 
 #[test]

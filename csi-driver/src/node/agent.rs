@@ -22,7 +22,7 @@ use super::steps::{StepError, Steps};
 use super::{Node, disk, write};
 use crate::handoff::{self, Action, Asked};
 use crate::transfer::TransferError;
-use crate::volume::{self, IMPORT_REFUSED, KEPT};
+use crate::volume::{self, AWAITS_KEY, IMPORT_REFUSED, KEPT};
 
 /// How soon a volume is looked at again that waits for something on this node.
 const WAIT: Duration = Duration::from_secs(1);
@@ -149,6 +149,16 @@ async fn drive<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<Duration, StepError> 
                 Action::Wait(why) => return wait(steps, &why).await,
                 Action::Report { reason, message } => return report(steps, reason, &message).await,
                 Action::Keep(why) => return keep(steps, &why).await,
+                Action::AwaitKey => {
+                    condition(
+                        steps,
+                        AWAITS_KEY,
+                        "encrypted: the dataset is made with the key that its first pod brings",
+                        false,
+                    )
+                    .await?;
+                    return Ok(RESYNC);
+                }
                 action => {
                     tracing::debug!(volume = steps.volume.name_any(), ?action, "step");
                     steps.apply(action).await?;

@@ -34,7 +34,8 @@ impl<Z: Zfs> Authorise for ByVolume<Z> {
             let name = snapshot.name.short().to_owned();
             history && handoff::travels(&shared, &Known { name, guid: snapshot.guid.to_string() })
         };
-        Ok(Grant { dataset, travels: Box::new(travels) })
+        // A new volume is encrypted as its source is.
+        Ok(Grant { dataset, raw: found.spec.encryption.is_some(), travels: Box::new(travels) })
     }
 }
 

@@ -58,6 +58,7 @@ pub async fn read(zfs: &impl Zfs, table: &Mounts, dataset: &DatasetName) -> Resu
         epoch: found.user.get(EPOCH_PROPERTY).and_then(|epoch| epoch.parse().ok()),
         readonly: found.readonly,
         mounted: found.mounted || !mounts(table, dataset)?.is_empty(),
+        sealed: !found.key_available,
         used: i64::try_from(found.used).unwrap_or(i64::MAX),
         snapshots,
         origin: found.origin.map(|origin| (origin.dataset().short().to_owned(), origin.short().to_owned())),

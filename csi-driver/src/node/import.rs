@@ -97,6 +97,9 @@ impl Order<'_> {
         if found.encryption.is_some() {
             return self.refuse("is encrypted: allowed are datasets that are not");
         }
+        if spec.encryption.is_some() {
+            return self.refuse("is not encrypted, and spec.encryption says that it is to be: allowed is none");
+        }
         match (found.kind, spec.is_zvol()) {
             (Kind::Filesystem, true) => {
                 self.refuse("is a filesystem, and the volume is to be a zvol: see spec.mode and spec.filesystem")
@@ -278,6 +281,10 @@ mod tests {
         let mut block = wanted("tank/old");
         block.spec.mode = portolan_crds::VolumeMode::Block;
         assert!(refused(&zfs, &block).await.contains("spec.mode"));
+        let mut sealed = wanted("tank/old");
+        sealed.spec.encryption =
+            Some(portolan_crds::VolumeEncryption { cipher: portolan_crds::Cipher::Aes256Gcm, secret: None });
+        assert!(refused(&zfs, &sealed).await.contains("spec.encryption"));
         zfs.set_open(&name("tank/old"), true).unwrap();
         assert!(refused(&zfs, &wanted("tank/old")).await.contains("in use"));
         zfs.set_open(&name("tank/old"), false).unwrap();

@@ -16,6 +16,7 @@ mod orphans;
 mod pool;
 mod registration;
 mod restore;
+mod seal;
 mod steps;
 mod storage_node;
 mod take;

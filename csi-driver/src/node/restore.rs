@@ -32,8 +32,8 @@ pub(super) async fn run<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<(), StepErro
         // A copy of which snapshots have come that lie before the one asked for.
         Some(_) => copy(steps, &source).await?,
     }
-    if steps.volume.spec.is_zvol() {
-        // The source may be smaller.
+    if steps.volume.spec.is_zvol() && zfs.dataset(&steps.dataset).await?.key_available {
+        // The source may be smaller. One that is sealed grows when it is mounted.
         for property in volume::changeable(&steps.volume)? {
             zfs.set_property(&steps.dataset, &property).await?;
         }

@@ -127,7 +127,7 @@ impl<Z: Zfs> Steps<'_, Z> {
         let zfs = self.node.zfs.as_ref();
         match action {
             // The caller's.
-            Action::Wait(_) | Action::Report { .. } | Action::Keep(_) => {}
+            Action::Wait(_) | Action::Report { .. } | Action::Keep(_) | Action::AwaitKey => {}
             Action::RecordReplica => self.happen(Event::Recorded { node: me, snapshot: None }).await?,
             Action::ForgetReplica => self.happen(Event::Forgotten { node: me }).await?,
             Action::RecordSnapshot(snapshot) => {
@@ -213,9 +213,7 @@ impl<Z: Zfs> Steps<'_, Z> {
     /// What the dataset of a new volume is given, the mark that it is ours last.
     pub(super) fn new_properties(&self) -> Result<Vec<Property>, StepError> {
         let mountpoint = volume::mountpoint(&self.node.kubelet_dir, &self.volume.name_any());
-        let mut properties = vec![volume::epoch_property(1)?];
-        properties.extend(volume::properties(&self.volume, &mountpoint)?);
-        Ok(properties)
+        Ok(volume::new_properties(&self.volume, &mountpoint)?)
     }
 
     async fn create(&self) -> Result<(), StepError> {
@@ -252,6 +250,8 @@ impl<Z: Zfs> Steps<'_, Z> {
         }
         match found.kind {
             Kind::Filesystem => Ok(()),
+            // Without its key it has no device, and a key that anybody still needs isn't taken away.
+            Kind::Volume { .. } if !found.key_available => Ok(()),
             Kind::Volume { .. } => Ok(Device::check_unwritable(&node.mounts, &dataset.device(), QUIET_WITHIN).await?),
         }
     }

@@ -25,6 +25,8 @@ const CHUNK: usize = 256 * 1024;
 pub struct Grant {
     /// The dataset to send from.
     pub dataset: DatasetName,
+    /// Whether it is encrypted: its blocks go as they are on disk, and neither end needs the key.
+    pub raw: bool,
     /// Whether a snapshot that lies on the way to the one asked for goes along.
     pub travels: Box<dyn Fn(&Snapshot) -> bool + Send + Sync>,
 }
@@ -134,7 +136,7 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
     /// From a request to a running `zfs send`, with its place among the streams.
     async fn open(&self, node: &str, request: &Request) -> Result<Opened<'_>, Refusal> {
         request.validate().map_err(|error| Refusal::new(RefusalCode::Invalid, error.to_string()))?;
-        let Grant { dataset, travels } = self.authorise.authorise(node, request).await?;
+        let Grant { dataset, raw, travels } = self.authorise.authorise(node, request).await?;
         let busy = || Refusal::new(RefusalCode::Busy, format!("{} streams are running", self.limits.streams));
         let permit = self.streams.try_acquire().map_err(|_| busy())?;
         let snapshots = self.zfs.snapshots(&dataset).await.map_err(|error| refusal_of(&error))?;
@@ -144,7 +146,7 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
             Refusal::new(RefusalCode::NotFound, message)
         })?;
         let (base, next) = next_step(&snapshots, wanted, &request.have, &travels);
-        let options = SendOptions::since(base.map(|base| &base.name));
+        let options = SendOptions { raw, ..SendOptions::since(base.map(|base| &base.name)) };
         let source = self.zfs.send(&next.name, &options).await.map_err(|error| refusal_of(&error))?;
         let base = base.map(|base| (base.guid, base.name.short().to_owned()));
         Ok(Opened { _permit: permit, guid: next.guid, base, source })

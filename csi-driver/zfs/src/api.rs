@@ -157,7 +157,7 @@ pub trait Zfs: Send + Sync + 'static {
     /// Destroys a bookmark.
     fn destroy_bookmark(&self, name: &BookmarkName) -> impl Future<Output = Result<()>> + Send;
 
-    /// Loads the key of an encryption root; `WrongKey` if it is another's. Idempotent: where one is loaded, the key isn't looked at.
+    /// Loads the key of an encryption root; `WrongKey` if it is another's, also where the right one is loaded already. Idempotent.
     fn load_key(&self, name: &DatasetName, key: &Key) -> impl Future<Output = Result<()>> + Send;
 
     /// Unloads it; `Busy` while something it seals is mounted. Idempotent.

@@ -93,7 +93,10 @@ pub(super) fn answer(service: &Service, volume: &PortableVolume, from: Option<Vo
 fn condition_of(volume: &PortableVolume) -> VolumeCondition {
     let status = volume::status(volume);
     match conditions::find(&status.conditions, condition::READY) {
-        Some(ready) => VolumeCondition { abnormal: ready.status != condition::TRUE, message: ready.message.clone() },
+        Some(ready) => {
+            let well = ready.status == condition::TRUE || volume::awaits_key(volume);
+            VolumeCondition { abnormal: !well, message: ready.message.clone() }
+        }
         None => VolumeCondition { abnormal: true, message: "no node has said anything of it yet".to_owned() },
     }
 }

@@ -8,7 +8,7 @@ use tonic::Status;
 
 use super::super::attach::{ask_for_move, elsewhere, end_move, place};
 use super::super::decide::{self, Decision};
-use super::super::wish::no_pool;
+use super::super::wish::{Needs, no_pool};
 use super::{PATIENCE, Service, api_failed, required, until};
 use crate::proto::csi::ControllerPublishVolumeRequest;
 
@@ -27,19 +27,23 @@ pub(super) async fn publish(service: &Service, request: &ControllerPublishVolume
     let begin = Instant::now();
     while begin.elapsed() < PATIENCE {
         let mut decision = decide::decide(&volume, node, &[]);
-        if matches!(decision, Decision::Move | Decision::Stay) {
+        if matches!(decision, Decision::Move | Decision::Stay | Decision::Place) {
             let others = elsewhere(hub, id, node).await.map_err(api_failed)?;
             decision = decide::decide(&volume, node, &others);
         }
         match decision {
             Decision::Attached => return place(hub, &volume, node).await.map_err(api_failed),
             Decision::Refuse(why) => return Err(Status::failed_precondition(format!("volume {id}: {why}"))),
-            Decision::Move => {
-                let zvol = volume.spec.is_zvol();
-                if let Some(why) = no_pool(&hub.storage_nodes, node, zvol).await.map_err(api_failed)? {
+            Decision::Move | Decision::Place => {
+                let needs = Needs::of(&volume.spec);
+                if let Some(why) = no_pool(&hub.storage_nodes, node, needs).await.map_err(api_failed)? {
                     return Err(Status::failed_precondition(why));
                 }
-                ask_for_move(hub, &volume, node).await.map_err(api_failed)?;
+                let asked = match decision {
+                    Decision::Place => place(hub, &volume, node).await,
+                    _ => ask_for_move(hub, &volume, node).await,
+                };
+                asked.map_err(api_failed)?;
             }
             Decision::Stay => end_move(hub, &volume, node).await.map_err(api_failed)?,
             Decision::Wait => {}

@@ -7,9 +7,10 @@ use portolan_runtime::conditions;
 use serde_json::json;
 use tonic::Status;
 
+use super::super::encryption;
 use super::super::source::{self, Resolved, Source};
 use super::super::unless_gone;
-use super::super::wish::{self, Wish};
+use super::super::wish::{self, Needs, Wish};
 use super::{Service, api_failed, id_of, list, map, refused, required, until};
 use crate::parameters::{self, Asked};
 use crate::proto::csi::{
@@ -49,7 +50,7 @@ pub(super) async fn create(service: &Service, request: CreateVolumeRequest) -> R
     let made = |volume: Option<&PortableVolume>| {
         volume.is_none_or(|volume| {
             let status = volume::status(volume);
-            status.owner.is_some() && status.phase == VolumePhase::Ready
+            (status.owner.is_some() && status.phase == VolumePhase::Ready) || volume::awaits_key(volume)
         })
     };
     let made = match until(&service.hub.volumes, &id, made).await {
@@ -82,6 +83,10 @@ async fn begin(
     let hub = &service.hub;
     if let Some(from) = named(from)? {
         let (found, least) = resolve(service, &from, id).await?;
+        let differs = encryption::check_source(hub, &found, wish.encryption().as_ref()).await.map_err(api_failed)?;
+        if let Some(why) = differs {
+            return Err(Status::invalid_argument(format!("volume_content_source: {why}")));
+        }
         if wish.size_bytes < least {
             if range.required_bytes > 0 {
                 let message = format!("capacity_range.required_bytes is {}: the source has {least}", wish.size_bytes);
@@ -96,12 +101,12 @@ async fn begin(
     if candidates.is_empty() {
         return Err(Status::unavailable("no StorageNode is ready: see `kubectl get storagenodes`"));
     }
-    let zvol = wish.clone().spec(String::new()).is_zvol();
-    let able: Vec<_> = candidates.into_iter().filter(|candidate| !zvol || candidate.zvol).collect();
+    let needs = Needs::of(&wish.clone().spec(String::new()));
+    let (able, unable): (Vec<_>, Vec<_>) =
+        candidates.into_iter().partition(|candidate| needs.missing(&candidate.capabilities).is_none());
     let Some(roomiest) = able.first() else {
-        return Err(Status::invalid_argument(
-            "a block volume or ext4 or xfs is asked for: no ready pool can have zvols",
-        ));
+        let why = unable.iter().find_map(|candidate| needs.missing(&candidate.capabilities)).unwrap_or_default();
+        return Err(Status::invalid_argument(format!("every ready pool {why}")));
     };
     if let Some(largest) = able.iter().map(|candidate| candidate.capacity).max().filter(|max| *max < wish.size_bytes) {
         let message = format!("{} bytes are asked for: the largest pool has {largest}", wish.size_bytes);
@@ -182,6 +187,9 @@ fn check_same(
     }
     if (spec.mode, spec.filesystem) != (wish.mode, wish.asked.filesystem) {
         return differs("volume mode or filesystem");
+    }
+    if spec.encryption.as_ref().map(|encryption| encryption.cipher) != wish.asked.encryption {
+        return differs("encryption");
     }
     if spec.parameters != wish.asked.parameters {
         return differs("set of parameters");
@@ -305,7 +313,10 @@ pub(super) async fn expand(
         change_spec(service, &volume, size).await?;
     }
     let grown = move |now: Option<&PortableVolume>| {
-        now.is_none_or(|now| volume::status(now).size_bytes.is_some_and(|size| size >= wanted))
+        // One that waits for its key has its size when it is made.
+        now.is_none_or(|now| {
+            volume::awaits_key(now) || volume::status(now).size_bytes.is_some_and(|size| size >= wanted)
+        })
     };
     let grown = until(&service.hub.volumes, id, grown).await?;
     let spec = grown.map(|grown| grown.spec).ok_or_else(|| Status::not_found(format!("there is no volume {id}")))?;
@@ -321,13 +332,15 @@ pub(super) async fn modify(service: &Service, request: ControllerModifyVolumeReq
     let volume = service.volume(id).await?;
     let mut parameters = volume.spec.parameters.clone();
     parameters::change(&mut parameters, &map(request.mutable_parameters)).map_err(refused)?;
-    let asked = Asked { parameters, filesystem: volume.spec.filesystem };
+    let asked = Asked { parameters, filesystem: volume.spec.filesystem, encryption: None };
     parameters::check_use(&asked, volume.spec.mode).map_err(refused)?;
     if asked.parameters != volume.spec.parameters {
         change_spec(service, &volume, json!({ "parameters": asked.parameters })).await?;
     }
     let changed = move |now: Option<&PortableVolume>| {
-        now.is_none_or(|now| volume::status(now).parameters.as_ref() == Some(&asked.parameters))
+        now.is_none_or(|now| {
+            volume::awaits_key(now) || volume::status(now).parameters.as_ref() == Some(&asked.parameters)
+        })
     };
     until(&service.hub.volumes, id, changed).await.map(drop)
 }
@@ -383,6 +396,9 @@ mod tests {
         assert!(check_same(&volume, &wish, &range(5, 0), None).is_ok());
         assert!(check_same(&volume, &wish, &range(4, 6), None).is_ok());
         assert!(check_same(&volume, &wish, &range(6, 0), None).unwrap_err().message().contains("capacity"));
+        let mut sealed = wish.clone();
+        sealed.asked.encryption = Some(portolan_crds::Cipher::Aes256Gcm);
+        assert!(check_same(&volume, &sealed, &range(5, 0), None).unwrap_err().message().contains("encryption"));
         let mut other = wish.clone();
         other.asked.parameters.atime = Some(true);
         assert!(check_same(&volume, &other, &range(5, 0), None).unwrap_err().message().contains("parameters"));

@@ -12,17 +12,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kube::ResourceExt;
+use kube::runtime::reflector::ObjectRef;
 use portolan_crds::{HandoffPhase, POOL_TOPOLOGY_KEY, PortableVolume, TOPOLOGY_KEY, VolumeMode, VolumePhase};
-use portolan_zfs::{DatasetName, Zfs, ZfsError};
+use portolan_zfs::{DatasetName, Key, Zfs, ZfsError};
 use tokio::sync::OwnedMutexGuard;
 use tonic::{Code, Request, Response, Status};
 
 use super::Node;
-use super::disk;
+use super::write::{self, WriteError};
+use super::{disk, seal};
 use crate::block::device::Device;
 use crate::block::filesystem::FilesystemError;
 use crate::block::mounts::MountError;
-use crate::handoff;
+use crate::handoff::{self, Event};
 use crate::proto::csi::{
     NodeExpandVolumeRequest, NodeExpandVolumeResponse, NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse,
     NodeGetInfoRequest, NodeGetInfoResponse, NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse,
@@ -67,13 +69,13 @@ async fn read<Z>(node: &Node<Z>, name: &str) -> Result<PortableVolume, Status> {
     volume.ok_or_else(|| Status::not_found(format!("there is no PortableVolume {name}")))
 }
 
-/// The volume, if this node may write it now, by the API and by the disk.
-async fn check_owner<Z: Zfs>(node: &Node<Z>, name: &str, dataset: &DatasetName) -> Result<PortableVolume, Status> {
+/// Whether this node may write the volume now, by the API and by the disk.
+async fn check_owner<Z: Zfs>(node: &Node<Z>, volume: &PortableVolume, dataset: &DatasetName) -> Result<(), Status> {
+    let name = volume.name_any();
     let refused = |why: String| {
         Status::failed_precondition(format!("volume {name} can't be mounted on node {}: {why}", node.name))
     };
-    let volume = read(node, name).await?;
-    let status = volume::status(&volume);
+    let status = volume::status(volume);
     if status.owner.as_ref() != Some(&node.name) {
         return Err(refused(format!("its owner is {}", status.owner.as_deref().unwrap_or("nobody yet"))));
     }
@@ -86,7 +88,7 @@ async fn check_owner<Z: Zfs>(node: &Node<Z>, name: &str, dataset: &DatasetName) 
     let local = disk::read(node.zfs.as_ref(), &node.mounts, dataset).await;
     let local = local.map_err(|error| Status::unavailable(format!("can't read dataset {dataset}: {error}")))?;
     let local = local.ok_or_else(|| refused(format!("there is no dataset {dataset}")))?;
-    if !handoff::is_copy(&volume, &local) {
+    if !handoff::is_copy(volume, &local) {
         return Err(refused(format!("dataset {dataset} is not this volume's")));
     }
     if local.epoch != Some(status.epoch) {
@@ -95,13 +97,27 @@ async fn check_owner<Z: Zfs>(node: &Node<Z>, name: &str, dataset: &DatasetName) 
             local.epoch, status.epoch
         )));
     }
-    Ok(volume)
+    Ok(())
 }
 
 /// Brings the volume to its mountpoint, or waits for its device.
-async fn stage<Z: Zfs>(node: &Arc<Node<Z>>, name: &str, dataset: &DatasetName, wanted: &Wanted) -> Result<(), Status> {
-    let volume = check_owner(node, name, dataset).await?;
+async fn stage<Z: Zfs>(
+    node: &Arc<Node<Z>>,
+    name: &str,
+    dataset: &DatasetName,
+    wanted: &Wanted,
+    secrets: &HashMap<String, String>,
+) -> Result<(), Status> {
+    let mut volume = read(node, name).await?;
     capability::check(wanted, &volume.spec)?;
+    let key = seal::key(&volume, secrets)?;
+    if let Some(key) = key.as_ref().filter(|_| seal::is_new(&node.name, &volume)) {
+        volume = make(node, &volume, dataset, key).await?;
+    }
+    check_owner(node, &volume, dataset).await?;
+    if let Some(key) = &key {
+        seal::open(node.zfs.as_ref(), &node.pool, &volume, dataset, key).await?;
+    }
     match (volume.spec.mode, volume.spec.is_zvol()) {
         (VolumeMode::Block, _) => block::stage(node, dataset).await.map(drop)?,
         (VolumeMode::Filesystem, true) => filesystem::stage_zvol(node, &volume, dataset, wanted).await?,
@@ -112,7 +128,31 @@ async fn stage<Z: Zfs>(node: &Arc<Node<Z>>, name: &str, dataset: &DatasetName, w
     Ok(())
 }
 
-/// Unmounts the volume. What is published still is refused.
+/// Makes the dataset of a new encrypted volume, and its owner this node. Whoever has changed the volume meanwhile wins: the dataset is
+/// the agent's to take or to destroy then, and nothing was ever mounted.
+async fn make<Z: Zfs>(
+    node: &Arc<Node<Z>>,
+    volume: &PortableVolume,
+    dataset: &DatasetName,
+    key: &Key,
+) -> Result<PortableVolume, Status> {
+    let name = volume.name_any();
+    let mountpoint = volume::mountpoint(&node.kubelet_dir, &name);
+    let properties =
+        volume::new_properties(volume, &mountpoint).map_err(|error| Status::internal(error.to_string()))?;
+    seal::make(node.zfs.as_ref(), &node.mounts, volume, dataset, properties, key).await?;
+    let event = Event::Owned { node: node.name.clone(), spec: Box::new(volume.spec.clone()) };
+    let owned = write::event(&node.volumes, volume, event).await;
+    node.nudge(&name);
+    owned.map_err(|error| match error {
+        WriteError::Api(error) if !write::is_conflict(&error) => {
+            Status::unavailable(format!("can't write PortableVolume {name}: {error}"))
+        }
+        changed => Status::aborted(format!("volume {name} has changed while its dataset was made: {changed}")),
+    })
+}
+
+/// Unmounts the volume and takes its key away. What is published still is refused.
 async fn unstage<Z: Zfs>(node: &Arc<Node<Z>>, name: &str, dataset: &DatasetName) -> Result<(), Status> {
     let mountpoint = volume::mountpoint(&node.kubelet_dir, name);
     let mounted = mounts_of(node, dataset)?;
@@ -129,6 +169,10 @@ async fn unstage<Z: Zfs>(node: &Arc<Node<Z>>, name: &str, dataset: &DatasetName)
     }
     // A raw device is mounted only where it is published.
     node.remember_unstaged(name, !mounted.is_empty());
+    let seen = node.seen.get(&ObjectRef::new(name));
+    if seen.is_none_or(|seen| seen.spec.encryption.is_some()) {
+        seal::close(node.zfs.as_ref(), &node.pool, dataset).await?;
+    }
     node.mounts.remove_directory(&mountpoint).map_err(mount_failed)
 }
 
@@ -160,7 +204,8 @@ async fn publish<Z: Zfs>(
         };
     }
     // Nothing on this node says that a device was staged.
-    let volume = check_owner(node, name, dataset).await?;
+    let volume = read(node, name).await?;
+    check_owner(node, &volume, dataset).await?;
     capability::check(wanted, &volume.spec)?;
     let device = block::stage(node, dataset).await?;
     block::publish(node, name, dataset, &device, target, wanted)
@@ -179,7 +224,7 @@ impl<Z: Zfs> node_server::Node for Service<Z> {
         let node = self.0.clone();
         // A format or a repair goes on when the caller has lost patience; its next call waits for the lock, or finds it done.
         let staged = tokio::spawn(async move {
-            let staged = stage(&node, &request.volume_id, &dataset, &wanted).await;
+            let staged = stage(&node, &request.volume_id, &dataset, &wanted, &request.secrets).await;
             drop(lock);
             staged
         });

@@ -9,7 +9,14 @@ impl CommandLine {
     pub(super) async fn key_in(&self, name: &DatasetName, key: &Key) -> Result<(), ZfsError> {
         let words = ["zfs", "load-key", "-L", "prompt", name.as_str()].map(str::to_owned);
         self.need("encryption", |can| can.encryption, &words.join(" ")).await?;
-        already(self.run_with_key(name, &words, key).await, "Key already loaded")
+        match self.run_with_key(name, &words, key).await {
+            // It is not looked at then. A dry run looks.
+            Err(error) if error.stderr.contains("Key already loaded") => {
+                let words = ["zfs", "load-key", "-n", "-L", "prompt", name.as_str()].map(str::to_owned);
+                self.run_with_key(name, &words, key).await
+            }
+            result => result,
+        }
     }
 
     pub(super) async fn key_out(&self, name: &DatasetName) -> Result<(), ZfsError> {

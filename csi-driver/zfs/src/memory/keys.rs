@@ -42,7 +42,7 @@ impl State {
     pub(super) fn load_key(&mut self, name: &DatasetName, key: &Key) -> Result<()> {
         self.check_root(name, "load_key")?;
         let entry = self.entry(name, "load_key")?;
-        if !entry.key_loaded && entry.key != Some(fingerprint(key)) {
+        if entry.key != Some(fingerprint(key)) {
             return Err(failure(ErrorKind::WrongKey, "load_key", name, "Incorrect key provided"));
         }
         entry.key_loaded = true;

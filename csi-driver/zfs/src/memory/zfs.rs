@@ -107,6 +107,11 @@ impl Zfs for Memory {
 
     async fn set_property(&self, name: &DatasetName, property: &Property) -> Result<()> {
         self.call("set_property", format!("{name} {property}"), |state| {
+            state.entry(name, "set")?;
+            // It is kept inside the volume.
+            if property.name() == "volsize" && !state.key_available(name) {
+                return Err(failure(ErrorKind::KeyNotLoaded, "set", name, "encryption key not loaded"));
+            }
             state.entry(name, "set")?.set(std::slice::from_ref(property));
             Ok(())
         })
