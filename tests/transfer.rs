@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use portolan_csi::transfer::{Limits, RefusalCode, TransferError, fetch};
 use portolan_zfs::memory::{Fault, Memory};
-use portolan_zfs::{DatasetName, ErrorKind, Property, Zfs};
+use portolan_zfs::{Capabilities, DatasetName, ErrorKind, Key, Property, Zfs};
 
 use portolan_tests::contract::{Node, create, noise, write_and_snapshot};
 use rogue::{Lie, Rogue};
-use setup::{Authority, Server, cut_after, fetching};
+use setup::{Authority, SEALED, Server, cut_after, fetching};
 
 fn memory() -> Memory {
     Memory::new(&DatasetName::new("tank").unwrap(), 1 << 30)
@@ -72,6 +72,34 @@ async fn a_volume_goes_there_and_comes_back_as_a_delta() {
 #[tokio::test]
 async fn a_volume_in_memory_goes_there_and_comes_back() {
     there_and_back(&memory(), &memory()).await;
+}
+
+/// Neither end has the key while it goes there, and comes back as a delta.
+#[tokio::test]
+async fn an_encrypted_volume_goes_sealed() {
+    let (a, b) = (memory().with_capabilities(Capabilities::all()), memory().with_capabilities(Capabilities::all()));
+    let (ca, key) = (Authority::new(), Key::passphrase("correct horse").unwrap());
+    let (at_a, at_b) = (ca.identity("node-a"), ca.identity("node-b"));
+    let volume = a.pool().child(SEALED).unwrap();
+    let properties = vec![Property::canmount_noauto(), a.mountpoint(SEALED)];
+    a.create_filesystem(&volume, &properties, Some(&key)).await.unwrap();
+    let one = write_and_snapshot(&a, &volume, b"secret", "portolan-1").await;
+    a.unload_key(&volume).await.unwrap();
+    let (server_a, server_b) = (Server::start(&at_a, &a, "node-b").await, Server::start(&at_b, &b, "node-a").await);
+    let mut what = fetching(server_a.address, "node-a", &one, &b);
+    what.properties = properties.into_iter().chain([Property::readonly(true)]).collect();
+    fetch(&at_b, &b, Limits::default(), what, |_| {}).await.unwrap();
+    assert!(!b.dataset(&volume).await.unwrap().key_available);
+
+    b.set_readonly(&volume, false).await.unwrap();
+    b.load_key(&volume, &key).await.unwrap();
+    let two = write_and_snapshot(&b, &volume, b"another", "portolan-2").await;
+    b.unload_key(&volume).await.unwrap();
+    let what = fetching(server_b.address, "node-b", &two, &a);
+    let delta = fetch(&at_a, &a, Limits::default(), what, |_| {}).await.unwrap();
+    assert_eq!(delta.base.unwrap().short(), "portolan-1");
+    a.load_key(&volume, &key).await.unwrap();
+    assert_eq!(a.read(&volume).unwrap(), b"another");
 }
 
 #[tokio::test]

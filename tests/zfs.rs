@@ -234,6 +234,22 @@ async fn a_key_is_only_ever_on_standard_input() {
     }
 }
 
+/// Where a key is loaded already, `load-key` doesn't look at the one it is given.
+#[tokio::test]
+async fn a_key_is_checked_where_one_is_loaded() {
+    let (folder, volume) = (tempfile::tempdir().unwrap(), DatasetName::new("tank/v").unwrap());
+    let script = folder.path().join("loaded");
+    let text = "[ $# = 1 ] && { printf '\tload-key <filesystem>\n' >&2; exit 2; }\n\
+        [ \"$2\" = version ] && { echo zfs-2.3.2-1; exit; }\n\
+        [ \"$3\" = -n ] || { echo \"Key load error: Key already loaded for 'tank/v'.\" >&2; exit 1; }\n\
+        [ \"$(cat)\" = 'correct horse' ] || { echo \"Key load error: Incorrect key provided for 'tank/v'.\" >&2; exit 1; }\n";
+    std::fs::write(&script, text).unwrap();
+    let zfs = CommandLine::new(Runner::new().with_prefix(["sh", script.to_str().unwrap()]));
+    zfs.load_key(&volume, &Key::passphrase("correct horse").unwrap()).await.unwrap();
+    let wrong = zfs.load_key(&volume, &Key::passphrase("another horse").unwrap()).await;
+    assert_eq!(kind(wrong), ErrorKind::WrongKey);
+}
+
 #[tokio::test]
 async fn commands_are_the_ones_under_the_new_root() {
     let root = tempfile::tempdir().unwrap();

@@ -14,8 +14,8 @@ const NAMESPACE: &str = "bad-input";
 pub fn play(lab: &Lab) -> Result<()> {
     lab.step("bad input: a StorageClass parameter, an annotation, a subnet, a size");
     lab.apply(&include_str!("../manifests/bad-input.yaml").replace("@NODE_SUBNET@", &node_subnet(lab)?))?;
-    event(lab, "PersistentVolumeClaim", "typo", &["compresion", "compression"])?;
-    event(lab, "Pod", "typo", &["portolan.dev/networks", "bckend"])?;
+    event(lab, NAMESPACE, "PersistentVolumeClaim", "typo", &["compresion", "compression"])?;
+    event(lab, NAMESPACE, "Pod", "typo", &["portolan.dev/networks", "bckend"])?;
     lab.wait("the overlapping network says so", 20, || {
         let network = lab.json(&["get", "containernetwork", "overlapping"])?;
         let conditions = network["status"]["conditions"].as_array().context("no conditions")?;
@@ -40,10 +40,13 @@ pub fn play(lab: &Lab) -> Result<()> {
 }
 
 /// Waits for a Warning on the object whose message has all the words.
-fn event(lab: &Lab, kind: &str, name: &str, words: &[&str]) -> Result<()> {
+///
+/// # Errors
+/// When there is none in time, with those that there are.
+pub fn event(lab: &Lab, namespace: &str, kind: &str, name: &str, words: &[&str]) -> Result<()> {
     lab.wait(&format!("a Warning on {kind} {name} with {words:?}"), 60, || {
         let selector = format!("involvedObject.kind={kind},involvedObject.name={name},type=Warning");
-        let events = lab.json(&["-n", NAMESPACE, "get", "events", "--field-selector", &selector])?;
+        let events = lab.json(&["-n", namespace, "get", "events", "--field-selector", &selector])?;
         let events = events["items"].as_array().context("no list")?;
         let message = |event: &Value| event["message"].as_str().unwrap_or_default().to_string();
         let found = events.iter().map(message).find(|text| words.iter().all(|word| text.contains(word)));

@@ -3,6 +3,7 @@
 //! The lab must be up (`make lab-up`); `LANE` chooses which one.
 
 pub mod bad_input;
+pub mod encryption;
 pub mod ginkgo;
 pub mod lab;
 pub mod sanity;

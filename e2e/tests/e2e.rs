@@ -1,7 +1,7 @@
 //! The lab must be up, with the images imported.
 
 use portolan_e2e::{
-    bad_input,
+    bad_input, encryption,
     lab::Lab,
     sanity, scene, snapshots,
     storage_suite::{self, Scope},
@@ -16,12 +16,13 @@ type Part = (&'static str, bool, fn(&Lab) -> anyhow::Result<()>);
 fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     let lab = Lab::connect()?;
     let openzfs = lab.has_zvols();
-    let parts: [Part; 8] = [
+    let parts: [Part; 9] = [
         ("install", true, scene::install),
         ("scene", true, scene::play),
         // The same on each pool, and emulated nodes need many minutes.
         ("bad-input", !openzfs, bad_input::play),
         ("snapshots", !openzfs, snapshots::play),
+        ("encryption", true, encryption::play),
         ("sanity", !openzfs, sanity::play),
         ("storage-suite", !openzfs, |lab| storage_suite::play(lab, Scope::Selection)),
         // Of OpenZFS; zfs-fuse is held to it by the tests without a cluster.

@@ -64,6 +64,9 @@ impl Authority {
     }
 }
 
+/// The volume that is encrypted, where one is.
+pub const SEALED: &str = "pvc-sealed";
+
 /// Lets one node have every volume of a pool, and counts who asks.
 struct Only {
     node: &'static str,
@@ -77,7 +80,8 @@ impl Authorise for Only {
         if peer_node != self.node {
             return Err(Refusal::new(RefusalCode::NotAuthorised, format!("{peer_node} is not the target")));
         }
-        Ok(Grant { dataset: self.pool.child(&request.volume).unwrap(), raw: false, travels: Box::new(|_| true) })
+        let raw = request.volume == SEALED;
+        Ok(Grant { dataset: self.pool.child(&request.volume).unwrap(), raw, travels: Box::new(|_| true) })
     }
 }
 

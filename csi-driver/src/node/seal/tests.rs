@@ -232,7 +232,7 @@ impl World {
 
     /// Plans and acts on both nodes until there is nothing more to do. No key is loaded anywhere, before, after and between.
     async fn settle(&mut self) {
-        for _ in 0..40 {
+        for _ in 0..60 {
             let mut idle = true;
             for node in ["a", "b"] {
                 let zfs = self.zfs(node).clone();
@@ -278,6 +278,11 @@ impl World {
                 properties.extend(volume::properties(&self.volume, Path::new("/m")).unwrap());
                 return transfer(self.zfs(&handoff.from), zfs, &snapshot(&known.name), properties).await;
             }
+            Action::PublishRound(short) => {
+                let guid = zfs.snapshot(&snapshot(&short)).await.unwrap().guid.to_string();
+                Event::RoundTaken { node: me, epoch, snapshot: Known { name: short, guid }, at: write::now() }
+            }
+            Action::RecordRound(guid) => Event::RoundReceived { node: me, epoch, guid, round: None },
             Action::TakeOver(guid) => Event::TookOver { node: me, epoch, guid },
             Action::Stamp(epoch) => {
                 return zfs.set_property(name, &volume::epoch_property(epoch).unwrap()).await.unwrap();
@@ -310,10 +315,13 @@ impl World {
         close(zfs, &pool(), &name).await.unwrap();
     }
 
+    /// With rounds before it, and without.
     async fn move_to(&mut self, to: &str) {
-        let event = Event::Asked(Ask { to: to.into(), ..Ask::default() }, write::now());
-        self.volume.status = Some(handoff::transition(&self.volume, event).unwrap());
-        self.settle().await;
+        for warm in [true, false] {
+            let event = Event::Asked(Ask { to: to.into(), warm, ..Ask::default() }, write::now());
+            self.volume.status = Some(handoff::transition(&self.volume, event).unwrap());
+            self.settle().await;
+        }
         assert_eq!(self.status().owner.as_deref(), Some(to));
     }
 }
