@@ -4,12 +4,14 @@
 //! `cargo run -p portolan-crds --bin generate-crds`; a test fails when they differ. This crate sees no client.
 
 mod handoff;
+mod migration;
 mod network;
 mod snapshot;
 mod storage_node;
 mod volume;
 
 pub use handoff::*;
+pub use migration::*;
 pub use network::*;
 pub use snapshot::*;
 pub use storage_node::*;
@@ -43,6 +45,8 @@ pub const IMPORT_ANNOTATION: &str = "portolan.dev/import";
 pub const VOLUME_FINALIZER: &str = "portolan.dev/datasets";
 /// Finalizer of a PortableSnapshot: nodes may still have it.
 pub const SNAPSHOT_FINALIZER: &str = "portolan.dev/snapshots";
+/// Finalizer of a VolumeMigration: its handoffs may still be under way, and end with it.
+pub const MIGRATION_FINALIZER: &str = "portolan.dev/migration";
 /// Label of a PortableSnapshot: its volume.
 pub const VOLUME_LABEL: &str = "portolan.dev/volume";
 /// Finalizer of a VolumeAttachment that Portolan has answered.
@@ -89,6 +93,7 @@ pub fn definitions()
         PortableVolume::crd(),
         PortableSnapshot::crd(),
         StorageNode::crd(),
+        VolumeMigration::crd(),
         ContainerNetwork::crd(),
         NetworkNodeSlice::crd(),
         IPBlock::crd(),
