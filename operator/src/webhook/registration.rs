@@ -18,7 +18,7 @@ pub async fn keep_registered(client: Client, name: &str, certificate: &str, regi
             Ok(None) => {
                 tracing::warn!(
                     name,
-                    "the MutatingWebhookConfiguration is missing: pods get no Portolan DNS until it is back"
+                    "the MutatingWebhookConfiguration is missing: pods get no Portolan DNS and no preferred node until it is back"
                 );
                 registered(false);
                 continue;

@@ -20,6 +20,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::mutate::dns_config;
+use super::placement;
 use crate::authority::{Authority, AuthorityError};
 use crate::metrics::{Decision, Metrics};
 
@@ -62,6 +63,7 @@ pub enum ServerError {
 }
 
 struct Shared {
+    client: Client,
     cluster_dns: ArcSwapOption<IpAddr>,
     cluster_domain: String,
     metrics: Metrics,
@@ -85,11 +87,15 @@ pub async fn run(
     let pem = issue()?;
     let tls = RustlsConfig::from_pem(pem.certificate.into_bytes(), pem.key.into_bytes()).await.map_err(failed)?;
     let shared = Arc::new(Shared {
+        client: client.clone(),
         cluster_dns: ArcSwapOption::from_pointee(settings.cluster_dns),
         cluster_domain: settings.cluster_domain.clone(),
         metrics,
     });
-    let router = Router::new().route("/mutate-pods", post(mutate_pods)).with_state(Arc::clone(&shared));
+    let router = Router::new()
+        .route("/mutate-pods", post(mutate_pods))
+        .route("/place-pods", post(place_pods))
+        .with_state(Arc::clone(&shared));
 
     let handle = Handle::new();
     let server =
@@ -147,6 +153,19 @@ async fn mutate_pods(
         Err(error) => return Json(AdmissionResponse::invalid(error).into_review()),
     };
     let (decision, response) = answer(&shared, &request);
+    shared.metrics.admission(decision);
+    Json(response.into_review())
+}
+
+async fn place_pods(
+    State(shared): State<Arc<Shared>>,
+    Json(review): Json<AdmissionReview<Pod>>,
+) -> Json<AdmissionReview<DynamicObject>> {
+    let request: AdmissionRequest<Pod> = match review.try_into() {
+        Ok(request) => request,
+        Err(error) => return Json(AdmissionResponse::invalid(error).into_review()),
+    };
+    let (decision, response) = placement::answer(&shared.client, &request).await;
     shared.metrics.admission(decision);
     Json(response.into_review())
 }
