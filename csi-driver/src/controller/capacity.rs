@@ -184,7 +184,7 @@ pub(super) async fn run(hub: Arc<Hub>) {
 }
 
 /// The objects of a kind as they are now, and when they change.
-fn follow<K>(api: Api<K>, config: watcher::Config) -> (Store<K>, impl Stream<Item = ()> + Send)
+pub(super) fn follow<K>(api: Api<K>, config: watcher::Config) -> (Store<K>, impl Stream<Item = ()> + Send)
 where
     K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + serde::de::DeserializeOwned + Send + Sync + 'static,
 {

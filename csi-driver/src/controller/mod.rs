@@ -6,7 +6,9 @@
 mod attach;
 mod capacity;
 pub(crate) mod decide;
+mod drain;
 mod encryption;
+mod migration;
 mod provision;
 mod reclaim;
 mod service;
@@ -22,7 +24,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use futures::{Stream, StreamExt};
-use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim};
+use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim, Pod};
 use k8s_openapi::api::storage::v1::{StorageClass, VolumeAttachment, VolumeAttributesClass};
 use kube::api::{Patch, PatchParams};
 use kube::runtime::controller::Action;
@@ -83,6 +85,10 @@ impl Hub {
     fn claims(&self, namespace: &str) -> Api<PersistentVolumeClaim> {
         Api::namespaced(self.client.clone(), namespace)
     }
+
+    fn pods(&self, namespace: &str) -> Api<Pod> {
+        Api::namespaced(self.client.clone(), namespace)
+    }
 }
 
 /// Runs the controller until `shutdown`, or until another process leads.
@@ -129,6 +135,8 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
                     snapshots::run(hub.clone()),
                     capacity::run(hub.clone()),
                     attach::run(hub.clone()),
+                    migration::run(hub.clone()),
+                    drain::run(hub.clone()),
                 )
             } => {}
         }

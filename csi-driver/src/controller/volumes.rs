@@ -82,7 +82,8 @@ async fn name_dead_source(volume: &PortableVolume, hub: &Hub) -> kube::Result<()
     Ok(())
 }
 
-fn is_ready(node: &Node) -> bool {
+/// Whether a node's kubelet says that it is well.
+pub(super) fn is_ready(node: &Node) -> bool {
     let conditions = node.status.as_ref().and_then(|status| status.conditions.as_ref());
     conditions.is_some_and(|all| all.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True"))
 }

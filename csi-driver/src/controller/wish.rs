@@ -100,6 +100,11 @@ impl Needs {
         Self { zvol: spec.is_zvol(), encryption: spec.encryption.is_some() }
     }
 
+    /// What both need.
+    pub(super) fn and(self, other: Self) -> Self {
+        Self { zvol: self.zvol || other.zvol, encryption: self.encryption || other.encryption }
+    }
+
     /// What a pool with these capabilities can't do of it.
     pub(super) fn missing(self, capabilities: &[String]) -> Option<&'static str> {
         let can = |wanted: &[&str]| wanted.iter().all(|wanted| capabilities.iter().any(|can| can == wanted));
@@ -130,7 +135,8 @@ pub(super) async fn candidates(storage_nodes: &Api<StorageNode>) -> kube::Result
     Ok(found)
 }
 
-fn candidate(node: &StorageNode) -> Option<Candidate> {
+/// What a node offers, if its pool can be used.
+pub(super) fn candidate(node: &StorageNode) -> Option<Candidate> {
     let status = node.status.as_ref()?;
     let ready = conditions::find(&status.conditions, condition::READY)?.status == condition::TRUE;
     ready.then_some(Candidate {
@@ -147,11 +153,16 @@ pub(super) async fn no_pool(
     node: &str,
     needs: Needs,
 ) -> kube::Result<Option<String>> {
-    let Some(found) = storage_nodes.get_opt(node).await? else {
-        return Ok(Some(format!("node {node} has no StorageNode: the storage agent has not run there")));
+    Ok(why_no_pool(node, storage_nodes.get_opt(node).await?.as_ref(), needs))
+}
+
+/// Why a node with this StorageNode can't take a volume, if it can't.
+pub(super) fn why_no_pool(node: &str, found: Option<&StorageNode>, needs: Needs) -> Option<String> {
+    let Some(found) = found else {
+        return Some(format!("node {node} has no StorageNode: the storage agent has not run there"));
     };
     let ready = found.status.as_ref().and_then(|status| conditions::find(&status.conditions, condition::READY));
-    Ok(match ready {
+    match ready {
         Some(ready) if ready.status == condition::TRUE => {
             let status = found.status.clone().unwrap_or_default();
             let which = status.zfs_version.unwrap_or_default();
@@ -159,7 +170,7 @@ pub(super) async fn no_pool(
         }
         Some(ready) => Some(format!("StorageNode {node} is not ready: {}: {}", ready.reason, ready.message)),
         None => Some(format!("StorageNode {node} does not say whether it is ready")),
-    })
+    }
 }
 
 #[cfg(test)]
