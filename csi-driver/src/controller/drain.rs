@@ -98,12 +98,7 @@ fn is_used(world: &World<'_>, volume: &PortableVolume, node: &str) -> bool {
 
 /// Where the pod will go: to a node that takes pods and volumes of this kind. First where the volume is wanted, then where most of it is
 /// already, then where most room is.
-fn likeliest(
-    world: &World<'_>,
-    volume: &PortableVolume,
-    status: &PortableVolumeStatus,
-    owner: &str,
-) -> Option<String> {
+fn likeliest(world: &World<'_>, volume: &PortableVolume, status: &PortableVolumeStatus, owner: &str) -> Option<String> {
     let node = |name: &str| world.nodes.iter().find(|node| node.name_any() == name);
     let zone = node(owner).and_then(|node| node.labels().get(TOPOLOGY_KEY));
     let copy = |name: &str| status.replicas.iter().find(|replica| replica.node == name);
@@ -329,7 +324,8 @@ mod tests {
         assert_eq!(unused.plan(0), []);
         assert_eq!(Cluster::new(vec![volume("v", "b", &[])]).plan(0), [], "another node's");
         let mut moving = of_a();
-        moving.status.as_mut().unwrap().handoff = Some(Handoff { from: "a".into(), to: "b".into(), ..Handoff::default() });
+        moving.status.as_mut().unwrap().handoff =
+            Some(Handoff { from: "a".into(), to: "b".into(), ..Handoff::default() });
         assert_eq!(Cluster::new(vec![moving]).plan(0), []);
     }
 

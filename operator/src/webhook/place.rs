@@ -10,7 +10,8 @@ const WEIGHT: i32 = 100;
 /// The claims of this pod's namespace that it mounts.
 pub(super) fn claims(pod: &Pod) -> Vec<String> {
     let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
-    let mut claims: Vec<String> = volumes.filter_map(|it| Some(it.persistent_volume_claim.as_ref()?.claim_name.clone())).collect();
+    let mut claims: Vec<String> =
+        volumes.filter_map(|it| Some(it.persistent_volume_claim.as_ref()?.claim_name.clone())).collect();
     claims.sort();
     claims.dedup();
     claims

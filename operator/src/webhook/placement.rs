@@ -16,7 +16,8 @@ use crate::metrics::Decision;
 /// The API server waits 2 s for us (the registration's `timeoutSeconds`): an answer that says "as it is" counts as one.
 const PATIENCE: Duration = Duration::from_millis(1500);
 /// Annotations of a claim: who provisions its volume (kubernetes.io, well-known annotations).
-const PROVISIONERS: [&str; 2] = ["volume.kubernetes.io/storage-provisioner", "volume.beta.kubernetes.io/storage-provisioner"];
+const PROVISIONERS: [&str; 2] =
+    ["volume.kubernetes.io/storage-provisioner", "volume.beta.kubernetes.io/storage-provisioner"];
 
 /// The answer to a pod that mounts claims.
 pub(super) async fn answer(client: &Client, request: &AdmissionRequest<Pod>) -> (Decision, AdmissionResponse) {

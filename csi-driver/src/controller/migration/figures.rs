@@ -9,7 +9,12 @@ use portolan_crds::{
 };
 
 /// Brings the figures of `status`, of the migration `id` to node `to`, up to what the volumes say.
-pub(super) fn write(status: &mut VolumeMigrationStatus, id: &str, to: &str, volumes: &BTreeMap<String, PortableVolume>) {
+pub(super) fn write(
+    status: &mut VolumeMigrationStatus,
+    id: &str,
+    to: &str,
+    volumes: &BTreeMap<String, PortableVolume>,
+) {
     let since = status.started_at.as_ref().map(|since| since.0);
     for entry in &mut status.volumes {
         let Some(volume) = volumes.get(&entry.volume).and_then(|volume| volume.status.as_ref()) else { continue };

@@ -19,7 +19,9 @@ use kube::runtime::controller::Action;
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::{Controller, controller, watcher};
 use kube::{Api, Resource, ResourceExt};
-use portolan_crds::{MIGRATION_FINALIZER, MigrationMode, MigrationPhase, PortableVolume, VolumeMigration, VolumeMigrationStatus};
+use portolan_crds::{
+    MIGRATION_FINALIZER, MigrationMode, MigrationPhase, PortableVolume, VolumeMigration, VolumeMigrationStatus,
+};
 
 use self::plan::{Act, End, Plan};
 use self::read::Seen;

@@ -95,7 +95,8 @@ pub(super) fn undo(migration: &VolumeMigration, seen: &Seen) -> Vec<Act> {
         }
         if status.handoff.as_ref().filter(ours).is_some() {
             acts.push(Act::Abort(name.clone(), why.clone()));
-        } else if let Some(owner) = status.owner.filter(|owner| volume.spec.placement.node == *target && owner != target)
+        } else if let Some(owner) =
+            status.owner.filter(|owner| volume.spec.placement.node == *target && owner != target)
             && status.handoff.is_none()
         {
             acts.push(Act::Place(name.clone(), owner));
@@ -165,7 +166,10 @@ impl Move<'_> {
         let begun = status.started_at.as_ref().map_or(self.now, |begun| begun.0);
         if self.now.duration_since(begun) >= SignedDuration::from_secs(seconds) {
             let was = if status.message.is_empty() { "nothing in particular" } else { &status.message };
-            return Some(failed("Timeout", format!("it was given up after {seconds} s, in phase {:?}: {was}", status.phase)));
+            return Some(failed(
+                "Timeout",
+                format!("it was given up after {seconds} s, in phase {:?}: {was}", status.phase),
+            ));
         }
         None
     }
@@ -226,7 +230,10 @@ impl Move<'_> {
             }
         }
         let open = status.volumes.iter().filter(|entry| {
-            !matches!(entry.phase, MigratingVolumePhase::Warm | MigratingVolumePhase::Moving | MigratingVolumePhase::Done)
+            !matches!(
+                entry.phase,
+                MigratingVolumePhase::Warm | MigratingVolumePhase::Moving | MigratingVolumePhase::Done
+            )
         });
         let open: Vec<&str> = open.map(|entry| entry.claim.as_str()).collect();
         status.message = match (open.is_empty(), here.is_empty()) {
@@ -363,7 +370,8 @@ impl Move<'_> {
             let latest = ready.iter().max().copied().unwrap_or(self.now);
             let second = latest.checked_add(SignedDuration::from_secs(1)).unwrap_or(latest);
             let at = self.now.min(second);
-            status.downtime_milliseconds = Some(at.duration_since(evicted.0).as_millis().try_into().unwrap_or(i64::MAX));
+            status.downtime_milliseconds =
+                Some(at.duration_since(evicted.0).as_millis().try_into().unwrap_or(i64::MAX));
         }
         let message = format!("pod and volumes are on node {}", self.target());
         finish(status, End { phase: MigrationPhase::Done, reason: "Done", message }, self.now);
@@ -416,6 +424,7 @@ fn ready_since(pod: &Pod) -> Option<Timestamp> {
 fn unscheduled(pod: &Pod) -> String {
     let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
     let mut said = conditions.filter(|it| it.type_ == "PodScheduled" && it.status != "True");
-    let why = said.find_map(|it| it.message.clone()).unwrap_or_else(|| "the scheduler has not looked at it yet".to_owned());
+    let why =
+        said.find_map(|it| it.message.clone()).unwrap_or_else(|| "the scheduler has not looked at it yet".to_owned());
     format!("pod {} has no node yet: {why}", pod.name_any())
 }

@@ -38,7 +38,9 @@ pub(super) enum Refusal {
     NodeNotReady { node: String },
     #[error("spec.node is {node:?}: {why}")]
     NoPool { node: String, why: String },
-    #[error("spec.node is {node:?}, whose label {TOPOLOGY_KEY} is {found}: allowed is {allowed}, to which the volumes are bound")]
+    #[error(
+        "spec.node is {node:?}, whose label {TOPOLOGY_KEY} is {found}: allowed is {allowed}, to which the volumes are bound"
+    )]
     OtherZone { node: String, found: String, allowed: String },
     #[error("spec.node is {node:?}, which has {what} already")]
     AlreadyThere { node: String, what: String },
@@ -189,11 +191,7 @@ pub(super) fn pods(pods: &[Pod], target: &str, node: Option<&Node>) -> Result<Ve
         if let Some(why) = node.and_then(|node| may_not_run(pod, node)) {
             return Err(Refusal::PodNotAllowed { node: target.to_owned(), pod: pod.name_any(), why });
         }
-        found.push(MigratingPod {
-            name: pod.name_any(),
-            uid: pod.uid().unwrap_or_default(),
-            node: on.to_owned(),
-        });
+        found.push(MigratingPod { name: pod.name_any(), uid: pod.uid().unwrap_or_default(), node: on.to_owned() });
     }
     Ok(found)
 }
@@ -227,5 +225,6 @@ fn may_not_run(pod: &Pod, node: &Node) -> Option<String> {
     };
     let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
     let mut hard = taints.filter(|taint| taint.effect != "PreferNoSchedule");
-    hard.find(|taint| !tolerated(taint)).map(|taint| format!("it does not tolerate the taint {}:{}", taint.key, taint.effect))
+    hard.find(|taint| !tolerated(taint))
+        .map(|taint| format!("it does not tolerate the taint {}:{}", taint.key, taint.effect))
 }
