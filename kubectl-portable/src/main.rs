@@ -1,5 +1,7 @@
-//! `kubectl portable`: what Portolan has, and what is wrong with it.
+//! `kubectl portable`: what Portolan has, what is wrong with it, and moves of volumes.
 
+mod bytes;
+mod move_;
 mod problems;
 mod status;
 
@@ -7,7 +9,7 @@ use std::io::{self, Write};
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-/// Shows what Portolan has, and what is wrong with it.
+/// Shows what Portolan has and what is wrong with it, and moves volumes.
 #[derive(Parser)]
 #[command(name = "kubectl-portable", bin_name = "kubectl portable", version)]
 struct Arguments {
@@ -23,6 +25,8 @@ enum Command {
         #[arg(short, long, value_enum, default_value_t = Output::Table)]
         output: Output,
     },
+    /// Moves a claim's volume, or a pod with all its volumes, to a node, and shows how far it is until it ends.
+    Move(move_::Options),
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -47,6 +51,7 @@ async fn main() -> anyhow::Result<()> {
             };
             print(text.trim_end())?;
         }
+        Command::Move(options) => move_::run(options).await?,
     }
     Ok(())
 }

@@ -6,16 +6,21 @@ use anyhow::{Context, bail};
 use comfy_table::{Table, presets};
 use kube::api::ListParams;
 use kube::{Api, Client, Resource, ResourceExt};
-use portolan_crds::{ContainerNetwork, HandoffPhase, PortableVolume, StorageNode, VolumePhase, condition};
+use portolan_crds::{
+    ContainerNetwork, HandoffPhase, PortableVolume, StorageNode, VolumeMigration, VolumePhase, condition,
+};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::bytes::Human;
 use crate::problems::{self, Problem};
 
 /// All that is shown.
 #[derive(Debug, Default)]
 pub struct Everything {
     volumes: Vec<PortableVolume>,
+    /// Those that have not ended.
+    migrations: Vec<VolumeMigration>,
     nodes: Vec<StorageNode>,
     networks: Vec<ContainerNetwork>,
 }
@@ -23,7 +28,10 @@ pub struct Everything {
 /// Reads everything from the cluster that kubectl talks to.
 pub async fn read() -> anyhow::Result<Everything> {
     let client = Client::try_default().await.context("can't find out which cluster to talk to: is KUBECONFIG set?")?;
-    Ok(Everything { volumes: list(&client).await?, nodes: list(&client).await?, networks: list(&client).await? })
+    let mut migrations: Vec<VolumeMigration> = list(&client).await?;
+    migrations.retain(|migration| !migration.phase().is_final());
+    let (volumes, nodes, networks) = (list(&client).await?, list(&client).await?, list(&client).await?);
+    Ok(Everything { volumes, migrations, nodes, networks })
 }
 
 async fn list<K>(client: &Client) -> anyhow::Result<Vec<K>>
@@ -57,6 +65,7 @@ impl Everything {
 pub fn json(everything: &Everything) -> Value {
     json!({
         "volumes": everything.volumes,
+        "migrations": everything.migrations,
         "storageNodes": everything.nodes,
         "networks": everything.networks,
         "problems": everything.problems(),
@@ -68,6 +77,10 @@ pub fn tables(everything: &Everything) -> String {
     let mut text = String::new();
     let volumes = everything.volumes.iter().map(volume_row);
     section(&mut text, "VOLUMES", "VOLUME CLAIM NODE SIZE USED STATE COPIES", volumes);
+    if !everything.migrations.is_empty() {
+        let migrations = everything.migrations.iter().map(migration_row);
+        section(&mut text, "MIGRATIONS", "MIGRATION OF NODE PHASE SENT MESSAGE", migrations);
+    }
     let nodes = everything.nodes.iter().map(node_row);
     section(&mut text, "STORAGE NODES", "NODE POOL HEALTH SIZE FREE ZFS READY", nodes);
     let networks = everything.networks.iter().map(network_row);
@@ -146,6 +159,20 @@ fn state(volume: &PortableVolume) -> String {
     format!("{phase} to {} ({step})", handoff.to)
 }
 
+fn migration_row(migration: &VolumeMigration) -> Vec<String> {
+    let (spec, status) = (&migration.spec, migration.status.clone().unwrap_or_default());
+    let claim = spec.claim.as_ref().map(|claim| format!("pvc/{claim}"));
+    let of = claim.or_else(|| spec.pod.as_ref().map(|pod| format!("pod/{pod}")));
+    vec![
+        format!("{}/{}", migration.namespace().unwrap_or_default(), migration.name_any()),
+        or_dash(of.as_deref()),
+        spec.node.clone(),
+        format!("{:?}", status.phase),
+        Human(status.bytes).to_string(),
+        or_dash(Some(&status.message)),
+    ]
+}
+
 fn node_row(node: &StorageNode) -> Vec<String> {
     let status = node.status.clone().unwrap_or_default();
     vec![
@@ -183,6 +210,19 @@ mod tests {
         let text = tables(&Everything::default());
         assert!(text.contains("VOLUMES\nnone"));
         assert!(text.ends_with("No problems.\n"));
+    }
+
+    #[test]
+    fn a_migration_is_seen_in_the_table() {
+        let migration = json!({
+            "metadata": {"name": "m", "namespace": "shop"},
+            "spec": {"claim": "db", "node": "b"},
+            "status": {"phase": "PreCopy", "bytes": 2048, "message": "data of db are sent"},
+        });
+        let migrations = vec![serde_json::from_value(migration).unwrap()];
+        let text = tables(&Everything { migrations, ..Default::default() });
+        let row: Vec<&str> = text.lines().find(|line| line.starts_with("shop/m")).unwrap().split_whitespace().collect();
+        assert_eq!(row[..5], ["shop/m", "pvc/db", "b", "PreCopy", "2Ki"]);
     }
 
     #[test]
