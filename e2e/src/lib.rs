@@ -6,6 +6,7 @@ pub mod bad_input;
 pub mod encryption;
 pub mod ginkgo;
 pub mod lab;
+pub mod migration;
 pub mod sanity;
 pub mod scene;
 pub mod snapshots;

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::lab::{Lab, repository, same, text};
 
-const NAMESPACE: &str = "demo";
+pub(crate) const NAMESPACE: &str = "demo";
 /// Where the release is installed.
 pub const RELEASE_NAMESPACE: &str = "portolan-system";
 const NETWORK: &str = "backend";
@@ -28,9 +28,9 @@ pub fn play(lab: &Lab) -> Result<()> {
 
 /// Where the database is at one moment.
 #[derive(Debug)]
-struct Database {
-    node: String,
-    volume: String,
+pub(crate) struct Database {
+    pub(crate) node: String,
+    pub(crate) volume: String,
     address: String,
     bytes_of_last_move: i64,
 }
@@ -64,7 +64,7 @@ pub fn install(lab: &Lab) -> Result<()> {
 }
 
 /// The network, the database and its client; returns when rows are acknowledged.
-fn start(lab: &Lab) -> Result<Database> {
+pub(crate) fn start(lab: &Lab) -> Result<Database> {
     lab.step("a network, PostgreSQL on a portolan volume, a client that writes without pause");
     lab.apply(include_str!("../manifests/network.yaml"))?;
     lab.wait("network backend is Ready", 20, || ready(&lab.json(&["get", "containernetwork", NETWORK])?))?;
@@ -181,7 +181,7 @@ fn returned_as_a_delta(lab: &Lab, there: &Database, back: &Database) -> Result<(
 }
 
 /// Deletes everything of the scene but the release, and checks that no node holds anything of it.
-fn clean_up(lab: &Lab) -> Result<()> {
+pub(crate) fn clean_up(lab: &Lab) -> Result<()> {
     lab.step("kubectl delete: claim, pods and network; then look for what is left");
     lab.kubectl(&["-n", NAMESPACE, "delete", "statefulset/db", "daemonset/probe", "pod/client", "--timeout=4m"])?;
     lab.kubectl(&["-n", NAMESPACE, "delete", "pvc", "--all", "--timeout=4m"])?;
@@ -238,7 +238,7 @@ fn empty(lab: &Lab, kind: &str) -> Result<()> {
     Ok(())
 }
 
-fn pod(lab: &Lab, name: &str) -> Result<Value> {
+pub(crate) fn pod(lab: &Lab, name: &str) -> Result<Value> {
     lab.json(&["-n", NAMESPACE, "get", "pod", name])
 }
 
@@ -301,7 +301,7 @@ fn name_resolves_everywhere(lab: &Lab, address: &str) -> Result<()> {
     Ok(())
 }
 
-fn every_acknowledged_row_is_there(lab: &Lab) -> Result<()> {
+pub(crate) fn every_acknowledged_row_is_there(lab: &Lab) -> Result<()> {
     let acknowledged = Acknowledged::read(lab)?;
     let query = "select n from rows order by n";
     let stored = lab.kubectl(&["-n", NAMESPACE, "exec", "db-0", "--", "psql", "-U", "postgres", "-qAtc", query])?;
@@ -310,6 +310,11 @@ fn every_acknowledged_row_is_there(lab: &Lab) -> Result<()> {
     ensure!(lost.is_empty(), "acknowledged, but not in the table: {lost:?}");
     lab.show(format!("{} rows acknowledged, each of them is in the table", acknowledged.rows.len()));
     Ok(())
+}
+
+/// The newest row that the client was told is written.
+pub(crate) fn newest_row(lab: &Lab) -> Result<u64> {
+    Ok(Acknowledged::read(lab)?.rows.last().copied().unwrap_or(0))
 }
 
 /// What the client says that it was told.

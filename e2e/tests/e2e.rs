@@ -3,7 +3,7 @@
 use portolan_e2e::{
     bad_input, encryption,
     lab::Lab,
-    sanity, scene, snapshots,
+    migration, sanity, scene, snapshots,
     storage_suite::{self, Scope},
     uninstall, zfs_contract,
 };
@@ -16,13 +16,14 @@ type Part = (&'static str, bool, fn(&Lab) -> anyhow::Result<()>);
 fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     let lab = Lab::connect()?;
     let openzfs = lab.has_zvols();
-    let parts: [Part; 9] = [
+    let parts: [Part; 10] = [
         ("install", true, scene::install),
         ("scene", true, scene::play),
         // The same on each pool, and emulated nodes need many minutes.
         ("bad-input", !openzfs, bad_input::play),
         ("snapshots", !openzfs, snapshots::play),
         ("encryption", true, encryption::play),
+        ("migration", !openzfs, migration::play),
         ("sanity", !openzfs, sanity::play),
         ("storage-suite", !openzfs, |lab| storage_suite::play(lab, Scope::Selection)),
         // Of OpenZFS; zfs-fuse is held to it by the tests without a cluster.

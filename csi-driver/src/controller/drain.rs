@@ -20,7 +20,7 @@ use super::Hub;
 use super::capacity::follow;
 use super::migration::plan::is_stale;
 use super::volumes::is_ready;
-use super::wish::{candidate, why_no_pool};
+use super::wish::{Needs, candidate, why_no_pool};
 use crate::handoff::{Ask, Event};
 use crate::volume;
 use crate::write::{self, WriteError};
@@ -108,7 +108,7 @@ fn likeliest(world: &World<'_>, volume: &PortableVolume, status: &PortableVolume
         let node = node(&name)?;
         let open = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
         let open = open.filter(|taint| taint.effect != "PreferNoSchedule").count() == 0;
-        let can = why_no_pool(&name, Some(pool.as_ref()), volume.spec.is_zvol()).is_none();
+        let can = why_no_pool(&name, Some(pool.as_ref()), Needs::of(&volume.spec)).is_none();
         let same_zone = zone.is_some() && node.labels().get(TOPOLOGY_KEY) == zone;
         let takes = name != owner && open && !is_cordoned(node) && is_ready(node) && can && same_zone;
         takes.then_some(pool)
