@@ -69,7 +69,8 @@ async fn reconcile(migration: Arc<VolumeMigration>, hub: Arc<Hub>) -> kube::Resu
         return begin(&hub, &api, &migration).await;
     }
     let status = migration.status.clone().unwrap_or_default();
-    let seen = read::seen(&hub, &migration, &status.volumes).await?;
+    // Of a pod's volumes Kubernetes' own attachments take care.
+    let seen = read::seen(&hub, &migration, &status.volumes, status.pods.is_empty()).await?;
     let Plan { acts, mut status } = plan::plan(&migration, &seen, &hub.zone, Timestamp::now());
     let mut again = if status.phase == MigrationPhase::Moving { AWAY } else { RUNNING };
     for act in acts {
@@ -129,7 +130,7 @@ async fn clean_up(hub: &Hub, api: &Api<VolumeMigration>, migration: &VolumeMigra
         return Ok(Action::await_change());
     }
     let volumes = migration.status.as_ref().map(|status| status.volumes.as_slice()).unwrap_or_default();
-    let seen = read::seen(hub, migration, volumes).await?;
+    let seen = read::seen(hub, migration, volumes, true).await?;
     let acts = plan::undo(migration, &seen);
     if acts.is_empty() {
         set_finalizer(api, migration, MIGRATION_FINALIZER, false).await?;

@@ -124,8 +124,13 @@ pub(super) async fn target(hub: &Hub, name: &str) -> kube::Result<Target> {
     Ok(Target { node: hub.nodes.get_opt(name).await?, pool: hub.storage_nodes.get_opt(name).await? })
 }
 
-/// What is so of a migration that has begun.
-pub(super) async fn seen(hub: &Hub, migration: &VolumeMigration, volumes: &[MigratingVolume]) -> kube::Result<Seen> {
+/// What is so of a migration that has begun; the attachments only where they matter: that is a list of all of the cluster.
+pub(super) async fn seen(
+    hub: &Hub,
+    migration: &VolumeMigration,
+    volumes: &[MigratingVolume],
+    attachments: bool,
+) -> kube::Result<Seen> {
     let mut seen = Seen { target: target(hub, &migration.spec.node).await?, ..Seen::default() };
     for entry in volumes {
         if let Some(volume) = hub.volumes.get_opt(&entry.volume).await? {
@@ -134,6 +139,9 @@ pub(super) async fn seen(hub: &Hub, migration: &VolumeMigration, volumes: &[Migr
     }
     seen.pods = running(hub, &migration.namespace().unwrap_or_default()).await?;
     seen.pods.retain(|pod| claims_of(pod).iter().any(|claim| volumes.iter().any(|entry| entry.claim == *claim)));
+    if !attachments {
+        return Ok(seen);
+    }
     for attachment in hub.attachments.list(&ListParams::default()).await?.items {
         if let Some(volume) = of_volume(&attachment, volumes) {
             seen.attached.entry(volume).or_default().insert(attachment.spec.node_name);
