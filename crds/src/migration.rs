@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("has(self.claim) != has(self.pod)").message("exactly one of claim and pod is to be given"),
-    validation = Rule::new("self.?claim.orValue('') == oldSelf.?claim.orValue('') && self.?pod.orValue('') == oldSelf.?pod.orValue('') && self.node == oldSelf.node && self.mode == oldSelf.mode && self.?targetDowntimeMilliseconds.orValue(0) == oldSelf.?targetDowntimeMilliseconds.orValue(0) && self.timeoutSeconds == oldSelf.timeoutSeconds")
+    validation = Rule::new("has(self.claim) == has(oldSelf.claim) && (!has(self.claim) || self.claim == oldSelf.claim) && has(self.pod) == has(oldSelf.pod) && (!has(self.pod) || self.pod == oldSelf.pod) && self.node == oldSelf.node && self.mode == oldSelf.mode && has(self.targetDowntimeMilliseconds) == has(oldSelf.targetDowntimeMilliseconds) && (!has(self.targetDowntimeMilliseconds) || self.targetDowntimeMilliseconds == oldSelf.targetDowntimeMilliseconds) && self.timeoutSeconds == oldSelf.timeoutSeconds")
         .message("only bandwidth can be changed: delete this migration, which cancels it, and make another"),
 )]
 pub struct VolumeMigrationSpec {
@@ -54,6 +54,7 @@ pub struct VolumeMigrationSpec {
     pub target_downtime_milliseconds: Option<i64>,
     /// The most that each volume may send in a second, a quantity of bytes (`50M`); no limit if not given. May be changed meanwhile.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
     #[x_kube(
         validation = Rule::new("isQuantity(self) && quantity(self).isGreaterThan(quantity('0'))")
             .message("bandwidth is bytes in a second as a quantity above 0, such as 50M"),
