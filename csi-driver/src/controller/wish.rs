@@ -88,7 +88,7 @@ pub(super) async fn create(hub: &Hub, name: &str, spec: PortableVolumeSpec) -> k
 
 /// What a volume needs of a pool that not every pool can do.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(super) struct Needs {
+pub(crate) struct Needs {
     /// It is a zvol.
     pub(super) zvol: bool,
     /// It is encrypted.
@@ -96,12 +96,12 @@ pub(super) struct Needs {
 }
 
 impl Needs {
-    pub(super) fn of(spec: &PortableVolumeSpec) -> Self {
+    pub(crate) fn of(spec: &PortableVolumeSpec) -> Self {
         Self { zvol: spec.is_zvol(), encryption: spec.encryption.is_some() }
     }
 
     /// What both need.
-    pub(super) fn and(self, other: Self) -> Self {
+    pub(crate) fn and(self, other: Self) -> Self {
         Self { zvol: self.zvol || other.zvol, encryption: self.encryption || other.encryption }
     }
 

@@ -16,6 +16,7 @@ use portolan_runtime::conditions;
 use super::figures;
 use super::read::Seen;
 use super::validate::{self, node_of, runs};
+use crate::controller::wish::Needs;
 use crate::handoff::Ask;
 use crate::volume;
 
@@ -191,10 +192,14 @@ impl Move<'_> {
         })
     }
 
+    /// What the volumes need of the target's pool.
+    fn needs(&self) -> Needs {
+        self.volumes().fold(Needs::default(), |needs, (_, volume)| needs.and(Needs::of(&volume.spec)))
+    }
+
     /// The end, if the target can't take the pods any more. Until one of them is evicted nothing is lost by that.
     fn target_lost(&self, status: &mut VolumeMigrationStatus) -> bool {
-        let zvol = self.volumes().any(|(_, volume)| volume.spec.is_zvol());
-        let lost = validate::target(self.target(), &self.seen.target, zvol, self.zone).err();
+        let lost = validate::target(self.target(), &self.seen.target, self.needs(), self.zone).err();
         if let Some(lost) = &lost {
             finish(status, failed(lost.reason(), lost.to_string()), self.now);
         }
@@ -379,8 +384,7 @@ impl Move<'_> {
 
     fn landed_elsewhere(&self, pod: &Pod) -> String {
         let (name, node) = (pod.name_any(), node_of(pod).unwrap_or_default());
-        let zvol = self.volumes().any(|(_, volume)| volume.spec.is_zvol());
-        let why = match validate::target(self.target(), &self.seen.target, zvol, self.zone) {
+        let why = match validate::target(self.target(), &self.seen.target, self.needs(), self.zone) {
             Err(refusal) => refusal.to_string(),
             Ok(()) => format!(
                 "node {} is only preferred, and the pod's own rules or what it asks for led elsewhere (kubectl describe pod {name})",

@@ -5,7 +5,7 @@ use kube::ResourceExt;
 use portolan_crds::{MigratingPod, MigratingVolume, PortableVolume, TOPOLOGY_KEY, VolumeMigration};
 
 use super::read::{Claim, Subject, Target};
-use crate::controller::wish::why_no_pool;
+use crate::controller::wish::{Needs, why_no_pool};
 use crate::quantity::{self, QuantityError};
 use crate::volume;
 
@@ -97,7 +97,7 @@ pub(super) fn scope(
     if let Some(pod) = spec.pod.clone().filter(|_| !subject.pod_found) {
         return Err(Refusal::PodMissing { pod, namespace });
     }
-    let mut zvol = false;
+    let mut needs = Needs::default();
     for (name, claim) in &subject.claims {
         let named = spec.claim.as_ref() == Some(name);
         match claim {
@@ -111,15 +111,15 @@ pub(super) fn scope(
                 return Err(Refusal::Deleting { volume: volume.name_any() });
             }
             Claim::Ours(volume) => {
-                zvol |= volume.spec.is_zvol();
-                volumes.push((name, volume));
+                needs = needs.and(Needs::of(&volume.spec));
+                volumes.push((name, volume.as_ref()));
             }
         }
     }
     if let Some(pod) = spec.pod.clone().filter(|_| volumes.is_empty()) {
         return Err(Refusal::PodWithoutVolumes { pod });
     }
-    self::target(&spec.node, target, zvol, zone)?;
+    self::target(&spec.node, target, needs, zone)?;
     let pods = pods(&subject.pods, &spec.node, target.node.as_ref())?;
     if volumes.iter().all(|(_, volume)| volume::status(volume).owner.as_ref() == Some(&spec.node)) {
         let what = spec.claim.as_ref().map(|claim| format!("claim {claim}"));
@@ -132,7 +132,7 @@ pub(super) fn scope(
             return Err(Refusal::MigrationRunning { claim: claim.to_string(), other: other.name_any() });
         }
     }
-    let entry = |(claim, volume): &(&String, &Box<PortableVolume>)| MigratingVolume {
+    let entry = |(claim, volume): &(&String, &PortableVolume)| MigratingVolume {
         claim: claim.to_string(),
         volume: volume.name_any(),
         ..MigratingVolume::default()
@@ -153,7 +153,7 @@ pub(super) fn limit(migration: &VolumeMigration) -> Result<Option<i64>, Refusal>
 }
 
 /// Whether the node takes pods, and volumes.
-pub(super) fn target(name: &str, target: &Target, zvol: bool, zone: &str) -> Result<(), Refusal> {
+pub(super) fn target(name: &str, target: &Target, needs: Needs, zone: &str) -> Result<(), Refusal> {
     let node = name.to_owned();
     let Some(found) = &target.node else { return Err(Refusal::NodeMissing { node }) };
     if crate::controller::drain::is_cordoned(found) {
@@ -162,7 +162,7 @@ pub(super) fn target(name: &str, target: &Target, zvol: bool, zone: &str) -> Res
     if !crate::controller::volumes::is_ready(found) {
         return Err(Refusal::NodeNotReady { node });
     }
-    if let Some(why) = why_no_pool(name, target.pool.as_ref(), zvol) {
+    if let Some(why) = why_no_pool(name, target.pool.as_ref(), needs) {
         return Err(Refusal::NoPool { node, why });
     }
     match found.labels().get(TOPOLOGY_KEY) {
