@@ -58,6 +58,14 @@ impl Lab {
         Ok(self.lab(&["nodes"], None)?.lines().map(str::to_string).collect())
     }
 
+    /// Does to a node what the lab's verb says: `crash` and `start`, `cut` and `mend`.
+    ///
+    /// # Errors
+    /// When the lab can't.
+    pub fn verb(&self, verb: &str, node: &str) -> Result<()> {
+        self.lab(&[verb, node], None).map(drop)
+    }
+
     /// Runs a shell command as root on a node and returns what it prints.
     ///
     /// # Errors

@@ -150,10 +150,11 @@ fn move_away(lab: &Lab, before: &Database) -> Result<Database> {
 
     let report = &volume["status"]["lastHandoff"];
     lab.show(format!(
-        "handoff {} -> {}: {} bytes sent ({}), {} ms from unmounted to writable",
+        "handoff {} -> {}: {} bytes sent, {} of them when nothing was written any more ({}), {} ms from unmounted to writable",
         before.node,
         now.node,
         now.bytes_of_last_move,
+        report["bytes"],
         report["base"].as_str().map_or("the whole dataset".to_string(), |base| format!("since {base}")),
         report["downtimeMilliseconds"],
     ));
@@ -265,7 +266,7 @@ fn epoch(lab: &Lab, volume: &str) -> Result<i64> {
     lab.json(&["get", "portablevolume", volume])?["status"]["epoch"].as_i64().context("epoch")
 }
 
-fn database(lab: &Lab) -> Result<Database> {
+pub(crate) fn database(lab: &Lab) -> Result<Database> {
     let claim = lab.json(&["-n", NAMESPACE, "get", "pvc", "data-db-0"])?;
     let volume = text(&claim, "/spec/volumeName")?.to_string();
     let last = &lab.json(&["get", "portablevolume", &volume])?["status"]["lastHandoff"];
@@ -275,7 +276,7 @@ fn database(lab: &Lab) -> Result<Database> {
         node: text(&pod(lab, "db-0")?, "/spec/nodeName")?.to_string(),
         volume,
         address: address.with_context(|| format!("db-0 has no address of {NETWORK}: {addresses}"))?.to_string(),
-        bytes_of_last_move: last["bytes"].as_i64().unwrap_or(0),
+        bytes_of_last_move: ["preCopyBytes", "bytes"].iter().filter_map(|part| last[part].as_i64()).sum(),
     })
 }
 

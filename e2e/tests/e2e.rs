@@ -1,7 +1,7 @@
 //! The lab must be up, with the images imported.
 
 use portolan_e2e::{
-    bad_input, encryption,
+    bad_input, encryption, faults,
     lab::Lab,
     migration, sanity, scene, snapshots,
     storage_suite::{self, Scope},
@@ -16,7 +16,7 @@ type Part = (&'static str, bool, fn(&Lab) -> anyhow::Result<()>);
 fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     let lab = Lab::connect()?;
     let openzfs = lab.has_zvols();
-    let parts: [Part; 10] = [
+    let parts: [Part; 11] = [
         ("install", true, scene::install),
         ("scene", true, scene::play),
         // The same on each pool, and emulated nodes need many minutes.
@@ -24,6 +24,7 @@ fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
         ("snapshots", !openzfs, snapshots::play),
         ("encryption", true, encryption::play),
         ("migration", !openzfs, migration::play),
+        ("faults", !openzfs, faults::play),
         ("sanity", !openzfs, sanity::play),
         ("storage-suite", !openzfs, |lab| storage_suite::play(lab, Scope::Selection)),
         // Of OpenZFS; zfs-fuse is held to it by the tests without a cluster.

@@ -1,0 +1,204 @@
+//! Faults while a volume moves: processes killed, power cut, the network cut, in each phase. After each: every acknowledged row is there, the
+//! volume has one owner, the move has ended by itself, and nothing of it is left over.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::Child,
+    thread::sleep,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    lab::{Lab, same, text},
+    scene::{self, Database, NAMESPACE, RELEASE_NAMESPACE},
+};
+
+/// How long what is broken stays so.
+const OUTAGE: Duration = Duration::from_secs(15);
+
+/// What is done to whom, in which phase of the handoff.
+struct Fault {
+    what: &'static str,
+    phase: &'static str,
+    inject: fn(&Lab, &Parties) -> Result<()>,
+}
+
+struct Parties {
+    source: String,
+    target: String,
+}
+
+const FAULTS: [Fault; 11] = [
+    Fault { what: "kill -9 of the source's agent", phase: "PreCopy", inject: |lab, it| kill_agent(lab, &it.source) },
+    Fault { what: "kill -9 of the target's agent", phase: "PreCopy", inject: |lab, it| kill_agent(lab, &it.target) },
+    Fault { what: "kill -9 of the source's agent", phase: "Quiescing", inject: |lab, it| kill_agent(lab, &it.source) },
+    Fault { what: "kill -9 of the source's agent", phase: "FinalSync", inject: |lab, it| kill_agent(lab, &it.source) },
+    Fault { what: "kill -9 of the target's agent", phase: "FinalSync", inject: |lab, it| kill_agent(lab, &it.target) },
+    Fault { what: "kill -9 of the target's agent", phase: "Activating", inject: |lab, it| kill_agent(lab, &it.target) },
+    Fault { what: "kill -9 of the controllers", phase: "Quiescing", inject: |lab, _| kill_controllers(lab) },
+    Fault { what: "kill -9 of zfs send and zfs recv", phase: "FinalSync", inject: kill_streams },
+    Fault { what: "a cut of the source's network", phase: "FinalSync", inject: |lab, it| cut(lab, &it.source) },
+    Fault { what: "a power cut of the target", phase: "FinalSync", inject: |lab, it| power_cut(lab, &it.target) },
+    Fault { what: "a power cut of the source", phase: "FinalSync", inject: |lab, it| power_cut(lab, &it.source) },
+];
+
+/// Plays it, on two nodes. Portolan must be installed.
+///
+/// # Errors
+/// At the first thing that isn't so.
+pub fn play(lab: &Lab) -> Result<()> {
+    let mut db = scene::start(lab)?;
+    for fault in &FAULTS {
+        db = under(lab, &db, fault).with_context(|| format!("{} in {}", fault.what, fault.phase))?;
+    }
+    scene::clean_up(lab)
+}
+
+/// A move under a fault; where the database is then.
+fn under(lab: &Lab, db: &Database, fault: &Fault) -> Result<Database> {
+    let target = lab.nodes()?.into_iter().find(|node| *node != db.node).context("the lab has two nodes")?;
+    let it = Parties { source: db.node.clone(), target };
+    lab.step(format!("{} in {} of the move from {} to {}", fault.what, fault.phase, it.source, it.target));
+    let before = scene::newest_row(lab)?;
+    let phases = Phases::watch(lab, &db.volume)?;
+    lab.kubectl(&["cordon", &it.source])?;
+    if fault.phase == "PreCopy" {
+        phases.until(fault.phase)?;
+        (fault.inject)(lab, &it)?;
+        go(lab)?;
+    } else {
+        go(lab)?;
+        phases.until(fault.phase)?;
+        (fault.inject)(lab, &it)?;
+    }
+    lab.wait("db-0 is Ready on the target", 240, || {
+        let pod = scene::pod(lab, "db-0")?;
+        scene::ready(&pod)?;
+        same("its node", text(&pod, "/spec/nodeName")?, &*it.target)
+    })?;
+    lab.wait("the client goes on", 120, || {
+        let newest = scene::newest_row(lab)?;
+        ensure!(newest > before + 20, "newest row {newest}");
+        Ok(())
+    })?;
+    lab.kubectl(&["uncordon", &it.source])?;
+    scene::every_acknowledged_row_is_there(lab)?;
+    lab.wait("the move has ended and left nothing", 60, || in_order(lab, &db.volume, &it.target))?;
+    scene::database(lab)
+}
+
+fn go(lab: &Lab) -> Result<()> {
+    lab.kubectl(&["-n", NAMESPACE, "delete", "pod", "db-0", "--wait=false"]).map(drop)
+}
+
+/// The volume is at rest on a node, whole, and no copy of it keeps more than what copies share.
+fn in_order(lab: &Lab, volume: &str, owner: &str) -> Result<()> {
+    let found = lab.json(&["get", "portablevolume", volume])?;
+    let status = &found["status"];
+    same("owner", text(&found, "/status/owner")?, owner)?;
+    same("phase", text(&found, "/status/phase")?, "Ready")?;
+    ensure!(status["handoff"].is_null(), "a handoff is running: {}", status["handoff"]);
+    let conditions = status["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
+    ensure!(!conditions.iter().any(|it| it["type"] == "Diverged"), "{conditions:?}");
+    for node in lab.nodes()? {
+        let dataset = format!("portolan/{volume}");
+        let command = format!(
+            "zfs list -H -t snapshot -o name,userrefs -r {dataset} 2>/dev/null || zfs list -H -t snapshot -o name -r {dataset}"
+        );
+        let snapshots = lab.on_node(&node, &command)?;
+        let lines: Vec<&str> = snapshots.lines().collect();
+        ensure!((1..=3).contains(&lines.len()), "snapshots on {node}: {lines:?}");
+        let held = lines.iter().filter(|line| line.split('\t').nth(1).is_some_and(|holds| !matches!(holds, "0" | "-")));
+        ensure!(held.count() == 0, "held on {node}: {lines:?}");
+        let others = lab.on_node(&node, "zfs list -H -o name -r portolan")?;
+        ensure!(!others.contains("diverged"), "a copy was put out of the way on {node}: {others}");
+    }
+    Ok(())
+}
+
+/// The phases of a volume's handoff, as they are written.
+struct Phases {
+    child: Child,
+    seen: std::sync::mpsc::Receiver<String>,
+}
+
+impl Phases {
+    fn watch(lab: &Lab, volume: &str) -> Result<Self> {
+        let template = "jsonpath={.status.handoff.phase}{\"\\n\"}";
+        let mut child = lab.start(&["run", "kubectl", "get", "portablevolume", volume, "--watch", "-o", template])?;
+        let out = child.stdout.take().context("standard output")?;
+        let (tell, seen) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(out).lines().map_while(Result::ok) {
+                if tell.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Self { child, seen })
+    }
+
+    fn until(&self, phase: &str) -> Result<()> {
+        loop {
+            let now = self
+                .seen
+                .recv_timeout(Duration::from_secs(300))
+                .context(format!("the handoff never was in {phase}"))?;
+            if now == phase {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Drop for Phases {
+    fn drop(&mut self) {
+        // It has nothing to lose.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn kill_agent(lab: &Lab, node: &str) -> Result<()> {
+    let of_node = format!("--field-selector=spec.nodeName={node}");
+    kill(lab, &["-l", "app.kubernetes.io/name=portolan-storage", &of_node])
+}
+
+fn kill_controllers(lab: &Lab) -> Result<()> {
+    kill(lab, &["-l", "app.kubernetes.io/name=portolan-csi-controller"])
+}
+
+/// Ends the first container of pods at once: nothing of it can do a last thing.
+fn kill(lab: &Lab, which: &[&str]) -> Result<()> {
+    let pods = lab.json(&[&["-n", RELEASE_NAMESPACE, "get", "pods"], which].concat())?;
+    let pods = pods["items"].as_array().map(Vec::as_slice).unwrap_or_default();
+    ensure!(!pods.is_empty(), "no pods {which:?}");
+    for pod in pods {
+        let id = text(pod, "/status/containerStatuses/0/containerID")?;
+        let id = id.strip_prefix("containerd://").context("a container of containerd")?;
+        // It may have ended by itself since.
+        let command = format!("ctr -n k8s.io task kill --all -s SIGKILL {id} || true");
+        lab.on_node(text(pod, "/spec/nodeName")?, &command)?;
+    }
+    Ok(())
+}
+
+fn kill_streams(lab: &Lab, parties: &Parties) -> Result<()> {
+    let command = "for pid in $(pgrep -f '^(/[a-z/]*)?zfs (send|recv|receive)'); do kill -9 $pid; done; true";
+    lab.on_node(&parties.source, command)?;
+    lab.on_node(&parties.target, command).map(drop)
+}
+
+fn cut(lab: &Lab, node: &str) -> Result<()> {
+    lab.verb("cut", node)?;
+    sleep(OUTAGE);
+    lab.verb("mend", node)
+}
+
+fn power_cut(lab: &Lab, node: &str) -> Result<()> {
+    lab.verb("crash", node)?;
+    sleep(OUTAGE);
+    lab.verb("start", node)
+}
