@@ -118,17 +118,22 @@ fn aborted(lab: &Lab, db: &Database) -> Result<()> {
     })
 }
 
+/// What snapshots each node has of the volume.
+fn snapshots(lab: &Lab, db: &Database) -> Result<Vec<(String, Vec<String>)>> {
+    let command = format!("zfs list -H -t snapshot -o name -r portolan/{} | sed 's/.*@//'", db.volume);
+    let of = |node: String| {
+        let names = lab.on_node(&node, &command)?;
+        Ok((node, names.lines().map(str::to_owned).collect()))
+    };
+    lab.nodes()?.into_iter().map(of).collect()
+}
+
 /// No copy has more than the newest snapshot that it shares with the other.
 fn one_common_snapshot(lab: &Lab, db: &Database) -> Result<()> {
-    let command = format!("zfs list -H -t snapshot -o name -r portolan/{} | sed 's/.*@//'", db.volume);
     let newest = lab.wait("each node has one and the same snapshot of the volume", 60, || {
-        let mut found = Vec::new();
-        for node in lab.nodes()? {
-            let names: Vec<String> = lab.on_node(&node, &command)?.lines().map(str::to_owned).collect();
-            found.push(names);
-        }
-        ensure!(found.iter().all(|names| names.len() == 1 && *names == found[0]), "{found:?}");
-        Ok(found.concat().remove(0))
+        let found = snapshots(lab, db)?;
+        ensure!(found.iter().all(|(_, names)| names.len() == 1 && *names == found[0].1), "{found:?}");
+        Ok(found[0].1.concat())
     })?;
     lab.show(format!("{newest} is all that is left of it"));
     Ok(())
@@ -156,7 +161,13 @@ fn cancel(lab: &Lab, db: &Database, target: &str) -> Result<()> {
     lab.on_node(target, &format!("kill -CONT {agent}"))?;
     begun?;
     untouched(lab, db, &uid)?;
-    one_common_snapshot(lab, db)
+    // The snapshot of the round that was cut short stays at the source until the next move: the target might have received it.
+    lab.wait("nothing but that is left of it", 60, || {
+        for (node, names) in snapshots(lab, db)? {
+            ensure!(names.len() <= if node == db.node { 2 } else { 1 }, "{node}: {names:?}");
+        }
+        Ok(())
+    })
 }
 
 fn warm(lab: &Lab, db: &Database, target: &str) -> Result<()> {
@@ -185,6 +196,7 @@ fn warm(lab: &Lab, db: &Database, target: &str) -> Result<()> {
     scene::every_acknowledged_row_is_there(lab)?;
     let volume = volume(lab, db)?;
     same("the owner", text(&volume, "/status/owner")?, target)?;
+    one_common_snapshot(lab, db)?;
 
     let figure =
         |pointer: &str| done.pointer(pointer).and_then(Value::as_i64).with_context(|| format!("{pointer}: {done}"));
