@@ -28,7 +28,7 @@ use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim, 
 use k8s_openapi::api::storage::v1::{StorageClass, VolumeAttachment, VolumeAttributesClass};
 use kube::api::{Patch, PatchParams};
 use kube::runtime::controller::Action;
-use kube::{Api, Client, Resource, ResourceExt};
+use kube::{Api, Client, Config, Resource, ResourceExt};
 use portolan_crds::{DRIVER, PortableSnapshot, PortableVolume, StorageNode};
 use portolan_runtime::events::Events;
 use portolan_runtime::http::{self, Health};
@@ -67,6 +67,8 @@ pub struct Options {
 /// What the loops share.
 struct Hub {
     client: Client,
+    /// Hands a refusal on (429) that another client would try again for a minute: that of a PodDisruptionBudget is an answer.
+    evictions: Client,
     classes: Api<StorageClass>,
     attribute_classes: Api<VolumeAttributesClass>,
     pvs: Api<PersistentVolume>,
@@ -96,13 +98,17 @@ impl Hub {
 /// # Errors
 /// When the API can't be used, the port can't be listened at, or leadership is lost.
 pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Result<()> {
-    let client = Client::try_default().await.context("can't find the Kubernetes API")?;
+    let mut config = Config::infer().await.context("can't find the Kubernetes API")?;
+    let client = Client::try_from(config.clone()).context("can't use the Kubernetes API")?;
+    config.default_retry = false;
+    let evictions = Client::try_from(config).context("can't use the Kubernetes API")?;
     let mut registry = prometheus_client::registry::Registry::with_prefix("portolan");
     let (provisioned, moves) = (Counter::default(), Counter::default());
     registry.register("volumes_provisioned", "PersistentVolumes made", provisioned.clone());
     registry.register("moves_started", "Moves asked of nodes", moves.clone());
     let hub = Arc::new(Hub {
         client: client.clone(),
+        evictions,
         classes: Api::all(client.clone()),
         attribute_classes: Api::all(client.clone()),
         pvs: Api::all(client.clone()),

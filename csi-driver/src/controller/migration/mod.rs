@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::api::{DeleteParams, EvictParams, PostParams, Preconditions};
 use kube::runtime::controller::Action;
@@ -217,7 +218,8 @@ async fn evict(hub: &Hub, namespace: &str, pod: &str, uid: String) -> kube::Resu
         ..DeleteParams::default()
     };
     let how = EvictParams { delete_options: Some(exactly), ..EvictParams::default() };
-    match hub.pods(namespace).evict(pod, &how).await {
+    let pods: Api<Pod> = Api::namespaced(hub.evictions.clone(), namespace);
+    match pods.evict(pod, &how).await {
         Ok(_) => Ok(Outcome::Evicted),
         // Another of that name is there by now.
         Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(Outcome::Done),

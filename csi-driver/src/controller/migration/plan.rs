@@ -245,6 +245,7 @@ impl Move<'_> {
             (false, _) => format!("data of {} are sent while the pod runs", open.join(", ")),
             (true, false) => {
                 status.phase = MigrationPhase::Evicting;
+                status.message = "all data are near".to_owned();
                 return Vec::new();
             }
             (true, true) if self.seen.pods.is_empty() => {
