@@ -36,7 +36,7 @@ fn events() -> Vec<(&'static str, Event)> {
         ("round taken", Event::RoundTaken { node: a(), epoch: EPOCH, snapshot: snapshot(), at: at() }),
         ("round received", Event::RoundReceived { node: b(), epoch: EPOCH, guid: GUID.into(), round: None }),
         ("published", Event::Published { node: a(), epoch: EPOCH, snapshot: snapshot(), quiesced_at: at() }),
-        ("took over", Event::TookOver { node: b(), epoch: EPOCH, guid: GUID.into() }),
+        ("took over", Event::TookOver { node: b(), epoch: EPOCH, guid: GUID.into(), bytes: 0, base: None }),
         ("finished", Event::Finished { node: b(), epoch: EPOCH, at: at() }),
     ]
 }

@@ -131,6 +131,10 @@ pub enum Event {
         epoch: i64,
         /// The GUID of the newest snapshot of its copy.
         guid: String,
+        /// Bytes of ZFS stream that it took to get there, as far as is known.
+        bytes: i64,
+        /// The common snapshot that they started from; none for a full stream.
+        base: Option<String>,
     },
     /// The new owner's dataset is writable.
     Finished {
@@ -203,7 +207,9 @@ pub fn transition(volume: &PortableVolume, event: Event) -> Result<PortableVolum
         Event::Published { node, epoch, snapshot, quiesced_at } => {
             published(&mut status, &node, epoch, snapshot, quiesced_at)
         }
-        Event::TookOver { node, epoch, guid } => took_over(&mut status, &node, epoch, &guid),
+        Event::TookOver { node, epoch, guid, bytes, base } => {
+            took_over(&mut status, &node, epoch, &guid).map(|()| sent(&mut status, bytes, base))
+        }
         Event::Finished { node, epoch, at } => finished(&mut status, &node, epoch, at),
     };
     done.map(|()| status).map_err(|why| Refused { event: name, why })
@@ -455,6 +461,12 @@ fn took_over(status: &mut PortableVolumeStatus, node: &str, epoch: i64, guid: &s
     record(status, node, Some(received));
     status.conditions.retain(|condition| condition.type_ != DIVERGED);
     Ok(())
+}
+
+fn sent(status: &mut PortableVolumeStatus, bytes: i64, base: Option<String>) {
+    if let Some(handoff) = status.handoff.as_mut().filter(|_| bytes > 0) {
+        (handoff.bytes, handoff.base) = (bytes, base);
+    }
 }
 
 fn finished(status: &mut PortableVolumeStatus, node: &str, epoch: i64, at: MicroTime) -> Done {

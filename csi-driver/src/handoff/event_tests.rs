@@ -56,7 +56,7 @@ fn published(epoch: i64, name: &str) -> Event {
 }
 
 fn took_over(node: &str, epoch: i64, name: &str) -> Event {
-    Event::TookOver { node: node.into(), epoch, guid: format!("g-{name}") }
+    Event::TookOver { node: node.into(), epoch, guid: format!("g-{name}"), bytes: 0, base: None }
 }
 
 fn round_taken(epoch: i64, name: &str) -> Event {

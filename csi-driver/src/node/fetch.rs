@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
-use portolan_crds::Handoff;
 use portolan_zfs::{Property, Zfs};
 
 use super::steps::{StepError, Steps};
@@ -29,10 +28,9 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    /// Writes it into a handoff.
-    pub(super) fn record(&self, handoff: &mut Handoff) {
-        handoff.bytes = i64::try_from(self.bytes).unwrap_or(i64::MAX);
-        handoff.base = self.base.clone();
+    /// Bytes of ZFS stream, and the snapshot that they started from.
+    pub(super) fn total(self) -> (i64, Option<String>) {
+        (i64::try_from(self.bytes).unwrap_or(i64::MAX), self.base)
     }
 
     /// The figures of a round of PreCopy.

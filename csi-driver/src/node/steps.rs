@@ -161,17 +161,14 @@ impl<Z: Zfs> Steps<'_, Z> {
             Action::RecordRound(guid) => {
                 let round = self.progress.take().map(|progress| progress.round());
                 let epoch = self.epoch();
-                self.happen(Event::RoundReceived { node: me, epoch, guid, round }).await?;
+                self.happen_still(Event::RoundReceived { node: me, epoch, guid, round }).await?;
             }
             Action::Fetch(snapshot) => fetch::run(self, snapshot).await?,
             Action::Adopt => self.adopt().await?,
             Action::TakeOver(guid) => {
-                let (progress, epoch) = (self.progress.take(), self.epoch());
-                let mut next = handoff::transition(&self.volume, Event::TookOver { node: me, epoch, guid })?;
-                if let (Some(progress), Some(handoff)) = (progress, &mut next.handoff) {
-                    progress.record(handoff);
-                }
-                self.write(|status| *status = next).await?;
+                let (progress, epoch) = (self.progress.take().unwrap_or_default(), self.epoch());
+                let (bytes, base) = progress.total();
+                self.happen_still(Event::TookOver { node: me, epoch, guid, bytes, base }).await?;
             }
             Action::Stamp(epoch) => zfs.set_property(&self.dataset, &volume::epoch_property(epoch)?).await?,
             Action::Finish => self.finish().await?,
@@ -195,6 +192,22 @@ impl<Z: Zfs> Steps<'_, Z> {
     pub(super) async fn happen(&mut self, event: Event) -> Result<(), StepError> {
         self.volume = write::event(&self.node.volumes, &self.volume, event).await?;
         Ok(())
+    }
+
+    /// Writes what an event makes of the object, whoever else writes meanwhile: the volume's lock is held, so what it says of our disk stays
+    /// true, and whether it can happen still is checked on each object anew.
+    async fn happen_still(&mut self, event: Event) -> Result<(), StepError> {
+        loop {
+            match self.happen(event.clone()).await {
+                Err(StepError::Api(error)) if write::is_conflict(&error) => {
+                    self.volume = self.node.volumes.get(&self.volume.name_any()).await?;
+                    if self.volume.metadata.deletion_timestamp.is_some() {
+                        return Err(StepError::Deleted);
+                    }
+                }
+                result => return result,
+            }
+        }
     }
 
     /// The epoch of the running handoff; 0, which none has, if there is none.
@@ -260,7 +273,7 @@ impl<Z: Zfs> Steps<'_, Z> {
     async fn publish_round(&mut self, name: &str) -> Result<(), StepError> {
         let known = self.snapshot(name).await?;
         let (node, epoch) = (self.node.name.clone(), self.epoch());
-        self.happen(Event::RoundTaken { node, epoch, snapshot: known, at: write::now() }).await
+        self.happen_still(Event::RoundTaken { node, epoch, snapshot: known, at: write::now() }).await
     }
 
     /// Takes the final snapshot and writes it. Whoever else writes meanwhile doesn't cost another snapshot: the lock is held, so
@@ -269,18 +282,7 @@ impl<Z: Zfs> Steps<'_, Z> {
         let (snapshot, volume) = (self.snapshot(name).await?, self.volume.name_any());
         let quiesced_at = self.node.unstaged_at(&volume).map_or_else(write::now, MicroTime);
         let (node, epoch) = (self.node.name.clone(), self.epoch());
-        let event = Event::Published { node, epoch, snapshot, quiesced_at };
-        loop {
-            match self.happen(event.clone()).await {
-                Err(StepError::Api(error)) if write::is_conflict(&error) => {
-                    self.volume = self.node.volumes.get(&volume).await?;
-                    if self.volume.metadata.deletion_timestamp.is_some() {
-                        return Err(StepError::Deleted);
-                    }
-                }
-                result => return result,
-            }
-        }
+        self.happen_still(Event::Published { node, epoch, snapshot, quiesced_at }).await
     }
 
     async fn snapshot(&self, name: &str) -> Result<Known, StepError> {

@@ -194,7 +194,7 @@ impl World {
         let (at, guid) = (MicroTime(self.now), format!("{name}-final"));
         let snapshot = Known { name: "final".into(), guid: guid.clone() };
         self.happen(name, Event::Published { node: "a".into(), epoch, snapshot, quiesced_at: at.clone() });
-        self.happen(name, Event::TookOver { node: "b".into(), epoch, guid });
+        self.happen(name, Event::TookOver { node: "b".into(), epoch, guid, bytes: 0, base: None });
         self.happen(name, Event::Finished { node: "b".into(), epoch, at });
     }
 

@@ -415,7 +415,7 @@ impl World {
                 let round = Some(Round { bytes: 1, milliseconds: 10_000 });
                 Event::RoundReceived { node: me, epoch, guid: guid.clone(), round }
             }
-            Action::TakeOver(guid) => Event::TookOver { node: me, epoch, guid: guid.clone() },
+            Action::TakeOver(guid) => Event::TookOver { node: me, epoch, guid: guid.clone(), bytes: 0, base: None },
             Action::Finish => Event::Finished { node: me, epoch, at: now() },
             Action::PublishRound(name) => {
                 Event::RoundTaken { node: me, epoch, snapshot: self.snapshot(node, name), at: now() }

@@ -283,7 +283,7 @@ impl World {
                 Event::RoundTaken { node: me, epoch, snapshot: Known { name: short, guid }, at: write::now() }
             }
             Action::RecordRound(guid) => Event::RoundReceived { node: me, epoch, guid, round: None },
-            Action::TakeOver(guid) => Event::TookOver { node: me, epoch, guid },
+            Action::TakeOver(guid) => Event::TookOver { node: me, epoch, guid, bytes: 0, base: None },
             Action::Stamp(epoch) => {
                 return zfs.set_property(name, &volume::epoch_property(epoch).unwrap()).await.unwrap();
             }
