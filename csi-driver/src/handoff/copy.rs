@@ -1,7 +1,7 @@
 //! A copy of a volume on a node's disk, and whose it is.
 
 use kube::ResourceExt;
-use portolan_crds::{PortableVolume, PortableVolumeStatus};
+use portolan_crds::{HandoffOutcome, PortableVolume, PortableVolumeStatus};
 
 use super::Known;
 use crate::volume;
@@ -91,11 +91,13 @@ fn is_restored(volume: &PortableVolume, local: &Local) -> bool {
 }
 
 /// The GUIDs that a volume's status names: of the newest snapshot that each copy is known to share, and of those that the running
-/// handoff's target may have received, or the newest one's, without having said so.
+/// handoff's target may have received, or the newest one's if that was aborted, without having said so.
 pub fn known_guids(status: &PortableVolumeStatus) -> Vec<String> {
     let copies = status.replicas.iter().map(|replica| &replica.guid);
     let handoff = status.handoff.iter().flat_map(|handoff| [&handoff.guid, &handoff.round_guid]);
-    let last = status.last_handoff.iter().flat_map(|report| [&report.guid, &report.round_guid]);
+    // One that is done has said what its target has.
+    let aborted = status.last_handoff.iter().filter(|report| report.outcome == HandoffOutcome::Aborted);
+    let last = aborted.flat_map(|report| [&report.guid, &report.round_guid]);
     copies.chain(handoff).chain(last).flatten().cloned().collect()
 }
 

@@ -160,7 +160,7 @@ pub(super) fn unneeded<'a>(status: &PortableVolumeStatus, here: &'a [Known]) -> 
 
 #[cfg(test)]
 mod tests {
-    use portolan_crds::HandoffReport;
+    use portolan_crds::{HandoffOutcome, HandoffReport};
 
     use super::*;
 
@@ -231,9 +231,12 @@ mod tests {
         let replicas = vec![replica("a", Some("portolan-4")), replica("b", Some("portolan-3"))];
         let mut status = PortableVolumeStatus { replicas, ..PortableVolumeStatus::default() };
         assert_eq!(unneeded(&status, &here).collect::<Vec<_>>(), [known("portolan-2")]);
-        let aborted = HandoffReport { round_guid: Some("g-portolan-2".into()), ..HandoffReport::default() };
-        status.last_handoff = Some(aborted);
+        let (outcome, round_guid) = (HandoffOutcome::Aborted, Some("g-portolan-2".into()));
+        status.last_handoff = Some(HandoffReport { outcome, round_guid, ..HandoffReport::default() });
         assert_eq!(unneeded(&status, &here).count(), 0, "its target may have it and nothing newer");
+        status.last_handoff =
+            status.last_handoff.map(|report| HandoffReport { outcome: HandoffOutcome::Done, ..report });
+        assert_eq!(unneeded(&status, &here).count(), 1);
         (status.last_handoff, status.replicas[1].guid) = (None, None);
         assert_eq!(unneeded(&status, &here).count(), 0);
     }

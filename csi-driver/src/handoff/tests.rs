@@ -1,7 +1,7 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use portolan_crds::{
-    Cipher, Handoff, HandoffPhase, HandoffReport, Placement, PortableVolumeSpec, PortableVolumeStatus, Replica,
-    VolumeEncryption, VolumeMode, VolumeParameters, VolumePhase, VolumeSource,
+    Cipher, Handoff, HandoffOutcome, HandoffPhase, HandoffReport, Placement, PortableVolumeSpec, PortableVolumeStatus,
+    Replica, VolumeEncryption, VolumeMode, VolumeParameters, VolumePhase, VolumeSource,
 };
 
 use super::*;
@@ -391,7 +391,9 @@ fn a_target_records_each_round_that_has_come() {
 fn what_came_before_an_abort_is_recorded_and_kept() {
     let aborted = owned(|status| {
         let (to, guid) = ("b".to_owned(), Some("g-portolan-4-2".to_owned()));
-        status.last_handoff = Some(HandoffReport { to, epoch: 4, round_guid: guid, ..HandoffReport::default() });
+        let outcome = HandoffOutcome::Aborted;
+        let report = HandoffReport { outcome, to, epoch: 4, round_guid: guid, ..HandoffReport::default() };
+        status.last_handoff = Some(report);
         status.replicas = vec![replica("a", Some("portolan-3")), replica("b", Some("portolan-3"))];
     });
     let came = copy(2, &["portolan-3", "portolan-4-2"]);
