@@ -1,5 +1,5 @@
 //! Tests of Portolan that need no cluster: real pools on files, real network namespaces, a fake API server.
-//! They are all in one test binary, `main.rs`. Here is what the tests on a cluster share with them.
+//! They are all in one test binary, `main.rs`. Here is what other packages' tests share with them.
 
 #![allow(
     clippy::unwrap_used,
@@ -8,4 +8,5 @@
     reason = "all of this crate is tests; a panic is a failure"
 )]
 
+pub mod api;
 pub mod contract;

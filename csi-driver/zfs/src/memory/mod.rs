@@ -7,13 +7,16 @@ mod stream;
 mod zfs;
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::state::{Entry, State, failure};
 #[cfg(doc)]
 use crate::api::Zfs;
 use crate::error::{ErrorKind, ZfsError};
-use crate::model::PoolHealth;
+use crate::model::{Dataset, PoolHealth, Snapshot};
 use crate::name::DatasetName;
 use crate::probe::Capabilities;
 
@@ -28,10 +31,33 @@ pub enum Fault {
     Hang,
 }
 
-/// ZFS in memory. Clones are the same.
+/// Sees each call that is made by a handle, and decides when it goes on: never, if whoever made it has been killed. Operations are called
+/// as for [`Memory::inject`].
+pub trait Witness: fmt::Debug + Send + Sync + 'static {
+    /// Nothing is done yet.
+    fn before<'a>(&'a self, operation: &'static str, about: &'a str) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
+    /// It is done, or has failed, and nobody has been told.
+    fn after<'a>(&'a self, operation: &'static str, about: &'a str) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
+}
+
+/// A dataset and all that is in it.
+#[derive(Clone, Debug)]
+pub struct Contents {
+    /// Its state.
+    pub dataset: Dataset,
+    /// Every property that was set on it.
+    pub properties: BTreeMap<String, String>,
+    /// Its snapshots, oldest first.
+    pub snapshots: Vec<Snapshot>,
+    /// What was written to it.
+    pub data: Vec<u8>,
+}
+
+/// ZFS in memory. Clones are the same. What takes the commands several steps takes it several too, so that it can end between them.
 #[derive(Clone, Debug)]
 pub struct Memory {
     state: Arc<Mutex<State>>,
+    witness: Option<Arc<dyn Witness>>,
 }
 
 type Result<T> = std::result::Result<T, ZfsError>;
@@ -53,7 +79,7 @@ impl Memory {
             faults: Vec::new(),
             calls: Vec::new(),
         };
-        let memory = Self { state: Arc::new(Mutex::new(state)) };
+        let memory = Self { state: Arc::new(Mutex::new(state)), witness: None };
         let seed = (Arc::as_ptr(&memory.state) as usize as u64) << 16;
         let mut state = memory.lock();
         state.last = seed;
@@ -74,6 +100,11 @@ impl Memory {
     pub fn with_capabilities(self, capabilities: Capabilities) -> Self {
         self.lock().capabilities = capabilities;
         self
+    }
+
+    /// Another handle of the same pool, whose calls `by` sees.
+    pub fn witnessed(&self, by: Arc<dyn Witness>) -> Self {
+        Self { state: self.state.clone(), witness: Some(by) }
     }
 
     /// Lets the `nth` call of an operation from now on (1 is the next) go wrong. Operations are called as the trait's functions are;
@@ -114,6 +145,21 @@ impl Memory {
         Ok(self.lock().entry(name, "read")?.data.clone())
     }
 
+    /// All datasets, by name. No call: nobody sees it, and nothing can go wrong.
+    pub fn contents(&self) -> Result<Vec<Contents>> {
+        let state = self.lock();
+        let contents = |(name, entry): (&DatasetName, &Entry)| {
+            let snapshots: Result<Vec<Snapshot>> = entry.snapshots.iter().map(|taken| taken.snapshot(name)).collect();
+            Ok(Contents {
+                dataset: state.dataset(name, entry),
+                properties: entry.properties.clone(),
+                snapshots: snapshots?,
+                data: entry.data.clone(),
+            })
+        };
+        state.datasets.iter().map(contents).collect()
+    }
+
     /// Whether somebody has a file open in it.
     pub fn set_open(&self, name: &DatasetName, open: bool) -> Result<()> {
         self.lock().entry(name, "open")?.open = open;
@@ -132,6 +178,22 @@ impl Memory {
         act: impl FnOnce(&mut State) -> Result<T>,
     ) -> Result<T> {
         let about = about.to_string();
+        if let Some(witness) = &self.witness {
+            witness.before(operation, &about).await;
+        }
+        let done = self.answer(operation, &about, act).await;
+        if let Some(witness) = &self.witness {
+            witness.after(operation, &about).await;
+        }
+        done
+    }
+
+    async fn answer<T>(
+        &self,
+        operation: &'static str,
+        about: &str,
+        act: impl FnOnce(&mut State) -> Result<T>,
+    ) -> Result<T> {
         let failed = |kind| ZfsError::new(kind, format!("{operation} {about}"), "injected");
         let fault = {
             let mut state = self.lock();

@@ -61,11 +61,38 @@ impl State {
             _ if names.is_empty() => Err(refused(ErrorKind::Other, "no datasets are named")),
             0 => {
                 let txg = self.next();
-                names.iter().map(|name| self.take(name, txg)).collect()
+                let taken = names.iter().map(|name| self.take(name, txg)).collect();
+                if !self.capabilities.several_snapshots {
+                    self.take_others(parent, short, txg)?;
+                }
+                taken
             }
             count if count == names.len() && together => Ok(found),
             _ => Err(refused(ErrorKind::AlreadyExists, "some of them are there already")),
         }
+    }
+
+    /// What `zfs snapshot -r` takes besides.
+    fn take_others(&mut self, parent: &DatasetName, short: &str, txg: u64) -> Result<()> {
+        let below: Vec<DatasetName> = self.datasets.keys().filter(|name| is_in(name, parent)).cloned().collect();
+        for dataset in below {
+            let there = self.entry(&dataset, "snapshot_all")?.snapshots.iter().any(|taken| taken.short == short);
+            if let (false, Ok(name)) = (there, dataset.snapshot(short)) {
+                self.take(&name, txg)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What was taken together with `wanted` and is none of them.
+    pub(super) fn taken_too(&self, parent: &DatasetName, wanted: &[Snapshot]) -> Vec<SnapshotName> {
+        let Some(first) = wanted.first() else { return Vec::new() };
+        let of = |(name, entry): (&DatasetName, &Entry)| {
+            let taken = entry.snapshots.iter().any(|taken| taken.txg == first.created_txg);
+            name.snapshot(first.name.short()).ok().filter(|_| taken && is_in(name, parent))
+        };
+        let all = self.datasets.iter().filter_map(of);
+        all.filter(|name| wanted.iter().all(|wanted| wanted.name != *name)).collect()
     }
 
     pub(super) fn clone_to(
@@ -138,7 +165,8 @@ impl State {
         Ok(())
     }
 
-    pub(super) fn destroy_all_of(&mut self, name: &DatasetName) -> Result<()> {
+    /// The snapshots that go with a dataset, if nothing stands in its way.
+    pub(super) fn all_to_destroy(&mut self, name: &DatasetName) -> Result<Vec<SnapshotName>> {
         let children = self.has_children(name);
         let entry = self.entry(name, "destroy")?;
         if children {
@@ -147,18 +175,20 @@ impl State {
         if entry.snapshots.iter().any(|taken| !taken.holds.is_empty()) {
             return Err(failure(ErrorKind::Busy, "destroy", name, "a snapshot is held"));
         }
+        let snapshots: Result<Vec<SnapshotName>> =
+            entry.snapshots.iter().map(|taken| Ok(taken.snapshot(name)?.name)).collect();
         let clones: Vec<String> = self.clones_of(name).map(|(clone, origin)| format!("{clone} of {origin}")).collect();
         if !clones.is_empty() {
             let why = format!("there are clones of it: {}", clones.join(", "));
             return Err(failure(ErrorKind::HasClones, "destroy", name, &why));
         }
-        self.unmount(name)?;
-        if self.entry(name, "destroy")?.open {
-            return Err(failure(ErrorKind::Busy, "destroy", name, "dataset is busy"));
-        }
-        self.entry(name, "destroy")?.snapshots.clear();
-        self.destroy(name)
+        snapshots
     }
+}
+
+/// Whether a dataset is `parent` or below it.
+fn is_in(name: &DatasetName, parent: &DatasetName) -> bool {
+    name == parent || name.is_below(parent)
 }
 
 impl Taken {

@@ -2,7 +2,7 @@
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::state::failure;
+use super::state::{State, failure};
 use super::{Memory, Result};
 use crate::api::Zfs;
 use crate::error::{ErrorKind, ZfsError};
@@ -76,10 +76,18 @@ impl Zfs for Memory {
         target: &DatasetName,
         properties: &[Property],
     ) -> Result<()> {
-        self.call("clone_snapshot", format!("{snapshot} {target}"), |state| {
-            state.clone_to(snapshot, target, properties)
-        })
-        .await
+        // As with zfs-fuse, which can't do both at once.
+        let apart = !self.lock().capabilities.receive_properties;
+        let first = match apart {
+            true => &[Property::canmount_noauto()],
+            false => properties,
+        };
+        let act = |state: &mut State| state.clone_to(snapshot, target, first);
+        self.call("clone_snapshot", format!("{snapshot} {target}"), act).await?;
+        for property in properties.iter().filter(|_| apart) {
+            self.set_property(target, property).await?;
+        }
+        Ok(())
     }
 
     async fn dataset(&self, name: &DatasetName) -> Result<Dataset> {
@@ -143,7 +151,13 @@ impl Zfs for Memory {
     }
 
     async fn snapshot_all(&self, parent: &DatasetName, datasets: &[DatasetName], short: &str) -> Result<Vec<Snapshot>> {
-        self.call("snapshot_all", format!("{parent}@{short}"), |state| state.take_all(parent, datasets, short)).await
+        let act = |state: &mut State| state.take_all(parent, datasets, short);
+        let taken = self.call("snapshot_all", format!("{parent}@{short}"), act).await?;
+        let others = self.lock().taken_too(parent, &taken);
+        for other in others {
+            self.destroy_snapshot_deferred(&other).await?;
+        }
+        Ok(taken)
     }
 
     async fn destroy_snapshot(&self, name: &SnapshotName) -> Result<()> {
@@ -164,7 +178,12 @@ impl Zfs for Memory {
     }
 
     async fn destroy_with_snapshots(&self, name: &DatasetName) -> Result<()> {
-        self.call("destroy_with_snapshots", name, |state| state.destroy_all_of(name)).await
+        let snapshots = self.call("destroy_with_snapshots", name, |state| state.all_to_destroy(name)).await?;
+        self.unmount(name).await?;
+        for snapshot in snapshots {
+            self.destroy_snapshot(&snapshot).await?;
+        }
+        self.destroy_dataset(name).await
     }
 
     async fn hold(&self, name: &SnapshotName, tag: &str) -> Result<()> {
@@ -251,15 +270,24 @@ impl Zfs for Memory {
         .await?;
         let (writer, mut reader) = tokio::io::duplex(64 * 1024);
         // The process at the other end of the pipe: it reads whether or not somebody waits for it.
-        let (memory, name, options) = (self.clone(), dataset.clone(), options.clone());
+        // As with zfs-fuse: whoever waits for the process sets them when it has ended.
+        let apart = !self.lock().capabilities.receive_properties;
+        let mut options = options.clone();
+        let later = if apart { std::mem::take(&mut options.properties) } else { Vec::new() };
+        let (memory, name) = (self.clone(), dataset.clone());
         let received = tokio::spawn(async move {
             let mut bytes = Vec::new();
             let _ = reader.read_to_end(&mut bytes).await;
             let _ = reader.shutdown().await;
             memory.call("receive_end", &name, |state| state.receive(&name, &bytes, &options)).await
         });
+        let (memory, name) = (self.clone(), dataset.clone());
         let outcome = async move {
-            received.await.unwrap_or_else(|e| Err(ZfsError::new(ErrorKind::Other, "receive", e.to_string())))
+            received.await.unwrap_or_else(|e| Err(ZfsError::new(ErrorKind::Other, "receive", e.to_string())))?;
+            for property in &later {
+                memory.set_property(&name, property).await?;
+            }
+            Ok(())
         };
         Ok(ReceiveProcess::new(writer, Box::pin(outcome)))
     }
