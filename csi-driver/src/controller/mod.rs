@@ -12,9 +12,9 @@ mod migration;
 mod provision;
 mod reclaim;
 mod service;
-mod snapshots;
+pub(crate) mod snapshots;
 mod source;
-mod volumes;
+pub(crate) mod volumes;
 mod wish;
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -65,7 +65,7 @@ pub struct Options {
 }
 
 /// What the loops share.
-struct Hub {
+pub(crate) struct Hub {
     client: Client,
     /// Hands a refusal on (429) that another client would try again for a minute: that of a PodDisruptionBudget is an answer.
     evictions: Client,
@@ -84,6 +84,28 @@ struct Hub {
 }
 
 impl Hub {
+    pub(crate) fn new(client: Client, zone: String, registry: &mut prometheus_client::registry::Registry) -> Self {
+        let (provisioned, moves) = (Counter::default(), Counter::default());
+        registry.register("volumes_provisioned", "PersistentVolumes made", provisioned.clone());
+        registry.register("moves_started", "Moves asked of nodes", moves.clone());
+        Self {
+            evictions: client.clone(),
+            classes: Api::all(client.clone()),
+            attribute_classes: Api::all(client.clone()),
+            pvs: Api::all(client.clone()),
+            volumes: Api::all(client.clone()),
+            snapshots: Api::all(client.clone()),
+            storage_nodes: Api::all(client.clone()),
+            attachments: Api::all(client.clone()),
+            nodes: Api::all(client.clone()),
+            events: Events::new(client.clone(), DRIVER),
+            client,
+            zone,
+            provisioned,
+            moves,
+        }
+    }
+
     fn claims(&self, namespace: &str) -> Api<PersistentVolumeClaim> {
         Api::namespaced(self.client.clone(), namespace)
     }
@@ -103,25 +125,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     config.default_retry = false;
     let evictions = Client::try_from(config).context("can't use the Kubernetes API")?;
     let mut registry = prometheus_client::registry::Registry::with_prefix("portolan");
-    let (provisioned, moves) = (Counter::default(), Counter::default());
-    registry.register("volumes_provisioned", "PersistentVolumes made", provisioned.clone());
-    registry.register("moves_started", "Moves asked of nodes", moves.clone());
-    let hub = Arc::new(Hub {
-        client: client.clone(),
-        evictions,
-        classes: Api::all(client.clone()),
-        attribute_classes: Api::all(client.clone()),
-        pvs: Api::all(client.clone()),
-        volumes: Api::all(client.clone()),
-        snapshots: Api::all(client.clone()),
-        storage_nodes: Api::all(client.clone()),
-        attachments: Api::all(client.clone()),
-        nodes: Api::all(client.clone()),
-        events: Events::new(client.clone(), DRIVER),
-        zone: options.zone_of_pool,
-        provisioned,
-        moves,
-    });
+    let hub = Arc::new(Hub { evictions, ..Hub::new(client.clone(), options.zone_of_pool, &mut registry) });
     let health = Health::new();
     // One that waits for its turn to lead is as ready as the leader.
     health.set_ready(true);

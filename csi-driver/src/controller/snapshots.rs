@@ -25,7 +25,8 @@ pub(super) async fn run(hub: Arc<Hub>) {
     exhaust("snapshots", stream).await;
 }
 
-async fn reconcile(snapshot: Arc<PortableSnapshot>, hub: Arc<Hub>) -> kube::Result<Action> {
+/// Looks at one of them.
+pub(crate) async fn reconcile(snapshot: Arc<PortableSnapshot>, hub: Arc<Hub>) -> kube::Result<Action> {
     let of = hub.volumes.get_opt(&snapshot.spec.volume).await?;
     if snapshot.metadata.deletion_timestamp.is_some() {
         if is_nowhere(&snapshot, of.as_ref()) {

@@ -38,7 +38,8 @@ pub(super) async fn run(hub: Arc<Hub>) {
     exhaust("volumes", stream).await;
 }
 
-async fn reconcile(volume: Arc<PortableVolume>, hub: Arc<Hub>) -> kube::Result<Action> {
+/// Looks at one of them.
+pub(crate) async fn reconcile(volume: Arc<PortableVolume>, hub: Arc<Hub>) -> kube::Result<Action> {
     if volume.metadata.deletion_timestamp.is_some() {
         return delete(&volume, &hub).await;
     }

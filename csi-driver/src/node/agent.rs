@@ -53,7 +53,7 @@ pub(super) fn controller(
     (controller, store)
 }
 
-struct Agent<Z> {
+pub(super) struct Agent<Z> {
     node: Arc<Node<Z>>,
     /// Failures in a row, by volume, and the newest one's text.
     failures: Mutex<HashMap<String, (u32, String)>>,
@@ -65,7 +65,7 @@ pub(super) async fn run<Z: Zfs>(
     node: Arc<Node<Z>>,
     shutdown: CancellationToken,
 ) {
-    let agent = Arc::new(Agent { node, failures: Mutex::default() });
+    let agent = Arc::new(Agent::new(node));
     let never = |_: Arc<PortableVolume>, _: &Infallible, _: Arc<Agent<Z>>| Requeue::await_change();
     let work = controller.run(reconcile, never, agent).for_each(|done| async {
         if let Err(error) = done {
@@ -78,7 +78,11 @@ pub(super) async fn run<Z: Zfs>(
     }
 }
 
-async fn reconcile<Z: Zfs>(volume: Arc<PortableVolume>, agent: Arc<Agent<Z>>) -> Result<Requeue, Infallible> {
+/// Brings one volume as far as it can be brought now, and says when to look again.
+pub(super) async fn reconcile<Z: Zfs>(
+    volume: Arc<PortableVolume>,
+    agent: Arc<Agent<Z>>,
+) -> Result<Requeue, Infallible> {
     let node = &agent.node;
     if !handoff::concerns(&node.name, &volume) {
         return Ok(Requeue::await_change());
@@ -221,6 +225,10 @@ async fn condition<Z: Zfs>(
 }
 
 impl<Z: Zfs> Agent<Z> {
+    pub(super) fn new(node: Arc<Node<Z>>) -> Self {
+        Self { node, failures: Mutex::default() }
+    }
+
     fn failures(&self) -> std::sync::MutexGuard<'_, HashMap<String, (u32, String)>> {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner)
     }

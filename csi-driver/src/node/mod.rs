@@ -5,6 +5,8 @@
 pub mod agent;
 mod authorise;
 mod certificate;
+#[cfg(test)]
+mod crash;
 pub mod csi;
 mod disk;
 mod fetch;
