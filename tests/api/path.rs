@@ -30,12 +30,7 @@ impl Path {
         }
         let word = |at: usize| rest.get(at).copied().unwrap_or_default().to_owned();
         let plural = rest.first()?;
-        Some(Self {
-            kind: format!("{group}/{plural}"),
-            namespace: namespace.to_owned(),
-            name: word(1),
-            part: word(2),
-        })
+        Some(Self { kind: format!("{group}/{plural}"), namespace: namespace.to_owned(), name: word(1), part: word(2) })
     }
 
     /// Whether it is about the status alone.
@@ -62,7 +57,8 @@ mod tests {
 
     #[test]
     fn paths_are_taken_apart() {
-        let parts = |path: &str| Path::parse(path).map(|path| [path.kind, path.namespace, path.name, path.part].join(" "));
+        let parts =
+            |path: &str| Path::parse(path).map(|path| [path.kind, path.namespace, path.name, path.part].join(" "));
         let volume = "/apis/portolan.dev/v1alpha1/portablevolumes/pvc-1/status";
         assert_eq!(parts(volume).as_deref(), Some("portolan.dev/portablevolumes  pvc-1 status"));
         assert_eq!(parts("/api/v1/nodes?").as_deref(), Some("/nodes?   "));

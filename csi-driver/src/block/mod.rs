@@ -2,6 +2,7 @@
 
 pub mod device;
 pub mod filesystem;
+pub mod kernel;
 pub mod mounts;
 pub mod prepare;
 pub mod tools;

@@ -3,14 +3,14 @@
 //! That root is mounted here with propagation both ways, so our mount table has the host's mounts and the host gets ours.
 
 use std::fmt;
-use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use rustix::fs::CWD;
-use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount};
+use rustix::mount::MountFlags;
+
+use super::kernel::{Kernel, Linux};
 
 /// A mount operation that failed.
 #[derive(Debug, thiserror::Error)]
@@ -70,12 +70,19 @@ pub(super) fn number_at(path: &Path) -> io::Result<Option<DeviceNumber>> {
 #[derive(Clone, Debug)]
 pub struct Mounts {
     host_root: PathBuf,
+    kernel: Arc<dyn Kernel>,
 }
 
 impl Mounts {
     /// The host's root is at `host_root` here.
     pub fn new(host_root: impl Into<PathBuf>) -> Self {
-        Self { host_root: host_root.into() }
+        Self { host_root: host_root.into(), kernel: Arc::new(Linux) }
+    }
+
+    /// With another kernel than the real one.
+    #[cfg(test)]
+    pub(crate) fn with_kernel(host_root: impl Into<PathBuf>, kernel: Arc<dyn Kernel>) -> Self {
+        Self { host_root: host_root.into(), kernel }
     }
 
     /// Where a path of the host is here.
@@ -85,9 +92,8 @@ impl Mounts {
 
     /// The host's mounts (proc(5), `/proc/thread-self/mountinfo`).
     pub fn table(&self) -> Result<Vec<Mount>, MountError> {
-        let path = Path::new("/proc/thread-self/mountinfo");
-        let text = std::fs::read(path).map_err(failed("read", path))?;
-        Ok(parse(&String::from_utf8_lossy(&text), &self.host_root))
+        let text = self.kernel.table().map_err(failed("read the mount table of", &self.host_root))?;
+        Ok(parse(&text, &self.host_root))
     }
 
     /// The uppermost mount at `target`, if there is one.
@@ -120,7 +126,7 @@ impl Mounts {
             self.make_directory(parent)?;
         }
         let here = self.here(path);
-        match OpenOptions::new().write(true).create_new(true).open(&here) {
+        match self.kernel.make_file(&here) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(failed("make file", &here)(error)),
             _ => Ok(()),
         }
@@ -131,7 +137,7 @@ impl Mounts {
         let here = self.here(path);
         match std::fs::symlink_metadata(&here) {
             Ok(found) if found.is_file() && found.len() == 0 => {
-                std::fs::remove_file(&here).map_err(failed("remove file", &here))
+                self.kernel.remove_file(&here).map_err(failed("remove file", &here))
             }
             Ok(found) if found.is_file() => {
                 Err(failed("remove file", &here)(io::Error::other("it is not empty: it is no target of a volume")))
@@ -143,13 +149,13 @@ impl Mounts {
     /// Makes a directory and its parents. Idempotent.
     pub fn make_directory(&self, path: &Path) -> Result<(), MountError> {
         let here = self.here(path);
-        std::fs::create_dir_all(&here).map_err(failed("make directory", &here))
+        self.kernel.make_directory(&here).map_err(failed("make directory", &here))
     }
 
     /// Removes an empty directory. Idempotent; never looks into it.
     pub fn remove_directory(&self, path: &Path) -> Result<(), MountError> {
         let here = self.here(path);
-        match std::fs::remove_dir(&here) {
+        match self.kernel.remove_directory(&here) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove directory", &here)(error)),
             _ => Ok(()),
         }
@@ -179,56 +185,19 @@ impl Mounts {
     }
 
     /// Mounts `source`, a directory or a device's node, at `target` too, with `flags`.
-    ///
-    /// They are set before it is attached: what propagates to the host is the mount as it is then, and not what becomes of ours
-    /// later (mount_namespaces(7)).
     pub fn bind(&self, source: &Path, target: &Path, flags: MountFlags) -> Result<(), MountError> {
         let (source, target) = (self.here(source), self.here(target));
-        let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        let tree = open_tree(CWD, &source, clone).map_err(|e| failed("bind", &source)(e.into()))?;
-        set_flags(&tree, flags).map_err(failed("set the mount options of", &target))?;
-        move_mount(tree, "", CWD, &target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-            .map_err(|e| failed("bind-mount", &target)(e.into()))
+        self.kernel.bind(&source, &target, flags).map_err(failed("bind-mount", &target))
     }
 
     /// Unmounts all that is mounted at `target`: never forced, never lazy. Idempotent.
     pub fn unmount(&self, target: &Path) -> Result<(), MountError> {
         let here = self.here(target);
         while self.at(target)?.is_some() {
-            unmount(&here, UnmountFlags::NOFOLLOW).map_err(|e| failed("unmount", &here)(e.into()))?;
+            self.kernel.unmount(&here).map_err(failed("unmount", &here))?;
         }
         Ok(())
     }
-}
-
-/// Sets a detached mount's flags (mount_setattr(2), Linux 5.12).
-fn set_flags(tree: &OwnedFd, flags: MountFlags) -> io::Result<()> {
-    let set = [
-        (MountFlags::RDONLY, libc::MOUNT_ATTR_RDONLY),
-        (MountFlags::NOSUID, libc::MOUNT_ATTR_NOSUID),
-        (MountFlags::NODEV, libc::MOUNT_ATTR_NODEV),
-        (MountFlags::NOEXEC, libc::MOUNT_ATTR_NOEXEC),
-        (MountFlags::NODIRATIME, libc::MOUNT_ATTR_NODIRATIME),
-        (MountFlags::NOATIME, libc::MOUNT_ATTR_NOATIME),
-        (MountFlags::STRICTATIME, libc::MOUNT_ATTR_STRICTATIME),
-    ];
-    let chosen = set.iter().filter(|(flag, _)| flags.contains(*flag));
-    let attr_set = chosen.fold(0, |all, (_, attribute)| all | attribute);
-    let atime = flags.intersects(MountFlags::NOATIME | MountFlags::STRICTATIME | MountFlags::RELATIME);
-    let attr_clr = if atime { libc::MOUNT_ATTR__ATIME } else { 0 };
-    let attributes = libc::mount_attr { attr_set, attr_clr, propagation: 0, userns_fd: 0 };
-    // SAFETY: the empty path is a C string and `attributes` a mount_attr of the length given; the call only reads both.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            &raw const attributes,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MountError {

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -37,11 +38,11 @@ pub(super) struct Fate {
 
 #[derive(Default)]
 struct State {
-    begun: bool,
     effects: Vec<String>,
     since: usize,
     blows: VecDeque<Blow>,
-    victim: Option<&'static str>,
+    /// Those who were killed and whose end nobody has seen to.
+    victims: VecDeque<&'static str>,
     look: Option<Look>,
     wrong: Vec<String>,
 }
@@ -49,7 +50,7 @@ struct State {
 impl Fate {
     /// Counts from now on; after each effect `look` looks.
     pub(super) fn begin(&self, blows: &[Blow], look: Look) {
-        *self.lock() = State { begun: true, blows: blows.iter().copied().collect(), look: Some(look), ..State::default() };
+        *self.lock() = State { blows: blows.iter().copied().collect(), look: Some(look), ..State::default() };
     }
 
     /// The effects since the begin.
@@ -62,10 +63,15 @@ impl Fate {
         self.lock().wrong.clone()
     }
 
-    /// Returns when an agent has been killed.
+    /// The next who has been killed.
+    pub(super) fn victim(&self) -> Option<&'static str> {
+        self.lock().victims.pop_front()
+    }
+
+    /// Returns when somebody has been killed.
     pub(super) async fn struck(&self) -> &'static str {
         loop {
-            if let Some(victim) = self.lock().victim.take() {
+            if let Some(victim) = self.victim() {
                 return victim;
             }
             self.struck.notified().await;
@@ -79,9 +85,6 @@ impl Fate {
     /// Counts an effect; says whether it is one at which to die.
     fn next(&self, effect: String) -> Option<When> {
         let mut state = self.lock();
-        if !state.begun {
-            return None;
-        }
         state.effects.push(effect);
         state.since += 1;
         let due = state.blows.front().filter(|blow| blow.effect == state.since).map(|blow| blow.when);
@@ -93,7 +96,7 @@ impl Fate {
     }
 
     fn strike(&self, victim: &'static str) {
-        self.lock().victim = Some(victim);
+        self.lock().victims.push_back(victim);
         self.struck.notify_one();
     }
 
@@ -109,7 +112,7 @@ pub(super) struct Life {
     node: &'static str,
     fate: Arc<Fate>,
     over: AtomicBool,
-    /// It dies when what it is doing is done.
+    /// It dies when the command that it runs has ended.
     last: AtomicBool,
 }
 
@@ -126,43 +129,68 @@ impl Life {
 
     /// Does something by which the world is another, unless the agent dies before.
     pub(super) async fn effect<T>(&self, what: &str, act: impl Future<Output = T>) -> T {
-        self.begin(what).await;
+        let due = self.begin(what).await;
         let done = act.await;
-        self.end(what).await;
+        self.end(what, due).await;
         done
     }
 
-    async fn begin(&self, what: &str) {
-        self.live().await;
-        match self.fate.next(format!("{}: {what}", self.node)) {
-            Some(When::Before) => self.die().await,
-            Some(When::After) => self.last.store(true, Ordering::SeqCst),
-            None => {}
+    /// The same where nobody can wait for ever: a dead process gets an error, and whatever it makes of that, it can do nothing more.
+    pub(super) fn effect_now<T>(&self, what: &str, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let dead = || io::Error::other("this process was killed");
+        if self.is_over() {
+            return Err(dead());
         }
-    }
-
-    async fn end(&self, what: &str) {
+        let due = self.fate.next(format!("{}: {what}", self.node));
+        if due == Some(When::Before) {
+            self.kill();
+            return Err(dead());
+        }
+        let done = act();
         self.fate.look(what);
-        if self.last.swap(false, Ordering::SeqCst) {
-            self.die().await;
+        if due.is_some() {
+            self.kill();
+            return Err(dead());
         }
+        done
     }
 
-    /// Never goes on if this process is no more.
-    async fn live(&self) {
-        if self.over.load(Ordering::SeqCst) {
+    /// Never returns if this process is no more.
+    pub(super) async fn live(&self) {
+        if self.is_over() {
             std::future::pending().await
         }
     }
 
-    async fn die(&self) {
+    async fn begin(&self, what: &str) -> Option<When> {
+        self.live().await;
+        let due = self.fate.next(format!("{}: {what}", self.node));
+        if due == Some(When::Before) {
+            self.kill();
+        }
+        self.live().await;
+        due
+    }
+
+    async fn end(&self, what: &str, due: Option<When>) {
+        self.fate.look(what);
+        if due.is_some() {
+            self.kill();
+        }
+        self.live().await;
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
+    }
+
+    fn kill(&self) {
         self.over.store(true, Ordering::SeqCst);
         self.fate.strike(self.node);
-        self.live().await;
     }
 }
 
-/// What `zfs recv` does at the end of its input goes on without the agent.
+/// What `zfs recv` does at the end of its input: it goes on without the agent.
 const BY_ITSELF: &str = "receive_end";
 
 fn changes(operation: &str) -> bool {
@@ -176,14 +204,16 @@ impl Witness for Life {
         Box::pin(async move {
             let what = format!("{operation} {about}");
             match operation {
-                BY_ITSELF if self.over.load(Ordering::SeqCst) => {}
+                BY_ITSELF if self.is_over() => {}
                 BY_ITSELF => {
                     if self.fate.next(format!("{}: {what}", self.node)).is_some() {
-                        self.over.store(true, Ordering::SeqCst);
-                        self.fate.strike(self.node);
+                        self.kill();
                     }
                 }
-                _ if changes(operation) => self.begin(&what).await,
+                _ if changes(operation) => {
+                    let due = self.begin(&what).await;
+                    self.last.store(due.is_some(), Ordering::SeqCst);
+                }
                 _ => self.live().await,
             }
         })
@@ -193,7 +223,10 @@ impl Witness for Life {
         Box::pin(async move {
             match operation {
                 BY_ITSELF => self.fate.look(operation),
-                _ if changes(operation) => self.end(&format!("{operation} {about}")).await,
+                _ if changes(operation) => {
+                    let due = self.last.swap(false, Ordering::SeqCst).then_some(When::After);
+                    self.end(&format!("{operation} {about}"), due).await;
+                }
                 _ => self.live().await,
             }
         })

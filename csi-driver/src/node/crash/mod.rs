@@ -1,10 +1,13 @@
 //! `kill -9` at each step of each verb: just before and just after each thing by which an agent changes disk or API, and once more soon after
-//! its next start. Then either all is as if nobody had been killed, or, if everything is deleted instead, nothing is left.
+//! its next start. Then all is as if nobody had been killed, also if what comes next is asked for at that moment; or, if everything is deleted
+//! instead, nothing is left.
 //!
-//! What stays after a kill is what is on the disk and in the API: the agent is dropped where it stands, and another is made that knows
-//! nothing else. Mounts are not here: they are the kernel's, see `tests/`.
+//! What stays after a kill is what is on the disk, in the mount table and in the API: the agent is dropped where it stands, and another is made
+//! that knows nothing else. Zvols' devices are the kernel's, and not here: see `tests/block.rs`.
 
 mod fate;
+mod host;
+mod kubelet;
 mod picture;
 mod rules;
 mod world;
@@ -14,6 +17,7 @@ use portolan_zfs::{Capabilities, Property, Zfs};
 
 use fate::{Blow, When};
 use kube::api::{DeleteParams, Patch, PatchParams};
+use kubelet::{END, START};
 use world::{World, name};
 
 /// What somebody asks for.
@@ -21,6 +25,8 @@ use world::{World, name};
 enum Verb {
     Create,
     CreateZvol,
+    /// Wanted elsewhere before it was anybody's.
+    Withdraw,
     /// From a snapshot on the same node.
     Clone,
     /// From a snapshot on another node.
@@ -28,7 +34,14 @@ enum Verb {
     Snapshot,
     Group,
     Modify,
+    ModifyZvol,
     Import,
+    /// A pod's start.
+    Mount,
+    /// A pod's end.
+    Unmount,
+    /// A pod ends on one node and starts on another.
+    Relocate,
     /// To a node that never had the volume.
     Move,
     /// To one that had it.
@@ -49,6 +62,16 @@ impl Verb {
     async fn prepare(self, world: &mut World) {
         match self {
             Self::Create | Self::CreateZvol => return,
+            Self::Withdraw => {
+                world.begin(&[Blow { effect: 2, when: When::After }]);
+                world.ask_volume("db", "a", |_| ()).await;
+                assert!(world.settle_unless_killed().await);
+                return;
+            }
+            Self::ModifyZvol => {
+                world.ask_volume("db", "a", |spec| spec.filesystem = Filesystem::Ext4).await;
+                return world.settle().await;
+            }
             Self::Import => {
                 let (pool, old) = (&world.pools["a"], name("tank/old"));
                 pool.create_filesystem(&old, &[Property::new("mountpoint", "/srv/old").unwrap()], None).await.unwrap();
@@ -60,18 +83,18 @@ impl Verb {
             _ => {}
         }
         world.ask_volume("db", "a", |_| ()).await;
-        world.settle(false).await;
+        world.settle().await;
         world.write("db", "first").await;
         match self {
             Self::Clone | Self::Copy | Self::DeleteSnapshot | Self::DeleteOrigin | Self::DeleteKept | Self::Follow => {
                 world.ask_snapshot("s", "db", |_| ()).await;
-                world.settle(false).await;
+                world.settle().await;
                 world.write("db", "second").await;
             }
             Self::Group => {
                 for (other, data) in [("log", "third"), ("bystander", "fourth")] {
                     world.ask_volume(other, "a", |_| ()).await;
-                    world.settle(false).await;
+                    world.settle().await;
                     world.write(other, data).await;
                 }
             }
@@ -80,22 +103,33 @@ impl Verb {
         match self {
             Self::Return | Self::Delete | Self::DeleteSnapshot | Self::DeleteKept => {
                 world.ask_move("db", "b").await;
-                world.settle(false).await;
+                world.settle().await;
                 world.write("db", "on b").await;
             }
+            Self::Unmount | Self::Relocate => world.ask_kubelet("a", START),
             Self::DeleteOrigin => begin_as_snapshot(world, "a").await,
             Self::Follow => begin_as_snapshot(world, "b").await,
             _ => {}
         }
-        world.settle(false).await;
+        world.settle().await;
     }
 
     /// What is asked for.
     async fn ask(self, world: &mut World) {
         match self {
             Self::Create => {
-                world.expect("db", "");
                 world.ask_volume("db", "a", |spec| spec.parameters.compression = Some(Compression::Gzip)).await;
+            }
+            Self::Withdraw => {
+                let patch = Patch::Merge(serde_json::json!({ "spec": { "placement": { "node": "b" } } }));
+                world.volumes().patch("db", &PatchParams::default(), &patch).await.unwrap();
+            }
+            Self::Mount => world.ask_kubelet("a", START),
+            Self::Unmount => world.ask_kubelet("a", END),
+            Self::Relocate => {
+                world.ask_kubelet("a", END);
+                world.ask_move("db", "b").await;
+                world.ask_kubelet("b", START);
             }
             Self::CreateZvol => world.ask_volume("db", "a", |spec| spec.filesystem = Filesystem::Ext4).await,
             Self::Clone => begin_as_snapshot(world, "a").await,
@@ -110,11 +144,7 @@ impl Verb {
                     world.ask_snapshot(snapshot, volume, ask).await;
                 }
             }
-            Self::Modify => {
-                let change = serde_json::json!({ "sizeBytes": 2 << 20, "parameters": { "compression": "gzip" } });
-                let patch = Patch::Merge(serde_json::json!({ "spec": change }));
-                world.volumes().patch("db", &PatchParams::default(), &patch).await.unwrap();
-            }
+            Self::Modify | Self::ModifyZvol => grow(world, "db").await,
             Self::Import => {
                 let import = Some(VolumeImport { dataset: "tank/old".into() });
                 world.ask_volume("db", "a", |spec| spec.import = import).await;
@@ -129,12 +159,26 @@ impl Verb {
         }
     }
 
-    /// What is asked for when that is done.
+    /// What is asked for when that is done, or before.
     async fn ask_then(self, world: &mut World) {
-        if matches!(self, Self::DeleteOrigin | Self::DeleteKept) {
-            world.delete_all().await;
+        match self {
+            Self::Create | Self::CreateZvol | Self::Import => grow(world, "db").await,
+            Self::Clone | Self::Copy => grow(world, "new").await,
+            Self::DeleteOrigin | Self::DeleteKept => world.delete_all().await,
+            _ => {}
         }
     }
+
+    fn has_pod(self) -> bool {
+        matches!(self, Self::Mount | Self::Unmount | Self::Relocate)
+    }
+}
+
+/// Changes what a volume is to be.
+async fn grow(world: &World, volume: &str) {
+    let change = serde_json::json!({ "sizeBytes": 2 << 20, "parameters": { "compression": "gzip" } });
+    let patch = Patch::Merge(serde_json::json!({ "spec": change }));
+    world.volumes().patch(volume, &PatchParams::default(), &patch).await.unwrap();
 }
 
 /// Asks for a volume that begins as the snapshot.
@@ -146,52 +190,86 @@ async fn begin_as_snapshot(world: &World, node: &str) {
     world.ask_volume("new", node, |spec| spec.source = Some(source)).await;
 }
 
+/// What people do about a kill.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Then {
+    /// They don't notice.
+    Nothing,
+    /// They ask for what comes next at once.
+    Next,
+    /// They delete everything.
+    Delete,
+}
+
 /// What became of it: a picture of the end, and what the agents did on the way.
-async fn run(verb: Verb, capabilities: Capabilities, blows: &[Blow], deletes: bool) -> (String, Vec<String>) {
+async fn run(verb: Verb, capabilities: Capabilities, blows: &[Blow], then: Then) -> (String, Vec<String>) {
     let mut world = World::new(capabilities).await;
     verb.prepare(&mut world).await;
     world.begin(blows);
     verb.ask(&mut world).await;
-    world.settle(deletes).await;
-    if !deletes {
+    let mut killed = match then {
+        Then::Nothing => {
+            world.settle().await;
+            false
+        }
+        Then::Next | Then::Delete => world.settle_unless_killed().await,
+    };
+    if !killed || then == Then::Next {
         verb.ask_then(&mut world).await;
-        world.settle(false).await;
+        killed = then == Then::Delete && world.settle_unless_killed().await;
     }
-    let wrong = world.fate.wrong();
-    let effects = world.fate.effects();
-    assert!(wrong.is_empty(), "{verb:?}, killed {blows:?}: {wrong:#?}\n{effects:#?}");
+    if killed || then == Then::Delete {
+        world.delete_all().await;
+        if verb.has_pod() {
+            world.end_pods();
+        }
+    }
+    world.settle().await;
+    let (wrong, effects) = (world.fate.wrong(), world.fate.effects());
+    assert!(wrong.is_empty(), "{verb:?}, killed {blows:?}, then {then:?}: {wrong:#?}\n{effects:#?}");
     (world.picture(), effects)
 }
 
 /// Whether nothing is left but what somebody had before Portolan came.
 fn nothing_is_left(verb: Verb, picture: &str) -> bool {
-    let left = picture.lines().filter(|line| !line.ends_with(": 0 snapshots of the parent"));
-    let left: Vec<&str> = left.collect();
-    left.is_empty() || (verb == Verb::Import && left.iter().all(|line| line.starts_with("a: tank/") || line.starts_with("    ")))
+    let theirs = |line: &str| verb == Verb::Import && (line.starts_with("a: tank/") || line.starts_with("    "));
+    picture.lines().all(|line| line.ends_with(": 0 snapshots of the parent") || theirs(line))
 }
 
 async fn killed_anywhere(verb: Verb, capabilities: Capabilities) {
-    let (wanted, effects) = run(verb, capabilities, &[], false).await;
+    let (wanted, effects) = run(verb, capabilities, &[], Then::Nothing).await;
     assert!(effects.len() > 1, "{verb:?}: {effects:?}");
     assert!(!wanted.contains("StepFailed"), "{wanted}");
     for (at, effect) in effects.iter().enumerate() {
         for when in [When::Before, When::After] {
             let first = Blow { effect: at + 1, when };
-            let again = [1, 2, 3].map(|effect| vec![first, Blow { effect, when: When::After }]);
-            for blows in again.into_iter().chain([vec![first]]) {
-                let (got, on_the_way) = run(verb, capabilities, &blows, false).await;
+            let check = async |blows: &[Blow], then: Then| {
+                let (got, on_the_way) = run(verb, capabilities, blows, then).await;
+                let as_wanted = if then == Then::Delete { nothing_is_left(verb, &got) } else { got == wanted };
                 assert!(
-                    got == wanted,
-                    "{verb:?}, killed {when:?} {effect:?} ({blows:?}):\n{got}\nand not\n{wanted}\nby {on_the_way:#?}"
+                    as_wanted,
+                    "{verb:?}, killed {when:?} {effect:?} ({blows:?}), then {then:?}:\n{}\nby {on_the_way:#?}",
+                    difference(&wanted, &got)
                 );
+            };
+            for then in [Then::Nothing, Then::Next, Then::Delete] {
+                check(&[first], then).await;
             }
-            let (got, on_the_way) = run(verb, capabilities, &[first], true).await;
-            assert!(
-                nothing_is_left(verb, &got),
-                "{verb:?}, killed {when:?} {effect:?} and deleted: there is\n{got}\nby {on_the_way:#?}"
-            );
+            for again in 1..=3 {
+                check(&[first, Blow { effect: again, when: When::After }], Then::Nothing).await;
+            }
         }
     }
+}
+
+/// The lines that only one of them has.
+fn difference(wanted: &str, got: &str) -> String {
+    let only = |these: &str, those: &str, sign: char| {
+        let those: Vec<&str> = those.lines().collect();
+        let only = these.lines().filter(|line| !those.contains(line));
+        only.map(|line| format!("{sign} {line}\n")).collect::<String>()
+    };
+    only(wanted, got, '-') + &only(got, wanted, '+')
 }
 
 macro_rules! verbs {
@@ -199,7 +277,7 @@ macro_rules! verbs {
         #[tokio::test]
         async fn $name() {
             for capabilities in [Capabilities::default(), Capabilities::all()] {
-                if Verb::$verb == Verb::CreateZvol && !capabilities.zvol {
+                if matches!(Verb::$verb, Verb::CreateZvol | Verb::ModifyZvol) && !capabilities.zvol {
                     continue;
                 }
                 killed_anywhere(Verb::$verb, capabilities).await;
@@ -211,12 +289,17 @@ macro_rules! verbs {
 verbs! {
     create: Create;
     create_zvol: CreateZvol;
+    withdraw: Withdraw;
     clone: Clone;
     copy: Copy;
     snapshot: Snapshot;
     group: Group;
     modify: Modify;
+    modify_zvol: ModifyZvol;
     import: Import;
+    mount: Mount;
+    unmount: Unmount;
+    relocate: Relocate;
     move_away: Move;
     move_back: Return;
     move_to_the_origin: Follow;

@@ -72,7 +72,12 @@ fn draw_dataset(text: &mut String, node: &str, contents: &Contents) {
     properties.remove("readonly");
     let origin = dataset.origin.as_ref().map(ToString::to_string).unwrap_or_default();
     let data = String::from_utf8_lossy(&contents.data);
-    writeln!(text, "{node}: {} {:?} readonly={} mounted={} origin={origin:?} data={data:?}", dataset.name, dataset.kind, dataset.readonly, dataset.mounted).unwrap();
+    writeln!(
+        text,
+        "{node}: {} {:?} readonly={} mounted={} origin={origin:?} data={data:?}",
+        dataset.name, dataset.kind, dataset.readonly, dataset.mounted
+    )
+    .unwrap();
     writeln!(text, "    {properties:?}").unwrap();
     for snapshot in &contents.snapshots {
         let short = attempt_less(snapshot.name.short());

@@ -1,6 +1,6 @@
-//! A cluster in miniature: an API, pools, agents that can be killed, and the controller, which can't.
+//! A cluster in miniature: an API, pools, mounts, agents that can be killed, and kubelets and the controller, which can't.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use kube::api::{DeleteParams, PostParams};
 use kube::client::Body;
 use kube::runtime::{reflector, watcher};
-use kube::{Api, Client, ResourceExt};
+use kube::{Api, Client, Resource, ResourceExt};
 use portolan_crds::{
     PortableSnapshot, PortableSnapshotSpec, PortableVolume, PortableVolumeSpec, SNAPSHOT_FINALIZER, StorageNode,
     StorageNodeStatus, VOLUME_FINALIZER, condition,
@@ -27,10 +27,12 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::fate::{Blow, Fate, Life};
+use super::host::{Host, Seen};
+use super::kubelet::{self, Call};
 use super::picture::{self, Pools};
 use super::rules::{self, Written};
 use crate::block::mounts::Mounts;
-use crate::block::tools::Host;
+use crate::block::tools;
 use crate::controller::{self, Hub, decide};
 use crate::node::agent::{self, Agent};
 use crate::node::locks::Locks;
@@ -49,14 +51,19 @@ pub(super) struct World {
     pub(super) fate: Arc<Fate>,
     client: Client,
     written: Written,
+    hosts: BTreeMap<&'static str, Arc<Host>>,
     agents: BTreeMap<&'static str, Process>,
+    /// What kubelets still have to ask for, in this order.
+    calls: VecDeque<(&'static str, Call)>,
     hub: Arc<Hub>,
-    root: TempDir,
+    _root: TempDir,
 }
 
 /// A node's agent as it runs.
 struct Process {
+    node: Arc<Node<Memory>>,
     agent: Arc<Agent<Memory>>,
+    volumes: reflector::store::Writer<PortableVolume>,
     snapshots: reflector::store::Writer<PortableSnapshot>,
     transfers: JoinHandle<()>,
 }
@@ -73,18 +80,22 @@ pub(super) fn name(text: &str) -> DatasetName {
 
 impl World {
     pub(super) async fn new(capabilities: Capabilities) -> Self {
-        let api = FakeApi::default();
+        let (api, root) = (FakeApi::default(), tempfile::tempdir().unwrap());
         let pool = || Memory::new(&name("tank/portolan"), 1 << 30).with_capabilities(capabilities);
         let client = api.client();
         let hub = Arc::new(Hub::new(client.clone(), "z".into(), &mut prometheus_client::registry::Registry::default()));
+        let pools: Pools = NODES.iter().map(|node| (*node, pool())).collect();
+        let host = |(node, pool): (&&'static str, &Memory)| (*node, Host::new(root.path().join(node), pool.clone()));
         let mut world = Self {
-            pools: NODES.iter().map(|node| (*node, pool())).collect(),
+            hosts: pools.iter().map(host).collect(),
+            pools,
             fate: Arc::default(),
             client,
             written: Written::default(),
             agents: BTreeMap::new(),
+            calls: VecDeque::new(),
             hub,
-            root: tempfile::tempdir().unwrap(),
+            _root: root,
             api,
         };
         let nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(world.client.clone());
@@ -155,71 +166,112 @@ impl World {
         self.written.lock().unwrap().insert(volume.to_owned(), data.as_bytes().to_vec());
     }
 
+    /// A pod on this node begins or ends.
+    pub(super) fn ask_kubelet(&mut self, node: &'static str, calls: [Call; 2]) {
+        self.calls.extend(calls.map(|call| (node, call)));
+    }
+
+    /// All pods end, however far they have come.
+    pub(super) fn end_pods(&mut self) {
+        self.calls.clear();
+        NODES.iter().for_each(|node| self.ask_kubelet(node, kubelet::END));
+    }
+
     /// From now on effects count and the rules hold.
     pub(super) fn begin(&self, blows: &[Blow]) {
         let (api, pools, written) = (self.api.clone(), self.pools.clone(), self.written.clone());
-        self.fate.begin(blows, Box::new(move || rules::broken(&api, &pools, &written)));
+        let hosts: Vec<Arc<Host>> = self.hosts.values().cloned().collect();
+        let look = move || {
+            let mut wrong = rules::broken(&api, &pools, &written);
+            wrong.extend(hosts.iter().flat_map(|host| host.broken()));
+            wrong
+        };
+        self.fate.begin(blows, Box::new(look));
     }
 
     pub(super) fn picture(&self) -> String {
-        picture::draw(&self.api, &self.pools)
+        let mut text = picture::draw(&self.api, &self.pools);
+        self.hosts.iter().for_each(|(node, host)| host.draw(&mut text, node));
+        text
     }
 
-    /// Lets all go on until nothing changes any more. If `deletes` everything is deleted as soon as an agent has been killed.
-    pub(super) async fn settle(&mut self, deletes: bool) {
-        let (mut quiet, mut killed) = (0, false);
+    /// Lets all go on until nothing changes any more.
+    pub(super) async fn settle(&mut self) {
+        while self.settle_unless_killed().await {}
+    }
+
+    /// Lets all go on until nothing changes any more, or until an agent has been killed, and is started again: true.
+    pub(super) async fn settle_unless_killed(&mut self) -> bool {
+        let mut quiet = 0;
         for _ in 0..ROUNDS {
             let before = self.picture();
             for node in NODES {
                 for volume in self.api.all::<PortableVolume>() {
-                    killed |= self.step(node, volume).await;
-                    if killed && deletes {
-                        return self.delete_and_settle().await;
+                    if self.look(node, volume).await {
+                        return true;
                     }
+                }
+            }
+            while let Some((node, call)) = self.calls.front().copied() {
+                let driver = self.agents[node].node.clone();
+                let done = self.unless_killed(node, kubelet::call(driver, call)).await;
+                match done {
+                    None => return true,
+                    Some(Ok(())) => _ = self.calls.pop_front(),
+                    // Called again in the next round.
+                    Some(Err(_)) => break,
                 }
             }
             self.control().await;
             quiet = if self.picture() == before { quiet + 1 } else { 0 };
             if quiet == 3 {
-                return;
+                assert!(self.calls.is_empty(), "not done: {:?}\n{}", self.calls, self.picture());
+                return false;
             }
         }
         panic!("it never comes to rest: {}\n{:#?}", self.picture(), self.fate.effects());
     }
 
-    async fn delete_and_settle(&mut self) {
-        self.delete_all().await;
-        Box::pin(self.settle(false)).await;
+    /// One look of a node's agent at a volume; whether an agent was killed by it.
+    async fn look(&mut self, node: &'static str, volume: PortableVolume) -> bool {
+        let process = self.agents.get_mut(node).unwrap();
+        fill(&mut process.volumes, self.api.all());
+        fill(&mut process.snapshots, self.api.all());
+        let agent = process.agent.clone();
+        self.unless_killed(node, agent::reconcile(Arc::new(volume), agent)).await.is_none()
     }
 
-    /// One look of a node's agent at a volume; whether an agent was killed by it.
-    async fn step(&mut self, node: &'static str, volume: PortableVolume) -> bool {
-        let process = self.agents.get_mut(node).unwrap();
-        fill(&mut process.snapshots, self.api.all());
-        let mut work = Box::pin(agent::reconcile(Arc::new(volume), process.agent.clone()));
-        let mut killed = None;
-        loop {
+    /// Waits for what a node's agent does. If any agent is killed meanwhile it is gone, and there is no answer; then it is started again.
+    async fn unless_killed<T>(&mut self, node: &'static str, work: impl Future<Output = T>) -> Option<T> {
+        let mut work = Box::pin(work);
+        let mut done = None;
+        while self.agents.contains_key(node) {
             tokio::select! {
                 biased;
-                victim = self.fate.struck() => {
-                    killed = Some(victim);
-                    self.agents.remove(victim);
-                    if victim == node {
-                        break;
-                    }
+                victim = self.fate.struck() => drop(self.agents.remove(victim)),
+                answer = &mut work => {
+                    done = Some(answer);
+                    break;
                 }
-                _ = &mut work => break,
             }
         }
         drop(work);
-        if let Some(victim) = killed {
-            // What an agent has started and does not wait for goes on for a while.
-            for _ in 0..20 {
-                tokio::task::yield_now().await;
-            }
-            self.start(victim).await;
+        while let Some(victim) = self.fate.victim() {
+            self.agents.remove(victim);
         }
-        killed.is_some()
+        if self.agents.len() == NODES.len() {
+            return done;
+        }
+        // What an agent has started and does not wait for goes on for a while.
+        for _ in 0..20 {
+            tokio::task::yield_now().await;
+        }
+        for node in NODES {
+            if !self.agents.contains_key(node) {
+                self.start(node).await;
+            }
+        }
+        None
     }
 
     /// What the controller does.
@@ -238,10 +290,11 @@ impl World {
     async fn start(&mut self, node: &'static str) {
         let life = Life::new(node, self.fate.clone());
         let zfs = self.pools[node].witnessed(life.clone());
+        let kernel = Arc::new(Seen(self.hosts[node].clone(), life.clone()));
         let client = client_of(self.api.clone(), life);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         self.announce(node, listener.local_addr().unwrap().to_string()).await;
-        let ((seen, _), (snapshots_seen, snapshots)) = (reflector::store(), reflector::store());
+        let ((seen, volumes), (snapshots_seen, snapshots)) = (reflector::store(), reflector::store());
         let me = identities()[node].clone();
         let shared = Arc::new(Node {
             name: node.to_owned(),
@@ -249,8 +302,8 @@ impl World {
             max_volumes: 0,
             pool: name("tank/portolan"),
             kubelet_dir: "/kubelet".into(),
-            mounts: Mounts::new(self.root.path().join(node)),
-            tools: Host(Runner::new()),
+            mounts: Mounts::with_kernel(self.hosts[node].root(), kernel),
+            tools: tools::Host(Runner::new()),
             zfs: Arc::new(zfs.clone()),
             volumes: Api::all(client.clone()),
             storage_nodes: Api::all(client.clone()),
@@ -268,8 +321,13 @@ impl World {
         let judge = Arc::new(authorise::ByVolume(shared.clone()));
         let (shown, zfs) = (watch::channel(me).1, Arc::new(zfs));
         let served = transfer::serve(listener, shown, judge, zfs, Limits::default(), CancellationToken::new());
-        let process =
-            Process { agent: Arc::new(Agent::new(shared)), snapshots, transfers: tokio::spawn(served) };
+        let process = Process {
+            agent: Arc::new(Agent::new(shared.clone())),
+            node: shared,
+            volumes,
+            snapshots,
+            transfers: tokio::spawn(served),
+        };
         self.agents.insert(node, process);
     }
 
@@ -288,7 +346,10 @@ impl World {
 }
 
 /// Makes a store what the API has.
-fn fill(store: &mut reflector::store::Writer<PortableSnapshot>, all: Vec<PortableSnapshot>) {
+fn fill<K>(store: &mut reflector::store::Writer<K>, all: Vec<K>)
+where
+    K: Resource<DynamicType = ()> + Clone + 'static,
+{
     store.apply_watcher_event(&watcher::Event::Init);
     for object in all {
         store.apply_watcher_event(&watcher::Event::InitApply(object));
@@ -304,6 +365,7 @@ fn client_of(api: FakeApi, life: Arc<Life>) -> Client {
             let path = Path::parse(request.uri().path()).unwrap();
             let what = format!("{} {} {} {}", request.method(), path.kind, path.name, path.part);
             let counts = request.method() != Method::GET && path.kind.starts_with("portolan.dev/");
+            life.live().await;
             let answer = api.answer(request);
             Ok::<_, Infallible>(if counts { life.effect(what.trim(), answer).await } else { answer.await })
         }
