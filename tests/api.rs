@@ -58,6 +58,11 @@ impl FakeApi {
         found.map(|(_, object)| serde_json::from_value(object.clone()).unwrap()).collect()
     }
 
+    /// Grows with each change of any object.
+    pub fn version(&self) -> u64 {
+        self.lock().version
+    }
+
     /// Answers one request.
     pub async fn answer(&self, request: Request<Body>) -> Response<Body> {
         let (parts, body) = request.into_parts();
@@ -188,6 +193,7 @@ impl State {
         let kept = next.pointer("/metadata/finalizers").and_then(Value::as_array).is_some_and(|all| !all.is_empty());
         if deleted && !kept {
             self.objects.remove(&path.key());
+            self.version += 1;
             return next;
         }
         if next == *old {

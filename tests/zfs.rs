@@ -101,6 +101,12 @@ async fn what_a_killed_snapshot_of_several_left_is_cleaned_up() {
     node.zfs().snapshot_all(&node.pool(), &[one.clone(), two.clone()], "theirs").await.unwrap();
     assert_eq!((count(&one).await, count(&two).await, count(&bystander).await), (2, 2, 1));
     assert_eq!(node.zfs().snapshots(&bystander).await.unwrap()[0].name.short(), "theirs");
+    // The same without taking anything.
+    node.node.run(&["zfs", "snapshot", "-r", "-o", "portolan:snapshot-all=late", "tank@late"]);
+    for _ in 0..2 {
+        node.zfs().clean_up_snapshot_all(&node.pool(), std::slice::from_ref(&one), "late").await.unwrap();
+        assert_eq!((count(&one).await, count(&two).await, count(&bystander).await), (3, 2, 1));
+    }
 }
 
 #[tokio::test]

@@ -65,6 +65,8 @@ pub enum Action {
     ApplySpec,
     /// Take the snapshots that these objects ask for; more than one are a group's, of one moment.
     Take(Box<Asked>),
+    /// Destroy what the taking of this one's group has left on other volumes' datasets, if it was cut short.
+    CleanUp(Box<Asked>),
     /// Write: the object's snapshot is this one.
     RecordTaken {
         /// The PortableSnapshot.
@@ -167,15 +169,20 @@ fn delete(me: &str, volume: &PortableVolume, recorded: bool, local: Option<&Loca
 
 /// A new volume that is wanted here.
 fn create(volume: &PortableVolume, recorded: bool, local: Option<&Local>) -> Vec<Action> {
-    match (recorded, local) {
-        (false, _) => vec![Action::RecordReplica],
-        (true, _) if volume.spec.import.is_some() => vec![Action::Import, Action::Own],
-        (true, _) if volume.spec.source.is_some() => vec![Action::Restore, Action::Own],
-        // Made when it is first mounted (`node::seal`); what that has left when it was cut short is owned like any other.
-        (true, None) if volume.spec.encryption.is_some() => vec![Action::AwaitKey],
-        (true, None) => vec![Action::Create, Action::Own],
-        (true, Some(_)) => vec![Action::Own],
+    if !recorded {
+        return vec![Action::RecordReplica];
     }
+    let make = match local {
+        _ if volume.spec.import.is_some() => Some(Action::Import),
+        _ if volume.spec.source.is_some() => Some(Action::Restore),
+        // Made when it is first mounted (`node::seal`); what that has left when it was cut short is owned like any other.
+        None if volume.spec.encryption.is_some() => return vec![Action::AwaitKey],
+        None => Some(Action::Create),
+        Some(_) => None,
+    };
+    // What was there already was made as the spec was then.
+    let apply = local.map(|_| Action::ApplySpec);
+    make.into_iter().chain(apply).chain([Action::Own]).collect()
 }
 
 /// A new volume that was wanted here once, and that nobody has owned: its dataset has never been mounted.

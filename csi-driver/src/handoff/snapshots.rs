@@ -64,12 +64,20 @@ impl Asked {
 /// Takes what is asked for and not there; writes down what is.
 pub(super) fn take_asked(local: &Local, asked: &[Asked]) -> Vec<Action> {
     let open = asked.iter().filter(|asked| asked.guid.is_none() && !asked.deleting);
-    open.filter_map(|asked| match local.snapshots.iter().find(|snapshot| asked.is(snapshot)) {
-        Some(found) => Some(Action::RecordTaken { object: asked.object.clone(), snapshot: found.clone() }),
-        None if asked.import => None,
-        None => Some(Action::Take(Box::new(asked.clone()))),
-    })
-    .collect()
+    let steps = |asked: &Asked| match local.snapshots.iter().find(|snapshot| asked.is(snapshot)) {
+        Some(found) => {
+            let record = Action::RecordTaken { object: asked.object.clone(), snapshot: found.clone() };
+            clean_up(asked).into_iter().chain([record]).collect()
+        }
+        None if asked.import => Vec::new(),
+        None => vec![Action::Take(Box::new(asked.clone()))],
+    };
+    open.flat_map(steps).collect()
+}
+
+/// Comes before a group's snapshot is recorded or destroyed: nobody comes back to it after.
+fn clean_up(asked: &Asked) -> Option<Action> {
+    (asked.group.is_some() && asked.guid.is_none()).then(|| Action::CleanUp(Box::new(asked.clone())))
 }
 
 /// Destroys those whose objects are being deleted, and says so.
@@ -79,6 +87,7 @@ pub(super) fn destroy_asked(me: &str, local: Option<&Local>, asked: &[Asked]) ->
         let here = local.and_then(|local| local.snapshots.iter().find(|snapshot| asked.is(snapshot)));
         // One that was never taken is somebody else's of the same name.
         if let Some(here) = here.filter(|_| asked.guid.is_some() || !asked.import) {
+            actions.extend(clean_up(asked));
             actions.push(Action::DestroyTaken(here.clone()));
         }
         if here.is_some() || !asked.destroyed_on.iter().any(|node| node == me) {
@@ -207,6 +216,21 @@ mod tests {
         ];
         let record = Action::RecordTaken { object: "o-there".into(), snapshot: known("there") };
         assert_eq!(take_asked(&local, &all), [record, Action::Take(Box::new(all[1].clone()))]);
+    }
+
+    #[test]
+    fn a_group_is_cleaned_up_before_one_of_it_is_recorded_or_destroyed() {
+        let local = Local { snapshots: vec![known("g")], ..Local::default() };
+        let group = Some(SnapshotGroup { name: "group".into(), members: 2 });
+        let member = |guid, deleting| Asked { group: group.clone(), ..asked("g", guid, deleting) };
+        let clean_up = |member: &Asked| Action::CleanUp(Box::new(member.clone()));
+        let record = Action::RecordTaken { object: "o-g".into(), snapshot: known("g") };
+        let new = member(None, false);
+        assert_eq!(take_asked(&local, std::slice::from_ref(&new)), [clean_up(&new), record]);
+        let destroyed = |member: &Asked| destroy_asked("a", Some(&local), std::slice::from_ref(member));
+        let never_recorded = member(None, true);
+        assert_eq!(destroyed(&never_recorded)[..2], [clean_up(&never_recorded), Action::DestroyTaken(known("g"))]);
+        assert_eq!(destroyed(&member(Some("g-g"), true))[0], Action::DestroyTaken(known("g")));
     }
 
     #[test]

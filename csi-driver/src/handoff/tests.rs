@@ -96,12 +96,12 @@ fn a_new_volume_is_recorded_then_made_then_owned() {
     assert!(!concerns("b", &new) && plan("b", &new, None, &[]).is_empty());
     let recorded = volume(|status| status.replicas = vec![replica("a", None)]);
     assert_eq!(plan("a", &recorded, None, &[]), [Action::Create, Action::Own]);
-    assert_eq!(plan("a", &recorded, Some(&copy(1, &[])), &[]), [Action::Own]);
+    assert_eq!(plan("a", &recorded, Some(&copy(1, &[])), &[]), [Action::ApplySpec, Action::Own], "as the spec is now");
     // An encrypted one is made when it is mounted; what that left is owned.
     let mut sealed = recorded.clone();
     sealed.spec.encryption = Some(VolumeEncryption { cipher: Cipher::Aes256Gcm, secret: None });
     assert_eq!(plan("a", &sealed, None, &[]), [Action::AwaitKey]);
-    assert_eq!(plan("a", &sealed, Some(&copy(1, &[])), &[]), [Action::Own]);
+    assert_eq!(plan("a", &sealed, Some(&copy(1, &[])), &[]), [Action::ApplySpec, Action::Own]);
     // Wanted elsewhere before anybody owned it.
     let elsewhere = volume(|status| status.replicas = vec![replica("c", None)]);
     assert_eq!(plan("c", &elsewhere, None, &[]), [Action::ForgetReplica]);
@@ -259,8 +259,8 @@ fn a_volume_begins_as_a_snapshot() {
     };
     let mut new = volume(|status| status.replicas = vec![replica("a", None)]);
     new.spec.source = Some(source);
-    let steps = [Action::Restore, Action::Own];
-    assert_eq!(plan("a", &new, None, &[]), steps);
+    assert_eq!(plan("a", &new, None, &[]), [Action::Restore, Action::Own]);
+    let steps = [Action::Restore, Action::ApplySpec, Action::Own];
     // Cut short: a clone, or a copy, that lacks its mark.
     let clone = Local { uid: None, origin: Some(("pvc-0".into(), "daily".into())), ..copy(1, &[]) };
     assert_eq!(plan("a", &new, Some(&clone), &[]), steps);
@@ -311,8 +311,8 @@ fn an_import_is_known_by_its_guid_and_never_destroyed_before_it_is_owned() {
     };
     let at_place = |guid: &str| Local { dataset: "tank/p/pvc-1".into(), guid: guid.into(), ..Local::default() };
     let (fresh, begun) = (importing(|_| {}), importing(|status| status.import_guid = Some("7".into())));
-    let import = [Action::Import, Action::Own];
-    assert_eq!(plan("a", &fresh, None, &[]), import);
+    assert_eq!(plan("a", &fresh, None, &[]), [Action::Import, Action::Own]);
+    let import = [Action::Import, Action::ApplySpec, Action::Own];
     // Renamed, and cut short before it was marked.
     assert_eq!(plan("a", &begun, Some(&at_place("7")), &[]), import);
     for (volume, guid) in [(&begun, "8"), (&fresh, "7")] {

@@ -55,7 +55,7 @@ pub(super) fn controller(
 
 pub(super) struct Agent<Z> {
     node: Arc<Node<Z>>,
-    /// Failures in a row, by volume, and the newest one's text.
+    /// Failures in a row, by volume, and the text that was made known last.
     failures: Mutex<HashMap<String, (u32, String)>>,
 }
 
@@ -241,19 +241,23 @@ impl<Z: Zfs> Agent<Z> {
     /// Makes a failure known, once for each different text, and says when to try again.
     async fn failed(&self, steps: &Steps<'_, Z>, error: StepError) -> Requeue {
         let (name, message) = (steps.volume.name_any(), error.to_string());
-        let (count, repeated) = {
+        let diverged = matches!(error, StepError::Transfer(TransferError::Diverged { .. }));
+        let (count, told) = {
             let mut failures = self.failures();
             let (count, text) = failures.entry(name.clone()).or_default();
-            let repeated = *count > 0 && *text == message;
             *count += 1;
-            *text = message.clone();
-            (*count, repeated)
+            // On zfs-fuse a group's snapshot touches every dataset for a moment: what is gone by the next look was none.
+            let passing = diverged && *count == 1;
+            let told = passing || *text == message;
+            if !told {
+                text.clone_from(&message);
+            }
+            (*count, told)
         };
         self.node.metrics.failures.inc();
         let pause = FIRST_PAUSE.saturating_mul(1 << (count - 1).min(5)).min(LONGEST_PAUSE);
         tracing::warn!(volume = name, error = message, attempt = count, ?pause, "a step failed");
-        if !repeated {
-            let diverged = matches!(error, StepError::Transfer(TransferError::Diverged { .. }));
+        if !told {
             if let Err(error) = self.note(&name, &message, diverged).await {
                 tracing::debug!(volume = name, %error, "could not write the failure");
             }

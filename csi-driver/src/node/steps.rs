@@ -149,6 +149,7 @@ impl<Z: Zfs> Steps<'_, Z> {
             }
             Action::ApplySpec => self.apply_spec().await?,
             Action::Take(asked) => take::run(self, &asked).await?,
+            Action::CleanUp(asked) => take::clean_up(self, &asked).await?,
             Action::RecordTaken { object, snapshot } => take::record(self, &object, &snapshot).await?,
             Action::DestroyTaken(snapshot) => {
                 ignore_missing(zfs.destroy_snapshot_deferred(&self.dataset.snapshot(&snapshot.name)?).await)?;

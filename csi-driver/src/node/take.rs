@@ -33,8 +33,7 @@ pub(super) async fn run<Z: Zfs>(steps: &mut Steps<'_, Z>, asked: &Asked) -> Resu
 async fn take_group<Z: Zfs>(steps: &mut Steps<'_, Z>, group: &SnapshotGroup, asked: &Asked) -> Result<(), StepError> {
     let failed = |why: String| StepError::Group { group: group.name.clone(), why };
     let node = steps.node;
-    let of_group = ListParams::default().fields(&format!("spec.group.name={}", group.name));
-    let members = node.snapshots.list(&of_group).await?.items;
+    let members = members(node, group).await?;
     if members.len() != group.members as usize {
         return Err(failed(format!("{} of {} snapshots are asked for so far", members.len(), group.members)));
     }
@@ -64,6 +63,21 @@ async fn take_group<Z: Zfs>(steps: &mut Steps<'_, Z>, group: &SnapshotGroup, ask
         node.nudge(dataset.short());
     }
     Ok(())
+}
+
+/// Destroys what taking the group's snapshots has left on the datasets of other volumes, if it was cut short.
+pub(super) async fn clean_up<Z: Zfs>(steps: &Steps<'_, Z>, asked: &Asked) -> Result<(), StepError> {
+    let Some(group) = &asked.group else { return Ok(()) };
+    let node = steps.node;
+    let members = members(node, group).await?;
+    let datasets: Result<Vec<_>, _> =
+        members.iter().map(|member| volume::dataset(&node.pool, &member.spec.volume)).collect();
+    Ok(node.zfs.clean_up_snapshot_all(&node.pool, &datasets?, &asked.short).await?)
+}
+
+async fn members<Z>(node: &Node<Z>, group: &SnapshotGroup) -> kube::Result<Vec<PortableSnapshot>> {
+    let of_group = ListParams::default().fields(&format!("spec.group.name={}", group.name));
+    Ok(node.snapshots.list(&of_group).await?.items)
 }
 
 /// Writes what was taken into the object's status.

@@ -85,14 +85,24 @@ pub trait Zfs: Send + Sync + 'static {
     /// others of that name.
     ///
     /// `parent` is above all of the datasets. Where ZFS takes only one name (zfs-fuse) everything below it is snapshotted, and what was not
-    /// asked for is destroyed right after: it carries the user property `portolan:snapshot-all`, and the same call cleans up after one that
-    /// was killed. Until then a receive into one of those datasets is refused as `Diverged`.
+    /// asked for is destroyed right after: it carries the user property `portolan:snapshot-all`, and the same call, or
+    /// [`clean_up_snapshot_all`](Self::clean_up_snapshot_all), cleans up after one that was killed. Until then a receive into one of those
+    /// datasets is refused as `Diverged`.
     fn snapshot_all(
         &self,
         parent: &DatasetName,
         datasets: &[DatasetName],
         short: &str,
     ) -> impl Future<Output = Result<Vec<Snapshot>>> + Send;
+
+    /// Destroys what a [`snapshot_all`](Self::snapshot_all) of this short name that was killed has taken besides `datasets`. Takes nothing;
+    /// idempotent; not while that call runs.
+    fn clean_up_snapshot_all(
+        &self,
+        parent: &DatasetName,
+        datasets: &[DatasetName],
+        short: &str,
+    ) -> impl Future<Output = Result<()>> + Send;
 
     /// Destroys one snapshot. A held one is `Busy`, one with clones `HasClones`.
     fn destroy_snapshot(&self, name: &SnapshotName) -> impl Future<Output = Result<()>> + Send;

@@ -42,6 +42,8 @@ use crate::transfer::{self, Identity, Limits};
 use crate::volume;
 
 const NODES: [&str; 2] = ["a", "b"];
+/// Rounds without a change after which there will be none.
+const QUIET: usize = 2;
 /// Rounds after which a world that still changes never comes to rest.
 const ROUNDS: usize = 60;
 
@@ -195,6 +197,11 @@ impl World {
         text
     }
 
+    /// How often agents have done something, and anybody has written something else to the API.
+    fn changes(&self) -> (usize, u64) {
+        (self.fate.effects().len(), self.api.version())
+    }
+
     /// Lets all go on until nothing changes any more.
     pub(super) async fn settle(&mut self) {
         while self.settle_unless_killed().await {}
@@ -204,7 +211,7 @@ impl World {
     pub(super) async fn settle_unless_killed(&mut self) -> bool {
         let mut quiet = 0;
         for _ in 0..ROUNDS {
-            let before = self.picture();
+            let before = self.changes();
             for node in NODES {
                 for volume in self.api.all::<PortableVolume>() {
                     if self.look(node, volume).await {
@@ -223,8 +230,8 @@ impl World {
                 }
             }
             self.control().await;
-            quiet = if self.picture() == before { quiet + 1 } else { 0 };
-            if quiet == 3 {
+            quiet = if self.changes() == before { quiet + 1 } else { 0 };
+            if quiet == QUIET {
                 assert!(self.calls.is_empty(), "not done: {:?}\n{}", self.calls, self.picture());
                 return false;
             }
@@ -232,8 +239,12 @@ impl World {
         panic!("it never comes to rest: {}\n{:#?}", self.picture(), self.fate.effects());
     }
 
+    pub(super) fn agent(&self, node: &str) -> Arc<Agent<Memory>> {
+        self.agents[node].agent.clone()
+    }
+
     /// One look of a node's agent at a volume; whether an agent was killed by it.
-    async fn look(&mut self, node: &'static str, volume: PortableVolume) -> bool {
+    pub(super) async fn look(&mut self, node: &'static str, volume: PortableVolume) -> bool {
         let process = self.agents.get_mut(node).unwrap();
         fill(&mut process.volumes, self.api.all());
         fill(&mut process.snapshots, self.api.all());

@@ -208,6 +208,15 @@ impl Zfs for CommandLine {
         self.take_all(parent, datasets, short).await
     }
 
+    async fn clean_up_snapshot_all(
+        &self,
+        parent: &DatasetName,
+        datasets: &[DatasetName],
+        short: &str,
+    ) -> Result<(), ZfsError> {
+        self.clean_up(parent, datasets, short).await
+    }
+
     async fn destroy_snapshot(&self, name: &SnapshotName) -> Result<(), ZfsError> {
         self.run_unless_busy(name.dataset(), &["zfs", "destroy", &name.to_string()]).await.map(drop)
     }

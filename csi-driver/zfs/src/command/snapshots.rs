@@ -54,6 +54,19 @@ impl CommandLine {
         self.taken_together(&names).await?.ok_or_else(gone)
     }
 
+    /// See [`Zfs::clean_up_snapshot_all`](crate::Zfs::clean_up_snapshot_all).
+    pub(super) async fn clean_up(
+        &self,
+        parent: &DatasetName,
+        datasets: &[DatasetName],
+        short: &str,
+    ) -> Result<(), ZfsError> {
+        if self.probed().await?.capabilities.several_snapshots || datasets.is_empty() {
+            return Ok(());
+        }
+        self.destroy_others(parent, &checked_names(parent, datasets, short)?, short).await
+    }
+
     /// The snapshots of these names, none if none of them is there. Equal transactions are what makes them one moment's.
     async fn taken_together(&self, names: &[SnapshotName]) -> Result<Option<Vec<Snapshot>>, ZfsError> {
         let mut found = Vec::new();

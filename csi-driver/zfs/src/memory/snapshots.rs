@@ -26,6 +26,7 @@ impl State {
             txg,
             holds: Vec::new(),
             deferred: false,
+            marked: false,
             size: entry.size,
             data: entry.data.clone(),
         };
@@ -72,7 +73,7 @@ impl State {
         }
     }
 
-    /// What `zfs snapshot -r` takes besides.
+    /// What `zfs snapshot -r` takes besides. All that it takes is marked.
     fn take_others(&mut self, parent: &DatasetName, short: &str, txg: u64) -> Result<()> {
         let below: Vec<DatasetName> = self.datasets.keys().filter(|name| is_in(name, parent)).cloned().collect();
         for dataset in below {
@@ -80,19 +81,17 @@ impl State {
             if let (false, Ok(name)) = (there, dataset.snapshot(short)) {
                 self.take(&name, txg)?;
             }
+            let snapshots = &mut self.entry(&dataset, "snapshot_all")?.snapshots;
+            snapshots.iter_mut().filter(|taken| taken.txg == txg).for_each(|taken| taken.marked = true);
         }
         Ok(())
     }
 
-    /// What was taken together with `wanted` and is none of them.
-    pub(super) fn taken_too(&self, parent: &DatasetName, wanted: &[Snapshot]) -> Vec<SnapshotName> {
-        let Some(first) = wanted.first() else { return Vec::new() };
-        let of = |(name, entry): (&DatasetName, &Entry)| {
-            let taken = entry.snapshots.iter().any(|taken| taken.txg == first.created_txg);
-            name.snapshot(first.name.short()).ok().filter(|_| taken && is_in(name, parent))
-        };
-        let all = self.datasets.iter().filter_map(of);
-        all.filter(|name| wanted.iter().all(|wanted| wanted.name != *name)).collect()
+    /// The marked snapshots of this name below `parent`, but for those of `wanted`.
+    pub(super) fn others(&self, parent: &DatasetName, wanted: &[DatasetName], short: &str) -> Vec<SnapshotName> {
+        let marked = |entry: &Entry| entry.snapshots.iter().any(|taken| taken.short == short && taken.marked);
+        let all = self.datasets.iter().filter(|(name, entry)| is_in(name, parent) && marked(entry));
+        all.filter(|(name, _)| !wanted.contains(name)).filter_map(|(name, _)| name.snapshot(short).ok()).collect()
     }
 
     pub(super) fn clone_to(

@@ -55,6 +55,8 @@ pub(super) struct Taken {
     pub(super) holds: Vec<String>,
     /// Destroyed as soon as nothing holds or clones it.
     pub(super) deferred: bool,
+    /// Taken together with others, as zfs-fuse does it.
+    pub(super) marked: bool,
     pub(super) size: Option<u64>,
     pub(super) data: Vec<u8>,
 }

@@ -172,6 +172,7 @@ impl State {
             txg,
             holds: Vec::new(),
             deferred: false,
+            marked: false,
             size: header.size,
             data,
         });

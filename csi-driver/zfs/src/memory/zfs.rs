@@ -153,11 +153,19 @@ impl Zfs for Memory {
     async fn snapshot_all(&self, parent: &DatasetName, datasets: &[DatasetName], short: &str) -> Result<Vec<Snapshot>> {
         let act = |state: &mut State| state.take_all(parent, datasets, short);
         let taken = self.call("snapshot_all", format!("{parent}@{short}"), act).await?;
-        let others = self.lock().taken_too(parent, &taken);
-        for other in others {
-            self.destroy_snapshot_deferred(&other).await?;
-        }
+        self.clean_up_snapshot_all(parent, datasets, short).await?;
         Ok(taken)
+    }
+
+    async fn clean_up_snapshot_all(&self, parent: &DatasetName, datasets: &[DatasetName], short: &str) -> Result<()> {
+        let others = self.lock().others(parent, datasets, short);
+        for other in others {
+            match self.destroy_snapshot_deferred(&other).await {
+                Err(error) if error.kind != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     async fn destroy_snapshot(&self, name: &SnapshotName) -> Result<()> {
