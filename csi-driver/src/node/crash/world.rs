@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use http::{Method, Request};
 use jiff::Timestamp;
-use kube::api::{DeleteParams, PostParams};
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::client::Body;
 use kube::runtime::{reflector, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
@@ -104,6 +104,8 @@ impl World {
         for node in NODES {
             let object = serde_json::from_value(serde_json::json!({ "metadata": { "name": node } })).unwrap();
             nodes.create(&PostParams::default(), &object).await.unwrap();
+            let ready = serde_json::json!({ "status": { "conditions": [{ "type": "Ready", "status": "True" }] } });
+            nodes.patch_status(node, &PatchParams::default(), &Patch::Merge(ready)).await.unwrap();
             world.start(node).await;
         }
         world
