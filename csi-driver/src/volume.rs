@@ -18,6 +18,9 @@ pub const EPOCH_PROPERTY: &str = "portolan:epoch";
 /// Reason of a condition: the volume is gone for its users, and its dataset stays for its snapshots or clones.
 pub const KEPT: &str = "Kept";
 
+/// Reason of a condition: a node could not do what it has to, and why.
+pub const STEP_FAILED: &str = "StepFailed";
+
 /// Reason of a condition: the dataset that the volume was to be can't be it.
 pub const IMPORT_REFUSED: &str = "ImportRefused";
 

@@ -141,9 +141,9 @@ async fn delete(volume: &PortableVolume, hub: &Hub) -> kube::Result<Action> {
     next.replicas.retain(|replica| !gone.contains(&replica.node));
     next.phase = VolumePhase::Deleting;
     let waiting: Vec<&str> = next.replicas.iter().map(|replica| replica.node.as_str()).collect();
-    // An agent that has more to say, that it is still mounted for one, has said it here.
+    // An agent that has more to say, that it is still mounted or that its pool is gone, has said it here.
     let said = conditions::find(&status.conditions, condition::READY)
-        .is_some_and(|ready| ready.reason == "Deleting" || ready.reason == volume::KEPT);
+        .is_some_and(|ready| ["Deleting", volume::STEP_FAILED, volume::KEPT].contains(&ready.reason.as_str()));
     if !said || !gone.is_empty() {
         let message = format!("waiting for these nodes to destroy their copies: {}", waiting.join(", "));
         conditions::set(&mut next.conditions, condition::READY, condition::FALSE, "Deleting", &message, None);

@@ -180,8 +180,8 @@ fn create(volume: &PortableVolume, recorded: bool, local: Option<&Local>) -> Vec
         None => Some(Action::Create),
         Some(_) => None,
     };
-    // What was there already was made as the spec was then.
-    let apply = local.map(|_| Action::ApplySpec);
+    // What was there already was made as the spec was then. A zvol's size is behind its key.
+    let apply = local.filter(|local| !(volume.spec.is_zvol() && local.sealed)).map(|_| Action::ApplySpec);
     make.into_iter().chain(apply).chain([Action::Own]).collect()
 }
 

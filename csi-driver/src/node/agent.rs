@@ -22,7 +22,7 @@ use super::steps::{StepError, Steps};
 use super::{Node, disk, write};
 use crate::handoff::{self, Action, Asked};
 use crate::transfer::TransferError;
-use crate::volume::{self, AWAITS_KEY, IMPORT_REFUSED, KEPT};
+use crate::volume::{self, AWAITS_KEY, IMPORT_REFUSED, KEPT, STEP_FAILED};
 
 /// How soon a volume is looked at again that waits for something on this node.
 const WAIT: Duration = Duration::from_secs(1);
@@ -55,8 +55,18 @@ pub(super) fn controller(
 
 pub(super) struct Agent<Z> {
     node: Arc<Node<Z>>,
-    /// Failures in a row, by volume, and the text that was made known last.
-    failures: Mutex<HashMap<String, (u32, String)>>,
+    /// Of each volume, until a look ends well.
+    failures: Mutex<HashMap<String, Failures>>,
+}
+
+/// Failures in a row.
+#[derive(Debug, Default)]
+struct Failures {
+    count: u32,
+    /// The text that was made known last.
+    told: String,
+    /// Whether the newest was that a copy is not from the volume's history.
+    diverged: bool,
 }
 
 /// Runs until `shutdown`. A step that is under way is dropped: it is taken again after the next start.
@@ -118,7 +128,7 @@ pub(super) async fn reconcile<Z: Zfs>(
             tracing::debug!(volume = name, %refused, "decided otherwise meanwhile");
             Requeue::requeue(Duration::from_millis(20))
         }
-        Err(StepError::Transfer(TransferError::Diverged { why, .. })) if agent.again(&name) => {
+        Err(StepError::Transfer(TransferError::Diverged { why, .. })) if agent.diverged_before(&name) => {
             match steps.quarantine(&why).await {
                 Ok(()) => Requeue::requeue(Duration::ZERO),
                 Err(error) => agent.failed(&steps, error).await,
@@ -229,13 +239,13 @@ impl<Z: Zfs> Agent<Z> {
         Self { node, failures: Mutex::default() }
     }
 
-    fn failures(&self) -> std::sync::MutexGuard<'_, HashMap<String, (u32, String)>> {
+    fn failures(&self) -> std::sync::MutexGuard<'_, HashMap<String, Failures>> {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the newest attempt has failed too.
-    fn again(&self, name: &str) -> bool {
-        self.failures().contains_key(name)
+    /// Whether the newest attempt has ended at the same.
+    fn diverged_before(&self, name: &str) -> bool {
+        self.failures().get(name).is_some_and(|failures| failures.diverged)
     }
 
     /// Makes a failure known, once for each different text, and says when to try again.
@@ -244,15 +254,16 @@ impl<Z: Zfs> Agent<Z> {
         let diverged = matches!(error, StepError::Transfer(TransferError::Diverged { .. }));
         let (count, told) = {
             let mut failures = self.failures();
-            let (count, text) = failures.entry(name.clone()).or_default();
-            *count += 1;
+            let failures = failures.entry(name.clone()).or_default();
+            failures.count += 1;
             // On zfs-fuse a group's snapshot touches every dataset for a moment: what is gone by the next look was none.
-            let passing = diverged && *count == 1;
-            let told = passing || *text == message;
+            let passing = diverged && !failures.diverged;
+            failures.diverged = diverged;
+            let told = passing || failures.told == message;
             if !told {
-                text.clone_from(&message);
+                failures.told.clone_from(&message);
             }
-            (*count, told)
+            (failures.count, told)
         };
         self.node.metrics.failures.inc();
         let pause = FIRST_PAUSE.saturating_mul(1 << (count - 1).min(5)).min(LONGEST_PAUSE);
@@ -261,7 +272,7 @@ impl<Z: Zfs> Agent<Z> {
             if let Err(error) = self.note(&name, &message, diverged).await {
                 tracing::debug!(volume = name, %error, "could not write the failure");
             }
-            let reason = if diverged { handoff::DIVERGED } else { "StepFailed" };
+            let reason = if diverged { handoff::DIVERGED } else { STEP_FAILED };
             self.node.events.warning(&volume::reference(&steps.volume), reason, "Retry", &message).await;
         }
         Requeue::requeue(pause)
@@ -274,7 +285,7 @@ impl<Z: Zfs> Agent<Z> {
             Some(handoff) => handoff.last_error = Some(message.to_owned()),
             // The owner of a volume that is in use and well isn't unwell because a look at it failed.
             None if status.owner.is_some() && volume.metadata.deletion_timestamp.is_none() => return Ok(()),
-            None => _ = write::not_ready(&mut status, "StepFailed", message),
+            None => _ = write::not_ready(&mut status, STEP_FAILED, message),
         }
         if diverged {
             conditions::set(

@@ -11,7 +11,8 @@ use portolan_zfs::memory::Fault;
 use portolan_zfs::{Capabilities, ErrorKind, Zfs};
 
 use super::world::{World, name};
-use crate::node::{agent, write};
+use crate::handoff;
+use crate::node::agent;
 use crate::volume;
 
 /// A volume that node a has made and written to.
@@ -140,7 +141,7 @@ async fn a_passing_snapshot_is_no_divergence() {
         let db = get(&world, "db").await;
         world.look(node, db).await;
         let status = volume::status(&get(&world, "db").await);
-        let diverged = conditions::find(&status.conditions, write::DIVERGED).is_some();
+        let diverged = conditions::find(&status.conditions, handoff::DIVERGED).is_some();
         said.push((diverged, status.handoff.unwrap().last_error.is_some()));
     }
     assert_eq!(said, [(false, false), (false, false), (true, true)], "what stays is said");

@@ -5,7 +5,6 @@ use std::convert::Infallible;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use http::{Method, Request};
-use jiff::Timestamp;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::client::Body;
 use kube::runtime::{reflector, watcher};
@@ -33,7 +32,8 @@ use super::picture::{self, Pools};
 use super::rules::{self, Written};
 use crate::block::mounts::Mounts;
 use crate::block::tools;
-use crate::controller::{self, Hub, decide};
+use crate::controller::{self, Hub};
+use crate::handoff::{Ask, Event};
 use crate::node::agent::{self, Agent};
 use crate::node::locks::Locks;
 use crate::node::metrics::Metrics;
@@ -141,8 +141,8 @@ impl World {
     /// Asks for a move, as an attachment does.
     pub(super) async fn ask_move(&self, name: &str, to: &str) {
         let volume = self.volumes().get(name).await.unwrap();
-        let start = |status: &mut _| decide::start(status, to, Timestamp::now());
-        write::status(&self.volumes(), &volume, start).await.unwrap();
+        let ask = Ask { to: to.to_owned(), ..Ask::default() };
+        write::event(&self.volumes(), &volume, Event::Asked(ask, write::now())).await.unwrap();
     }
 
     /// Deletes all that there is.
