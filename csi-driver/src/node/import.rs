@@ -219,6 +219,8 @@ mod tests {
                     volume.status = happens(handoff::Event::Owned { node: "a".into(), spec: Box::default() });
                     return Ok(true);
                 }
+                // Sets again what the import has set.
+                Action::ApplySpec => {}
                 other => panic!("{other:?}"),
             }
         }
