@@ -8,5 +8,6 @@
     reason = "all of this crate is tests; a panic is a failure"
 )]
 
+#[cfg(feature = "api")]
 pub mod api;
 pub mod contract;
