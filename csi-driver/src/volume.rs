@@ -15,6 +15,10 @@ pub const UID_PROPERTY: &str = "portolan:uid";
 /// User property of a dataset: the epoch at which this copy was last writable.
 pub const EPOCH_PROPERTY: &str = "portolan:epoch";
 
+/// User property of a dataset: `on` from before it is mounted until it has been unmounted in order. After a power cut what was written last is
+/// in the dataset's log only, and no snapshot has it, until the dataset is mounted again (zpoolconcepts(7), "Intent Log").
+pub const OPEN_PROPERTY: &str = "portolan:open";
+
 /// Reason of a condition: the volume is gone for its users, and its dataset stays for its snapshots or clones.
 pub const KEPT: &str = "Kept";
 
@@ -153,6 +157,14 @@ fn word(value: &impl serde::Serialize) -> String {
 /// Never in practice: a number is a good value.
 pub fn epoch_property(epoch: i64) -> Result<Property, InvalidName> {
     Property::new(EPOCH_PROPERTY, epoch.to_string())
+}
+
+/// The property that says whether a dataset is open.
+///
+/// # Errors
+/// Never in practice.
+pub fn open_property(open: bool) -> Result<Property, InvalidName> {
+    Property::new(OPEN_PROPERTY, if open { "on" } else { "off" })
 }
 
 /// What an Event about a volume refers to.

@@ -166,15 +166,22 @@ pub(super) async fn end_move(hub: &Hub, volume: &PortableVolume, node: &str) -> 
     place(hub, volume, node).await
 }
 
-/// Writes an event; false if it can't happen to the volume as it is, so that it has to be looked at again.
+/// Writes an event, whoever else writes meanwhile: whether it can happen still is checked on each object anew. False if it can't, so that the
+/// volume has to be looked at again.
 pub(super) async fn happen(hub: &Hub, volume: &PortableVolume, event: Event) -> kube::Result<bool> {
-    match write::event(&hub.volumes, volume, event).await {
-        Ok(_) => Ok(true),
-        Err(WriteError::Refused(refused)) => {
-            tracing::info!(volume = volume.name_any(), %refused);
-            Ok(false)
+    let mut read = volume.clone();
+    loop {
+        match write::event(&hub.volumes, &read, event.clone()).await {
+            Ok(_) => return Ok(true),
+            Err(WriteError::Refused(refused)) => {
+                tracing::info!(volume = volume.name_any(), %refused);
+                return Ok(false);
+            }
+            Err(WriteError::Api(error)) if write::is_conflict(&error) => {
+                read = hub.volumes.get(&volume.name_any()).await?;
+            }
+            Err(WriteError::Api(error)) => return Err(error),
         }
-        Err(WriteError::Api(error)) => Err(error),
     }
 }
 

@@ -23,6 +23,8 @@ pub struct Local {
     pub mounted: bool,
     /// Whether it is encrypted and its key isn't loaded.
     pub sealed: bool,
+    /// Whether it was not unmounted in order since it was mounted last: what was written then may be in its log only.
+    pub open: bool,
     /// Bytes that it uses, snapshots included.
     pub used: i64,
     /// Its snapshots, oldest first; not those that only a clone still keeps.

@@ -43,6 +43,8 @@ pub enum Action {
     Own,
     /// Set `readonly` and read it back.
     SetReadonly(bool),
+    /// Mount the dataset, which is read-only, and unmount it: what a power cut has left in its log only is in it then.
+    Replay,
     /// Make sure by the node's mount table that nothing has the dataset mounted, and that a zvol's device can't be written.
     CheckQuiet,
     /// Take the snapshot of a round of PreCopy under this name, and write it with its GUID.
@@ -314,10 +316,23 @@ fn source(status: &PortableVolumeStatus, handoff: &Handoff, local: Option<&Local
     }
     match at_epoch(local, status.epoch) {
         Err(report) => vec![report],
-        Ok(local) if local.mounted => vec![Action::Wait(format!("still mounted on node {}", handoff.from))],
+        // Mounted read-only it is our own doing, cut short.
+        Ok(local) if local.mounted && !(local.open && local.readonly) => {
+            vec![Action::Wait(format!("still mounted on node {}", handoff.from))]
+        }
+        Ok(local) if local.open && local.sealed => {
+            let message = format!(
+                "node {0} failed while the volume was in use, and what was written last is behind its key: let a pod that uses the volume \
+                 start on node {0} once",
+                handoff.from
+            );
+            vec![Action::Report { reason: "KeyNeeded", message }]
+        }
         Ok(local) => {
             let name = next_name(status, handoff, local);
-            vec![Action::SetReadonly(true), Action::CheckQuiet, Action::PublishFinal(name)]
+            let replay = local.open.then_some(Action::Replay);
+            let quiet = [Action::SetReadonly(true)].into_iter().chain(replay).chain([Action::CheckQuiet]);
+            quiet.chain([Action::PublishFinal(name)]).collect()
         }
     }
 }

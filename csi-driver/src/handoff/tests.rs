@@ -166,6 +166,16 @@ fn a_source_proves_that_it_is_quiet_before_its_final_snapshot() {
     assert_eq!(plan("a", &volume, Some(&copy(3, &["portolan-3"])), &[]), steps("portolan-4"));
     // A snapshot of an attempt that was cut short is not trusted.
     assert_eq!(plan("a", &volume, Some(&copy(3, &["portolan-3", "portolan-4"])), &[]), steps("portolan-4-2"));
+    // A power cut while a pod had it: what was acknowledged last is in its log.
+    let cut = Local { open: true, ..copy(3, &["portolan-3"]) };
+    let replayed = |readonly, mounted| {
+        let actions = plan("a", &volume, Some(&Local { readonly, mounted, ..cut.clone() }), &[]);
+        actions.get(..2) == Some(&[Action::SetReadonly(true), Action::Replay])
+    };
+    assert!(replayed(false, false) && replayed(true, false) && replayed(true, true));
+    assert!(waits(&plan("a", &volume, Some(&Local { mounted: true, ..cut.clone() }), &[])), "a pod has it");
+    let sealed = Local { sealed: true, ..cut.clone() };
+    assert_eq!(reason(&plan("a", &volume, Some(&sealed), &[])), Some("KeyNeeded"));
     // A copy that isn't the newest is never the source of anything.
     assert_eq!(reason(&plan("a", &volume, Some(&copy(2, &[])), &[])), Some("EpochMismatch"));
     assert_eq!(reason(&plan("a", &volume, None, &[])), Some("DatasetMissing"));

@@ -7,7 +7,7 @@ use portolan_zfs::{DatasetName, ErrorKind, Zfs, ZfsError};
 use crate::block::device::{Device, DeviceError};
 use crate::block::mounts::{MountError, Mounts};
 use crate::handoff::{Known, Local};
-use crate::volume::{EPOCH_PROPERTY, UID_PROPERTY};
+use crate::volume::{EPOCH_PROPERTY, OPEN_PROPERTY, UID_PROPERTY};
 
 /// The copy could not be read; nothing is known of it.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +59,7 @@ pub async fn read(zfs: &impl Zfs, table: &Mounts, dataset: &DatasetName) -> Resu
         readonly: found.readonly,
         mounted: found.mounted || !mounts(table, dataset)?.is_empty(),
         sealed: !found.key_available,
+        open: found.user.get(OPEN_PROPERTY).is_some_and(|open| open == "on"),
         used: i64::try_from(found.used).unwrap_or(i64::MAX),
         snapshots,
         origin: found.origin.map(|origin| (origin.dataset().short().to_owned(), origin.short().to_owned())),

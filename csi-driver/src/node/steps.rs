@@ -156,6 +156,7 @@ impl<Z: Zfs> Steps<'_, Z> {
             }
             Action::RecordDestroyed { object } => take::record_destroyed(self.node, &object).await?,
             Action::SetReadonly(on) => zfs.set_readonly(&self.dataset, on).await?,
+            Action::Replay => self.replay().await?,
             Action::CheckQuiet => self.check_quiet().await?,
             Action::PublishRound(name) => self.publish_round(&name).await?,
             Action::PublishFinal(name) => self.publish(&name).await?,
@@ -251,6 +252,18 @@ impl<Z: Zfs> Steps<'_, Z> {
         tracing::info!(volume = self.volume.name_any(), size = spec.size_bytes, "the dataset is as the spec says");
         self.write(|status| handoff::applied(status, &spec)).await?;
         Ok(())
+    }
+
+    /// Has ZFS play a dataset's log, which it does when it mounts it, read-only too.
+    async fn replay(&self) -> Result<(), StepError> {
+        let (node, dataset) = (self.node, &self.dataset);
+        let mountpoint = volume::mountpoint(&node.kubelet_dir, &self.volume.name_any());
+        node.mounts.make_directory(&mountpoint)?;
+        node.zfs.mount(dataset).await?;
+        node.zfs.unmount(dataset).await?;
+        node.mounts.remove_directory(&mountpoint)?;
+        tracing::info!(%dataset, "played the log of a dataset that was in use when its node failed");
+        Ok(node.zfs.set_property(dataset, &volume::open_property(false)?).await?)
     }
 
     /// Makes sure that nothing can write to the dataset, which has been made read-only: nothing has it mounted, and a zvol's device is

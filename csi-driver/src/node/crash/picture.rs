@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use crate::volume::OPEN_PROPERTY;
 use portolan_crds::{PortableSnapshot, PortableVolume};
 use portolan_tests::api::FakeApi;
 use portolan_zfs::memory::{Contents, Memory};
@@ -70,6 +71,8 @@ fn draw_dataset(text: &mut String, node: &str, contents: &Contents) {
     let dataset = &contents.dataset;
     let mut properties = contents.properties.clone();
     properties.remove("readonly");
+    // Stays on where an agent ended between an unmount and this: the next move plays the log, which is empty.
+    properties.remove(OPEN_PROPERTY);
     let origin = dataset.origin.as_ref().map(ToString::to_string).unwrap_or_default();
     let data = String::from_utf8_lossy(&contents.data);
     writeln!(

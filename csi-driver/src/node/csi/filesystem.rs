@@ -23,6 +23,7 @@ use crate::volume;
 pub(super) async fn stage_dataset<Z: Zfs>(node: &Node<Z>, name: &str, dataset: &DatasetName) -> Result<(), Status> {
     let mountpoint = volume::mountpoint(&node.kubelet_dir, name);
     node.mounts.make_directory(&mountpoint).map_err(mount_failed)?;
+    super::set_open(node, dataset, true).await?;
     node.zfs.mount(dataset).await.map_err(zfs_failed)?;
     staged(node, dataset, &mountpoint).map(drop)
 }

@@ -162,7 +162,10 @@ async fn unstage<Z: Zfs>(node: &Arc<Node<Z>>, name: &str, dataset: &DatasetName)
     }
     if !mounted.is_empty() {
         match device_of(node, dataset)? {
-            None => node.zfs.unmount(dataset).await.map_err(zfs_failed)?,
+            None => {
+                node.zfs.unmount(dataset).await.map_err(zfs_failed)?;
+                set_open(node, dataset, false).await?;
+            }
             Some(_) => unmount(node, mountpoint.clone()).await?,
         }
         tracing::info!(volume = name, "unmounted");
@@ -174,6 +177,12 @@ async fn unstage<Z: Zfs>(node: &Arc<Node<Z>>, name: &str, dataset: &DatasetName)
         seal::close(node.zfs.as_ref(), &node.pool, dataset).await?;
     }
     node.mounts.remove_directory(&mountpoint).map_err(mount_failed)
+}
+
+/// Says on the dataset whether it may have been written since it was unmounted in order.
+async fn set_open<Z: Zfs>(node: &Node<Z>, dataset: &DatasetName, open: bool) -> Result<(), Status> {
+    let property = volume::open_property(open).map_err(|error| Status::internal(error.to_string()))?;
+    node.zfs.set_property(dataset, &property).await.map_err(zfs_failed)
 }
 
 /// Unmounting may wait for the disk.
