@@ -30,7 +30,7 @@ struct Parties {
     target: String,
 }
 
-const FAULTS: [Fault; 11] = [
+const FAULTS: [Fault; 12] = [
     Fault { what: "kill -9 of the source's agent", phase: "PreCopy", inject: |lab, it| kill_agent(lab, &it.source) },
     Fault { what: "kill -9 of the target's agent", phase: "PreCopy", inject: |lab, it| kill_agent(lab, &it.target) },
     Fault { what: "kill -9 of the source's agent", phase: "Quiescing", inject: |lab, it| kill_agent(lab, &it.source) },
@@ -42,7 +42,11 @@ const FAULTS: [Fault; 11] = [
     Fault { what: "a cut of the source's network", phase: "FinalSync", inject: |lab, it| cut(lab, &it.source) },
     Fault { what: "a power cut of the target", phase: "FinalSync", inject: |lab, it| power_cut(lab, &it.target) },
     Fault { what: "a power cut of the source", phase: "FinalSync", inject: |lab, it| power_cut(lab, &it.source) },
+    Fault { what: "a power cut of the source", phase: IN_USE, inject: cut_in_use },
 ];
+
+/// Before the move: what was acknowledged last is in the dataset's log then, and no pod mounts it there again.
+const IN_USE: &str = "use";
 
 /// Plays it, on two nodes. Portolan must be installed.
 ///
@@ -63,12 +67,15 @@ fn under(lab: &Lab, db: &Database, fault: &Fault) -> Result<Database> {
     lab.step(format!("{} in {} of the move from {} to {}", fault.what, fault.phase, it.source, it.target));
     let before = scene::newest_row(lab)?;
     let phases = Phases::watch(lab, &db.volume)?;
-    lab.kubectl(&["cordon", &it.source])?;
-    if fault.phase == "PreCopy" {
+    if fault.phase == IN_USE {
+        (fault.inject)(lab, &it)?;
+    } else if fault.phase == "PreCopy" {
+        lab.kubectl(&["cordon", &it.source])?;
         phases.until(fault.phase)?;
         (fault.inject)(lab, &it)?;
         go(lab)?;
     } else {
+        lab.kubectl(&["cordon", &it.source])?;
         go(lab)?;
         phases.until(fault.phase)?;
         (fault.inject)(lab, &it)?;
@@ -195,6 +202,15 @@ fn cut(lab: &Lab, node: &str) -> Result<()> {
     lab.verb("cut", node)?;
     sleep(OUTAGE);
     lab.verb("mend", node)
+}
+
+/// The pod is to go while its node is down, so that it isn't started there again.
+fn cut_in_use(lab: &Lab, parties: &Parties) -> Result<()> {
+    lab.verb("crash", &parties.source)?;
+    lab.kubectl(&["cordon", &parties.source])?;
+    go(lab)?;
+    sleep(OUTAGE);
+    lab.verb("start", &parties.source)
 }
 
 fn power_cut(lab: &Lab, node: &str) -> Result<()> {
