@@ -26,8 +26,7 @@ fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
         ("encryption", !openzfs, encryption::play),
         ("migration", !openzfs, migration::play),
         ("faults", !openzfs, faults::play),
-        // It has not been seen to end yet.
-        ("fault-in-use", false, faults::play_in_use),
+        ("fault-in-use", !openzfs, faults::play_in_use),
         ("sanity", !openzfs, sanity::play),
         ("storage-suite", !openzfs, |lab| storage_suite::play(lab, Scope::Selection)),
         // Of OpenZFS; zfs-fuse is held to it by the tests without a cluster.
