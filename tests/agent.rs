@@ -66,7 +66,7 @@ impl Node {
     async fn network(&self) {
         let vtep = std::net::Ipv4Addr::LOCALHOST;
         let subnet = "10.32.0.0/24".parse().unwrap();
-        let spec = NetworkSpec { vni: VNI, mtu: 1450, vtep, subnet, port: 7789, suppression: false };
+        let spec = NetworkSpec { vni: VNI, mtu: 1450, vtep, subnets: vec![subnet], port: 7789, suppression: false };
         self.dataplane.ensure_network(&spec).await.unwrap();
     }
 
@@ -130,7 +130,7 @@ async fn a_crash_between_the_steps_of_del_leaves_nothing() {
         node.journal().put(endpoint.clone()).unwrap();
         node.dataplane.add_port(&endpoint.port()).await.unwrap();
         if steps > 0 {
-            node.dataplane.remove_port(VNI, &endpoint.port().port, Some(endpoint.address)).await.unwrap();
+            node.dataplane.remove_port(VNI, &endpoint.port().port, &endpoint.port().addresses).await.unwrap();
         }
         node.end(&pod);
         assert_eq!(node.restart().await, (true, 0, 0), "killed after step {steps}");

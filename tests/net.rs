@@ -2,12 +2,13 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
 };
 
+use ipnet::IpNet;
 use portolan_net::{
     BRIDGE_ADDRESS, Dataplane, Forwarding, Mac, Namespace, NetworkSpec, Peer, PortSpec, endpoint_mac, port_name,
 };
@@ -44,11 +45,11 @@ impl Node {
     }
 
     fn spec(&self, vni: u32, suppression: bool) -> NetworkSpec {
-        let subnet = "10.32.0.0/24".parse().unwrap();
-        NetworkSpec { vni, mtu: 1450, vtep: self.vtep, subnet, port: 7789, suppression }
+        let subnets = vec!["10.32.0.0/24".parse().unwrap(), "fd32::/64".parse().unwrap()];
+        NetworkSpec { vni, mtu: 1450, vtep: self.vtep, subnets, port: 7789, suppression }
     }
 
-    /// A pod of that name on a network; its address is 10.32.0.`last`.
+    /// A pod of that name on a network; its addresses are 10.32.0.`last` and fd32::`last`.
     async fn plug(&self, vni: u32, pod: &str, last: u8) -> Pod<'_> {
         let netns = if self.file(pod).exists() { Path::new("/run/netns").join(pod) } else { self.netns(pod) };
         let address = Ipv4Addr::new(10, 32, 0, last);
@@ -58,13 +59,12 @@ impl Node {
             netns,
             interface: "eth1".into(),
             mac: endpoint_mac(&vni.to_string(), address),
-            address,
-            prefix: 24,
+            addresses: vec![IpNet::new(address.into(), 24).unwrap(), IpNet::new(ipv6(last).into(), 64).unwrap()],
             mtu: 1450,
             resolver: true,
         };
         self.dataplane.add_port(&port).await.unwrap();
-        Pod { node: self, port }
+        Pod { node: self, port, address, ipv6: ipv6(last) }
     }
 }
 
@@ -79,11 +79,13 @@ impl Drop for Node {
 struct Pod<'a> {
     node: &'a Node,
     port: PortSpec,
+    address: Ipv4Addr,
+    ipv6: Ipv6Addr,
 }
 
 impl Pod<'_> {
-    fn endpoint(&self) -> (Ipv4Addr, Mac) {
-        (self.port.address, self.port.mac)
+    fn endpoints(&self) -> impl Iterator<Item = (IpAddr, Mac)> {
+        self.port.addresses.iter().map(|a| (a.addr(), self.port.mac))
     }
 
     fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> T {
@@ -96,26 +98,40 @@ impl Pod<'_> {
 
     /// A socket that waits for datagrams on the echo port.
     fn listen(&self) -> UdpSocket {
-        self.inside(|| udp(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, ECHO)))
+        self.inside(|| udp((Ipv4Addr::UNSPECIFIED, ECHO)))
+    }
+
+    /// The same in IPv6.
+    fn listen_ipv6(&self) -> UdpSocket {
+        self.inside(|| udp((self.ipv6, ECHO)))
     }
 
     /// Sends a datagram, and says whether the listener got it from this pod.
-    fn reaches(&self, to: Ipv4Addr, listener: &UdpSocket) -> bool {
-        let text = format!("from {} to {to}", self.port.address);
+    fn reaches(&self, to: impl Into<IpAddr>, listener: &UdpSocket) -> bool {
+        let to = to.into();
+        let from: IpAddr = if to.is_ipv4() { self.address.into() } else { self.ipv6.into() };
+        let text = format!("from {from} to {to}");
         self.inside(|| {
-            let socket = udp(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0))?;
-            socket.set_broadcast(true)?;
+            let socket = udp((from, 0))?;
+            if to.is_ipv4() {
+                socket.set_broadcast(true)?;
+            }
             socket.send_to(text.as_bytes(), (to, ECHO))
         });
         let mut buffer = [0; 100];
         match listener.recv_from(&mut buffer) {
-            Ok((length, from)) => buffer[..length] == *text.as_bytes() && from.ip() == self.port.address,
+            Ok((length, sender)) => buffer[..length] == *text.as_bytes() && sender.ip() == from,
             Err(_) => false,
         }
     }
 }
 
-fn udp(at: SocketAddrV4) -> io::Result<UdpSocket> {
+fn ipv6(last: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd32, 0, 0, 0, 0, 0, 0, last.into())
+}
+
+fn udp(at: impl Into<SocketAddr>) -> io::Result<UdpSocket> {
+    let at = at.into();
     let socket = UdpSocket::bind(at)?;
     socket.set_read_timeout(Some(PATIENCE))?;
     Ok(socket)
@@ -148,7 +164,7 @@ async fn forward(
     remote: &[&Pod<'_>],
     suppression: bool,
 ) -> usize {
-    let endpoints = |pods: &[&Pod<'_>]| pods.iter().map(|p| p.endpoint()).collect::<Vec<_>>();
+    let endpoints = |pods: &[&Pod<'_>]| pods.iter().flat_map(|p| p.endpoints()).collect::<Vec<_>>();
     let peers = vec![Peer { vtep: peer.vtep, endpoints: endpoints(remote) }];
     node.dataplane.forward(vni, &Forwarding { local: endpoints(local), peers, suppression }).await.unwrap()
 }
@@ -165,15 +181,19 @@ async fn pods_reach_each_other_across_nodes() {
         forward(&b, 77, &[&two], &a, &[&one], suppression).await;
 
         let (at_one, at_two) = (one.listen(), two.listen());
-        assert!(one.reaches(two.port.address, &at_two), "unicast, suppression {suppression}");
-        assert!(two.reaches(one.port.address, &at_one), "and back, suppression {suppression}");
+        assert!(one.reaches(two.address, &at_two), "unicast, suppression {suppression}");
+        assert!(two.reaches(one.address, &at_one), "and back, suppression {suppression}");
         assert!(
             one.reaches(Ipv4Addr::new(10, 32, 0, 255), &at_two),
             "the subnet's broadcast, suppression {suppression}"
         );
 
-        let server = two.inside(|| TcpListener::bind((two.port.address, 80)));
-        one.inside(|| TcpStream::connect_timeout(&(two.port.address, 80).into(), PATIENCE));
+        let (ipv6_at_one, ipv6_at_two) = (one.listen_ipv6(), two.listen_ipv6());
+        assert!(one.reaches(two.ipv6, &ipv6_at_two), "IPv6 unicast, suppression {suppression}");
+        assert!(two.reaches(one.ipv6, &ipv6_at_one), "and back, suppression {suppression}");
+
+        let server = two.inside(|| TcpListener::bind((two.address, 80)));
+        one.inside(|| TcpStream::connect_timeout(&(two.address, 80).into(), PATIENCE));
         drop(server);
 
         assert_eq!(forward(&a, 77, &[&one], &b, &[&two], suppression).await, 0, "a second time changes nothing");
@@ -190,20 +210,20 @@ async fn a_moved_pod_is_reached_at_its_new_node() {
     forward(&a, 77, &[&resident], &b, &[&moving], false).await;
     forward(&b, 77, &[&moving], &a, &[&resident], false).await;
     let there = moving.listen();
-    assert!(resident.reaches(moving.port.address, &there));
+    assert!(resident.reaches(moving.address, &there));
 
     // To the resident's own node, and away again.
-    b.dataplane.remove_port(77, &moving.port.port, Some(moving.port.address)).await.unwrap();
+    b.dataplane.remove_port(77, &moving.port.port, &moving.port.addresses).await.unwrap();
     let here = a.plug(77, "moved", 21).await;
     forward(&a, 77, &[&resident, &here], &b, &[], false).await;
     let listener = here.listen();
-    assert!(resident.reaches(here.port.address, &listener), "same node");
-    a.dataplane.remove_port(77, &here.port.port, Some(here.port.address)).await.unwrap();
+    assert!(resident.reaches(here.address, &listener), "same node");
+    a.dataplane.remove_port(77, &here.port.port, &here.port.addresses).await.unwrap();
     let back = b.plug(77, "back", 21).await;
     forward(&b, 77, &[&back], &a, &[&resident], false).await;
     forward(&a, 77, &[&resident], &b, &[&back], false).await;
     let listener = back.listen();
-    assert!(resident.reaches(back.port.address, &listener), "other node again");
+    assert!(resident.reaches(back.address, &listener), "other node again");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -216,7 +236,7 @@ async fn networks_with_the_same_subnet_do_not_mix() {
     let wrong = node.plug(78, "wrong", 6).await;
     let (at_right, at_wrong) = (right.listen(), wrong.listen());
     at_wrong.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-    assert!(asking.reaches(right.port.address, &at_right));
+    assert!(asking.reaches(right.address, &at_right));
     assert!(!asking.reaches(Ipv4Addr::new(10, 32, 0, 255), &at_wrong), "a broadcast stays in its network");
 }
 
@@ -229,14 +249,14 @@ async fn the_resolver_of_the_own_node_answers() {
     let pod = a.plug(77, "pod", 5).await;
     forward(&a, 77, &[&pod], &b, &[], false).await;
     forward(&b, 77, &[], &a, &[&pod], false).await;
-    let resolver = |node: &Node| node.dataplane.run_in(77, || udp(SocketAddrV4::new(BRIDGE_ADDRESS, 53))).unwrap();
+    let resolver = |node: &Node| node.dataplane.run_in(77, || udp((BRIDGE_ADDRESS, 53))).unwrap();
     let (own, others) = (resolver(&a), resolver(&b));
     others.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-    let client = pod.inside(|| udp(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0)));
+    let client = pod.inside(|| udp((Ipv4Addr::UNSPECIFIED, 0)));
     client.send_to(b"question", (BRIDGE_ADDRESS, 53)).unwrap();
     let mut buffer = [0; 20];
     let (_, from) = own.recv_from(&mut buffer).unwrap();
-    assert_eq!(from.ip(), pod.port.address);
+    assert_eq!(from.ip(), pod.address);
     own.send_to(b"answer", from).unwrap();
     let (length, from) = client.recv_from(&mut buffer).unwrap();
     assert_eq!((&buffer[..length], from.ip()), (&b"answer"[..], BRIDGE_ADDRESS.into()));
@@ -259,15 +279,15 @@ async fn everything_can_be_done_twice_and_nothing_is_left() {
     let inside = format!("--net={}", a.file("pod").display());
     run("nsenter", &[&inside, "ip", "address", "flush", "dev", "eth1"]);
     run("nsenter", &[&inside, "ip", "link", "set", "eth1", "down"]);
-    let pod = a.plug(77, "pod", pod.port.address.octets()[3]).await;
+    let pod = a.plug(77, "pod", pod.address.octets()[3]).await;
     a.dataplane.check_port(&pod.port).await.unwrap();
     assert_eq!(a.dataplane.ports(77).await.unwrap(), std::slice::from_ref(&pod.port.port));
     let second = a.plug(77, "second", 6).await;
     let listener = second.listen();
-    assert!(pod.reaches(second.port.address, &listener));
+    assert!(pod.reaches(second.address, &listener));
 
     for _ in 0..2 {
-        a.dataplane.remove_port(77, &pod.port.port, Some(pod.port.address)).await.unwrap();
+        a.dataplane.remove_port(77, &pod.port.port, &pod.port.addresses).await.unwrap();
     }
     assert_eq!(a.dataplane.ports(77).await.unwrap(), std::slice::from_ref(&second.port.port));
     assert!(a.dataplane.check_port(&pod.port).await.is_err());
@@ -302,8 +322,9 @@ async fn a_failed_port_leaves_nothing() {
     let mut refused = pod.port.clone();
     refused.port = port_name("refused", "eth1");
     refused.netns = node.netns("refused");
-    refused.prefix = 33;
-    assert!(node.dataplane.add_port(&refused).await.is_err());
+    refused.mtu = 1000;
+    let error = node.dataplane.add_port(&refused).await.unwrap_err().to_string();
+    assert!(error.starts_with("add address fd32::5/64"), "IPv6 needs an MTU of 1280 (RFC 8200, section 5): {error}");
     assert_eq!(node.dataplane.ports(77).await.unwrap(), std::slice::from_ref(&pod.port.port));
     node.dataplane.check_port(&pod.port).await.unwrap();
 }

@@ -30,7 +30,7 @@ pub enum UnplugError {
 /// When either can't be removed.
 pub async fn unplug(dataplane: &Dataplane, journal: &Journal, endpoint: &Endpoint) -> Result<(), UnplugError> {
     let port = endpoint.port();
-    dataplane.remove_port(port.vni, &port.port, Some(port.address)).await?;
+    dataplane.remove_port(port.vni, &port.port, &port.addresses).await?;
     Ok(journal.remove(&endpoint.id())?)
 }
 
@@ -51,7 +51,7 @@ pub async fn collect(dataplane: &Dataplane, journal: &Journal) -> Result<bool, U
     for vni in dataplane.networks()? {
         for port in dataplane.ports(vni).await? {
             if !known.iter().any(|k| k.vni == vni && k.port == port) {
-                dataplane.remove_port(vni, &port, None).await?;
+                dataplane.remove_port(vni, &port, &[]).await?;
                 found = true;
                 tracing::info!(vni, port, "collected: the journal doesn't know it");
             }

@@ -9,6 +9,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use ipnet::Ipv4Net;
 use portolan_net::{Mac, PortSpec, port_name};
 use serde::{Deserialize, Serialize};
 
@@ -53,6 +54,11 @@ impl Endpoint {
         format!("{}.{}", self.container, self.interface)
     }
 
+    /// Its address with the prefix length of its subnet; with the full length if the journal has one that can't be.
+    fn subnet_address(&self) -> Ipv4Net {
+        Ipv4Net::new(self.address, self.prefix).unwrap_or_else(|_| self.address.into())
+    }
+
     /// Its port.
     pub fn port(&self) -> PortSpec {
         PortSpec {
@@ -61,8 +67,7 @@ impl Endpoint {
             netns: self.netns.clone(),
             interface: self.interface.clone(),
             mac: self.mac,
-            address: self.address,
-            prefix: self.prefix,
+            addresses: vec![self.subnet_address().into()],
             mtu: self.mtu,
             resolver: self.resolver,
         }

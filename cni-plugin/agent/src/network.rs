@@ -57,7 +57,7 @@ impl Network {
             vni: self.vni,
             mtu: self.mtu(underlay),
             vtep: underlay.vtep,
-            subnet: self.subnet,
+            subnets: vec![self.subnet.into()],
             port: underlay.port,
             suppression: self.suppression,
         }

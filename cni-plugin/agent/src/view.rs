@@ -71,7 +71,9 @@ impl View {
 
     /// Where frames go.
     pub fn forwarding(&self, suppression: bool) -> Forwarding {
-        let identities = |endpoints: &[Endpoint]| endpoints.iter().filter_map(identity).collect();
+        let identities = |endpoints: &[Endpoint]| {
+            endpoints.iter().filter_map(identity).map(|(address, mac)| (address.into(), mac)).collect()
+        };
         let peer =
             |(vtep, endpoints): (&Ipv4Addr, &Vec<Endpoint>)| Peer { vtep: *vtep, endpoints: identities(endpoints) };
         Forwarding { local: identities(&self.local), peers: self.remote.iter().map(peer).collect(), suppression }

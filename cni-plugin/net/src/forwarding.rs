@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
 };
 
 use netlink_packet_route::{
@@ -22,11 +22,11 @@ use crate::{
 /// What a network's forwarding shall be on this node.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Forwarding {
-    /// Endpoints of this node: address and MAC.
-    pub local: Vec<(Ipv4Addr, Mac)>,
+    /// Endpoints of this node: address and MAC. One that has several addresses is here with each.
+    pub local: Vec<(IpAddr, Mac)>,
     /// The other nodes that have the network.
     pub peers: Vec<Peer>,
-    /// Whether the bridge answers ARP for remote endpoints.
+    /// Whether the bridge answers ARP and neighbour discovery for remote endpoints.
     pub suppression: bool,
 }
 
@@ -35,8 +35,8 @@ pub struct Forwarding {
 pub struct Peer {
     /// Its address on the underlay.
     pub vtep: Ipv4Addr,
-    /// Its endpoints: address and MAC.
-    pub endpoints: Vec<(Ipv4Addr, Mac)>,
+    /// Its endpoints: address and MAC. One that has several addresses is here with each.
+    pub endpoints: Vec<(IpAddr, Mac)>,
 }
 
 /// Entries, as the kernel has them or as they are wanted.
@@ -49,7 +49,7 @@ struct Table {
     /// On br0: MACs that are behind vx0.
     behind: BTreeSet<Mac>,
     /// On br0: neighbours.
-    neighbours: BTreeMap<Ipv4Addr, Mac>,
+    neighbours: BTreeMap<IpAddr, Mac>,
 }
 
 /// One request to the kernel.
@@ -61,14 +61,16 @@ enum Change {
     RemoveFlood(Ipv4Addr),
     AddBehind(Mac),
     RemoveBehind(Mac),
-    SetNeighbour(Ipv4Addr, Mac),
-    RemoveNeighbour(Ipv4Addr),
+    SetNeighbour(IpAddr, Mac),
+    RemoveNeighbour(IpAddr),
 }
 
 impl Forwarding {
     fn wanted(&self) -> Table {
         let local: BTreeSet<Mac> = self.local.iter().map(|(_, mac)| *mac).collect();
-        let mut table = Table { neighbours: self.local.iter().copied().collect(), ..Table::default() };
+        // The bridge itself speaks IPv4 only: it needs no other neighbours than those it answers for.
+        let spoken_to = self.local.iter().filter(|(address, _)| address.is_ipv4());
+        let mut table = Table { neighbours: spoken_to.copied().collect(), ..Table::default() };
         for peer in &self.peers {
             table.floods.insert(peer.vtep);
             for (address, mac) in peer.endpoints.iter().filter(|(_, mac)| !local.contains(mac)) {
@@ -128,14 +130,16 @@ async fn read(netlink: &Netlink, tunnel: u32, bridge: u32) -> Result<Table> {
         let (Some(mac), true) = (mac, entry.header.ifindex == tunnel) else { continue };
         let is_tunnels_own = entry.header.flags.contains(NeighbourFlags::Own);
         match (is_tunnels_own, destination) {
-            (true, Some(vtep)) if mac == Mac::default() => drop(table.floods.insert(vtep)),
-            (true, Some(vtep)) => drop(table.tunnels.insert(mac, vtep)),
+            (true, Some(IpAddr::V4(vtep))) if mac == Mac::default() => drop(table.floods.insert(vtep)),
+            (true, Some(IpAddr::V4(vtep))) => drop(table.tunnels.insert(mac, vtep)),
             // The bridge's entry for vx0's own MAC is permanent, which there means "local": not ours.
             (false, _) if entry.header.state != NeighbourState::Permanent => drop(table.behind.insert(mac)),
             _ => {}
         }
     }
-    for entry in netlink.neighbours(AddressFamily::Inet).await? {
+    let mut entries = netlink.neighbours(AddressFamily::Inet).await?;
+    entries.extend(netlink.neighbours(AddressFamily::Inet6).await?);
+    for entry in entries {
         if entry.header.ifindex == bridge
             && entry.header.state == NeighbourState::Permanent
             && let (Some(mac), Some(address)) = facts(&entry)
@@ -176,18 +180,19 @@ async fn apply(netlink: &Netlink, tunnel: u32, bridge: u32, change: Change) -> R
     }
 }
 
-/// The MAC and the IPv4 address of an entry.
-fn facts(entry: &NeighbourMessage) -> (Option<Mac>, Option<Ipv4Addr>) {
+/// The MAC and the IP address of an entry.
+fn facts(entry: &NeighbourMessage) -> (Option<Mac>, Option<IpAddr>) {
     let mut found = (None, None);
     for attribute in &entry.attributes {
         match attribute {
             NeighbourAttribute::LinkLayerAddress(bytes) => {
                 found.0 = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac);
             }
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => found.1 = Some(*address),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => found.1 = Some((*address).into()),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => found.1 = Some((*address).into()),
             // Entries of the bridge family come without a type for the address.
             NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
-                found.1 = <[u8; 4]>::try_from(bytes.as_slice()).ok().map(Ipv4Addr::from);
+                found.1 = <[u8; 4]>::try_from(bytes.as_slice()).ok().map(IpAddr::from);
             }
             _ => {}
         }
@@ -219,26 +224,36 @@ pub(crate) fn bridge_entry(port: u32, mac: Mac) -> NeighbourMessage {
 }
 
 /// A permanent neighbour on an interface.
-pub(crate) fn neighbour(index: u32, address: Ipv4Addr, mac: Mac) -> NeighbourMessage {
+pub(crate) fn neighbour(index: u32, address: IpAddr, mac: Mac) -> NeighbourMessage {
+    let (family, destination) = match address {
+        IpAddr::V4(address) => (AddressFamily::Inet, NeighbourAddress::Inet(address)),
+        IpAddr::V6(address) => (AddressFamily::Inet6, NeighbourAddress::Inet6(address)),
+    };
     let mut entry = NeighbourMessage::default();
-    entry.header.family = AddressFamily::Inet;
+    entry.header.family = family;
     entry.header.ifindex = index;
     entry.header.state = NeighbourState::Permanent;
-    entry.attributes.push(NeighbourAttribute::Destination(NeighbourAddress::Inet(address)));
+    entry.attributes.push(NeighbourAttribute::Destination(destination));
     entry.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
     entry
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv6Addr;
+
     use super::*;
 
     fn mac(last: u8) -> Mac {
         Mac([2, 0, 0, 0, 0, last])
     }
 
-    fn ip(last: u8) -> Ipv4Addr {
-        Ipv4Addr::new(10, 32, 0, last)
+    fn ip(last: u8) -> IpAddr {
+        Ipv4Addr::new(10, 32, 0, last).into()
+    }
+
+    fn ip6(last: u16) -> IpAddr {
+        Ipv6Addr::new(0xfd32, 0, 0, 0, 0, 0, 0, last).into()
     }
 
     fn vtep(last: u8) -> Ipv4Addr {
@@ -270,6 +285,17 @@ mod tests {
         let table = forwarding(true).wanted();
         assert_eq!(plan(&table, &table), []);
         assert!(table.neighbours.contains_key(&ip(2)), "suppression needs the neighbour");
+    }
+
+    #[test]
+    fn an_endpoint_with_two_addresses_is_one_destination() {
+        let mut both = forwarding(false);
+        both.local.push((ip6(1), mac(1)));
+        both.peers[0].endpoints.push((ip6(2), mac(2)));
+        assert_eq!(both.wanted(), forwarding(false).wanted(), "the bridge has nothing to say in IPv6");
+        both.suppression = true;
+        let neighbours = BTreeMap::from([(ip(1), mac(1)), (ip(2), mac(2)), (ip6(2), mac(2))]);
+        assert_eq!(both.wanted(), Table { neighbours, ..forwarding(false).wanted() });
     }
 
     #[test]

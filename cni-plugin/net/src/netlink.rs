@@ -1,13 +1,12 @@
 //! A route netlink socket in a given namespace, and the few requests that are made over it.
 
-use std::{
-    io,
-    net::{IpAddr, Ipv4Addr},
-};
+use std::{io, net::Ipv4Addr};
 
 use futures::{StreamExt, TryStreamExt};
+use ipnet::{IpNet, Ipv4Net};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
+    address::{AddressAttribute, AddressFlags},
     link::{LinkAttribute, LinkMessage},
     neighbour::NeighbourMessage,
 };
@@ -112,14 +111,19 @@ impl Netlink {
         }
     }
 
-    /// Gives a link an address; it is right if it has it.
-    pub async fn add_address(&self, index: u32, address: Ipv4Addr, prefix: u8) -> Result<()> {
-        let added = self.handle.address().add(index, IpAddr::V4(address), prefix).execute().await;
-        ok_if(added.map_err(|e| self.error(format!("add address {address}/{prefix}"), e)), libc::EEXIST)
+    /// Gives a link an address; it is right if it has it. An IPv6 address can be used at once: it was allocated, so nobody is
+    /// asked whether he has it too (RFC 4862, section 5.4).
+    pub async fn add_address(&self, index: u32, address: IpNet) -> Result<()> {
+        let mut request = self.handle.address().add(index, address.addr(), address.prefix_len());
+        if let IpNet::V6(_) = address {
+            request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+        }
+        let added = request.execute().await;
+        ok_if(added.map_err(|e| self.error(format!("add address {address}"), e)), libc::EEXIST)
     }
 
     /// A route to a network that is reached directly over a link.
-    pub async fn add_link_route(&self, index: u32, to: ipnet::Ipv4Net) -> Result<()> {
+    pub async fn add_link_route(&self, index: u32, to: Ipv4Net) -> Result<()> {
         let route = rtnetlink::RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(to.network(), to.prefix_len())
             .output_interface(index)
@@ -129,7 +133,7 @@ impl Netlink {
         ok_if(added.map_err(|e| self.error(format!("add route to {to}"), e)), libc::EEXIST)
     }
 
-    /// The namespace's neighbours of a family: `Inet` for ARP, `Bridge` for forwarding entries.
+    /// The namespace's neighbours of a family: `Inet` for ARP, `Inet6` for neighbour discovery, `Bridge` for forwarding entries.
     pub async fn neighbours(&self, family: AddressFamily) -> Result<Vec<NeighbourMessage>> {
         let request = self.handle.neighbours().get().set_address_family(family);
         request.execute().try_collect().await.map_err(|e| self.error("list neighbours", e))

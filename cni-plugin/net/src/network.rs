@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use netlink_packet_route::link::{InfoData, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage};
 use rtnetlink::{LinkBridge, LinkBridgePort, LinkUnspec, LinkVxlan};
 
@@ -27,15 +27,16 @@ pub struct NetworkSpec {
     pub mtu: u32,
     /// This node's address on the underlay.
     pub vtep: Ipv4Addr,
-    /// The network's subnet.
-    pub subnet: Ipv4Net,
+    /// The network's subnets, of either family.
+    pub subnets: Vec<IpNet>,
     /// UDP port of the tunnels, the same on all nodes.
     pub port: u16,
-    /// Whether the bridge answers ARP for endpoints it knows, instead of flooding the question to the other nodes.
+    /// Whether the bridge answers ARP and neighbour discovery for endpoints it knows, instead of flooding the question to the other
+    /// nodes.
     pub suppression: bool,
 }
 
-/// Before its interfaces: nothing is routed, nothing has IPv6 (each node's bridge would have the same link-local address),
+/// Before its interfaces: nothing is routed, nothing has an IPv6 address (each node's bridge would have the same link-local one),
 /// and frames are not sent through the host's firewall.
 const NAMESPACE_SYSCTLS: [(&str, &str); 8] = [
     ("ipv4/ip_forward", "0"),
@@ -50,7 +51,14 @@ const NAMESPACE_SYSCTLS: [(&str, &str); 8] = [
 
 /// The bridge answers no ARP at all: pods have a permanent neighbour for its address, and an answer to a pod of another node
 /// would cross the tunnel with a source address that each node's bridge has.
-const BRIDGE_SYSCTLS: [(&str, &str); 2] = [("ipv4/conf/br0/arp_ignore", "8"), ("ipv4/conf/br0/rp_filter", "0")];
+///
+/// For suppression it has IPv6, without which the kernel takes no neighbours of that family; but no address, nor ever gets one.
+const BRIDGE_SYSCTLS: [(&str, &str); 4] = [
+    ("ipv4/conf/br0/arp_ignore", "8"),
+    ("ipv4/conf/br0/rp_filter", "0"),
+    ("ipv6/conf/br0/addr_gen_mode", "1"),
+    ("ipv6/conf/br0/accept_ra", "0"),
+];
 
 impl Dataplane {
     /// Makes the network what the spec says.
@@ -99,14 +107,22 @@ async fn ensure_bridge(netlink: &Netlink, namespace: &Namespace, spec: &NetworkS
     let wanted = LinkUnspec::new_with_index(index).address(mac).mtu(spec.mtu).build();
     netlink.set_link(wanted, format!("set bridge br0's MTU to {}", spec.mtu)).await?;
     sysctl::set(namespace, &BRIDGE_SYSCTLS)?;
-    netlink.add_address(index, BRIDGE_ADDRESS, 32).await?;
+    let without_ipv6 = if spec.suppression { "0" } else { "1" };
+    sysctl::set(namespace, &[("ipv6/conf/br0/disable_ipv6", without_ipv6)])?;
+    netlink.add_address(index, Ipv4Net::from(BRIDGE_ADDRESS).into()).await?;
     Ok(index)
 }
 
 /// Last, with vx0 in it: a bridge that comes up empty has no carrier, and the kernel then takes up to a second to let it send.
 async fn start_bridge(netlink: &Netlink, index: u32, spec: &NetworkSpec) -> Result<()> {
     netlink.set_link(LinkUnspec::new_with_index(index).up().build(), "bring br0 up").await?;
-    netlink.add_link_route(index, spec.subnet).await
+    // Only IPv4: that is what the resolver answers in.
+    for subnet in &spec.subnets {
+        if let IpNet::V4(subnet) = subnet {
+            netlink.add_link_route(index, *subnet).await?;
+        }
+    }
+    Ok(())
 }
 
 async fn ensure_tunnel(

@@ -1,15 +1,15 @@
 //! Plugging a pod into a network, and unplugging it.
 
 use std::{
-    net::Ipv4Addr,
+    net::IpAddr,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use netlink_packet_route::{
-    AddressFamily, RouteNetlinkMessage,
+    RouteNetlinkMessage,
     link::{BridgePortState, InfoBridgePort, InfoData, InfoPortData, InfoVeth, LinkAttribute, LinkInfo, LinkMessage},
     neighbour::{NeighbourFlags, NeighbourState},
 };
@@ -25,6 +25,7 @@ use crate::{
     mac::is_port_name,
     namespace::Namespace,
     netlink::{Netlink, link_facts, link_name},
+    sysctl,
 };
 
 /// How long the kernel may take to let frames through a port that is up at both ends.
@@ -45,10 +46,8 @@ pub struct PortSpec {
     pub interface: String,
     /// The interface's MAC.
     pub mac: Mac,
-    /// The interface's address.
-    pub address: Ipv4Addr,
-    /// The prefix length of the network's subnet.
-    pub prefix: u8,
+    /// The interface's addresses, of either family, each with the prefix length of its subnet.
+    pub addresses: Vec<IpNet>,
     /// The interface's MTU in bytes.
     pub mtu: u32,
     /// Whether the pod reaches the node's DNS server by this interface: its first one.
@@ -67,7 +66,7 @@ impl Dataplane {
         let added = async {
             self.ensure_veth(&network, &pod, &pod_namespace, spec).await?;
             plug(&network, spec).await?;
-            configure_pod(&pod, spec).await?;
+            configure_pod(&pod, &pod_namespace, spec).await?;
             wait_until_forwarding(&network, spec).await
         };
         let result = added.await;
@@ -111,22 +110,24 @@ impl Dataplane {
         network.add_link(veth, action).await
     }
 
-    /// Unplugs a port, from the network's side only: the pod's namespace may be gone. Without an address its neighbour is
-    /// left to [`Dataplane::forward`].
+    /// Unplugs a port, from the network's side only: the pod's namespace may be gone. Neighbours of
+    /// addresses that aren't given are left to [`Dataplane::forward`].
     ///
     /// # Errors
     /// What the kernel refuses. A network or a port that isn't there is no error.
-    pub async fn remove_port(&self, vni: u32, port: &str, address: Option<Ipv4Addr>) -> Result<()> {
+    pub async fn remove_port(&self, vni: u32, port: &str, addresses: &[IpNet]) -> Result<()> {
         let namespace = match self.namespace(vni) {
             Err(Error::NoNetwork { .. }) => return Ok(()),
             other => other?,
         };
         let network = Netlink::open(&namespace)?;
         network.remove_link(port).await?;
-        match (network.link(BRIDGE).await?, address) {
-            (Some(bridge), Some(address)) => remove_neighbour(&network, bridge.header.index, address).await,
-            _ => Ok(()),
+        if let Some(bridge) = network.link(BRIDGE).await? {
+            for address in ipv4(addresses) {
+                remove_neighbour(&network, bridge.header.index, address).await?;
+            }
         }
+        Ok(())
     }
 
     /// The names of a network's ports; none if it isn't set up here.
@@ -176,22 +177,42 @@ async fn plug(network: &Netlink, spec: &PortSpec) -> Result<()> {
     network
         .send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("forward {} to {}", spec.mac, spec.port))
         .await?;
-    let entry = neighbour(bridge, spec.address, spec.mac);
-    network.send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("add neighbour {}", spec.address)).await
+    for address in ipv4(&spec.addresses) {
+        let entry = neighbour(bridge, address, spec.mac);
+        network.send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("add neighbour {address}")).await?;
+    }
+    Ok(())
+}
+
+/// The addresses that the bridge has neighbours for: it speaks IPv4 only.
+fn ipv4(addresses: &[IpNet]) -> impl Iterator<Item = IpAddr> {
+    addresses.iter().map(IpNet::addr).filter(IpAddr::is_ipv4)
 }
 
 /// The pod's side. Nothing is announced: an address has the same MAC wherever it is, so no neighbour has anything to learn.
-async fn configure_pod(pod: &Netlink, spec: &PortSpec) -> Result<()> {
+async fn configure_pod(pod: &Netlink, namespace: &Namespace, spec: &PortSpec) -> Result<()> {
     let link = pod.link(&spec.interface).await?;
     let index = match link {
         Some(link) => link.header.index,
         None => return Err(Error::NoLink { link: spec.interface.clone(), place: spec.netns.display().to_string() }),
     };
-    pod.add_address(index, spec.address, spec.prefix).await?;
+    for address in spec.addresses.iter().filter(|a| matches!(a, IpNet::V4(_))) {
+        pod.add_address(index, *address).await?;
+    }
     pod.set_link(up(index, spec.mtu), format!("bring {} up", spec.interface)).await?;
+    // After it is up: the kernel takes IPv6 addresses from an interface that goes down, and routes to none that is.
+    let ipv6: Vec<_> = spec.addresses.iter().filter(|a| matches!(a, IpNet::V6(_))).collect();
+    if !ipv6.is_empty() {
+        // Runtimes make pods of IPv4 clusters without IPv6.
+        let key = format!("ipv6/conf/{}/disable_ipv6", spec.interface);
+        sysctl::set(namespace, &[(&key, "0")])?;
+    }
+    for address in ipv6 {
+        pod.add_address(index, *address).await?;
+    }
     if spec.resolver {
         let flags = NLM_F_CREATE | NLM_F_REPLACE;
-        let entry = neighbour(index, BRIDGE_ADDRESS, BRIDGE_MAC);
+        let entry = neighbour(index, BRIDGE_ADDRESS.into(), BRIDGE_MAC);
         pod.send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("add neighbour {BRIDGE_ADDRESS}")).await?;
         pod.add_link_route(index, Ipv4Net::from(BRIDGE_ADDRESS)).await?;
     }
@@ -230,9 +251,8 @@ fn up(index: u32, mtu: u32) -> LinkMessage {
     LinkUnspec::new_with_index(index).mtu(mtu).up().build()
 }
 
-pub(crate) async fn remove_neighbour(network: &Netlink, bridge: u32, address: Ipv4Addr) -> Result<()> {
+pub(crate) async fn remove_neighbour(network: &Netlink, bridge: u32, address: IpAddr) -> Result<()> {
     let mut entry = neighbour(bridge, address, Mac::default());
-    entry.header.family = AddressFamily::Inet;
     entry.header.state = NeighbourState::None;
     entry.header.flags = NeighbourFlags::empty();
     let action = format!("remove neighbour {address}");
