@@ -13,6 +13,9 @@ use portolan_net::{
     BRIDGE_ADDRESS, Dataplane, Forwarding, Mac, Namespace, NetworkSpec, Peer, PortSpec, endpoint_mac, port_name,
 };
 
+mod switch;
+mod wire;
+
 const PATIENCE: Duration = Duration::from_secs(3);
 const ECHO: u16 = 7;
 
