@@ -13,6 +13,7 @@ use portolan_net::{
     BRIDGE_ADDRESS, Dataplane, Forwarding, Mac, Namespace, NetworkSpec, Peer, PortSpec, endpoint_mac, port_name,
 };
 
+mod spoofing;
 mod switch;
 mod wire;
 
@@ -65,6 +66,7 @@ impl Node {
             addresses: vec![IpNet::new(address.into(), 24).unwrap(), IpNet::new(ipv6(last).into(), 64).unwrap()],
             mtu: 1450,
             resolver: true,
+            locked: true,
         };
         self.dataplane.add_port(&port).await.unwrap();
         Pod { node: self, port, address, ipv6: ipv6(last) }
@@ -328,6 +330,10 @@ async fn a_failed_port_leaves_nothing() {
     refused.mtu = 1000;
     let error = node.dataplane.add_port(&refused).await.unwrap_err().to_string();
     assert!(error.starts_with("add address fd32::5/64"), "IPv6 needs an MTU of 1280 (RFC 8200, section 5): {error}");
+    // What is there, and may be in use, stays.
+    let mut changed = pod.port.clone();
+    changed.mtu = 1000;
+    assert!(node.dataplane.add_port(&changed).await.is_err());
     assert_eq!(node.dataplane.ports(77).await.unwrap(), std::slice::from_ref(&pod.port.port));
     node.dataplane.check_port(&pod.port).await.unwrap();
 }

@@ -70,6 +70,7 @@ impl Endpoint {
             addresses: vec![self.subnet_address().into()],
             mtu: self.mtu,
             resolver: self.resolver,
+            locked: true,
         }
     }
 }

@@ -78,6 +78,14 @@ pub enum Error {
         /// How long we waited.
         seconds: u64,
     },
+    /// A pod could send by any MAC.
+    #[error("port {port} is not locked to its MAC (in {place}); this needs Linux 5.18 or later")]
+    NotLocked {
+        /// The port's name.
+        port: String,
+        /// The network's namespace.
+        place: String,
+    },
     /// No interface of the host has the tunnel endpoint's address.
     #[error("no interface of this node has the address {0}")]
     NoUnderlay(Ipv4Addr),

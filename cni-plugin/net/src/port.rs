@@ -14,7 +14,7 @@ use netlink_packet_route::{
     neighbour::{NeighbourFlags, NeighbourState},
 };
 use rtnetlink::{
-    LinkUnspec, LinkVeth,
+    LinkBridgePort, LinkUnspec, LinkVeth,
     packet_core::{NLM_F_CREATE, NLM_F_REPLACE},
 };
 
@@ -52,10 +52,13 @@ pub struct PortSpec {
     pub mtu: u32,
     /// Whether the pod reaches the node's DNS server by this interface: its first one.
     pub resolver: bool,
+    /// Whether frames with another source MAC than the port's own are dropped.
+    pub locked: bool,
 }
 
 impl Dataplane {
-    /// Plugs a pod in. A port that is there already is made what the spec says; after a failure nothing of it is left.
+    /// Plugs a pod in. A port that is there already is made what the spec says, and stays whatever fails: its pod may be using
+    /// it. Of a new one nothing is left after a failure.
     ///
     /// # Errors
     /// What the kernel refuses, or a namespace that isn't there.
@@ -63,14 +66,16 @@ impl Dataplane {
         let network = Netlink::open(&self.namespace(spec.vni)?)?;
         let pod_namespace = Namespace::open(self.root(), &spec.netns)?;
         let pod = Netlink::open(&pod_namespace)?;
+        let mut is_new = false;
         let added = async {
-            self.ensure_veth(&network, &pod, &pod_namespace, spec).await?;
+            is_new = self.ensure_veth(&network, &pod, &pod_namespace, spec).await?;
             plug(&network, spec).await?;
             configure_pod(&pod, &pod_namespace, spec).await?;
             wait_until_forwarding(&network, spec).await
         };
         let result = added.await;
         if let Err(e) = &result
+            && is_new
             && let Err(second) = network.remove_link(&spec.port).await
         {
             tracing::warn!(error = %second, cause = %e, port = spec.port, "a port that could not be set up could not be removed either");
@@ -78,18 +83,19 @@ impl Dataplane {
         result
     }
 
+    /// Returns whether the port had to be made.
     async fn ensure_veth(
         &self,
         network: &Netlink,
         pod: &Netlink,
         namespace: &Namespace,
         spec: &PortSpec,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let inside = pod.link(&spec.interface).await?;
         let ours = inside.as_ref().is_some_and(|l| link_facts(l).0 == Some(spec.mac.0.as_slice()));
         if network.link(&spec.port).await?.is_some() {
             if ours {
-                return Ok(());
+                return Ok(false);
             }
             // Of an earlier try with another identity. The pod's end goes with it.
             network.remove_link(&spec.port).await?;
@@ -107,7 +113,8 @@ impl Dataplane {
             .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
             .build();
         let action = format!("make port {} with {} in {}", spec.port, spec.interface, spec.netns.display());
-        network.add_link(veth, action).await
+        network.add_link(veth, action).await?;
+        Ok(true)
     }
 
     /// Unplugs a port, from the network's side only: the pod's namespace may be gone. Neighbours of
@@ -143,7 +150,7 @@ impl Dataplane {
         Ok(links.iter().filter_map(link_name).filter(|n| is_port_name(n)).map(str::to_owned).collect())
     }
 
-    /// Whether a pod's interface is there, plugged in and up: what CNI's CHECK asks.
+    /// Whether a pod's interface is there, plugged in and locked as the spec says: what CNI's CHECK asks.
     ///
     /// # Errors
     /// What is missing, or what the kernel refuses.
@@ -152,10 +159,9 @@ impl Dataplane {
         let bridge = network.index(BRIDGE).await?;
         let missing =
             |link: &str, place: &Path| Error::NoLink { link: link.to_owned(), place: place.display().to_string() };
-        let port = network.link(&spec.port).await?;
-        if port.is_none_or(|l| link_facts(&l).2 != Some(bridge)) {
-            return Err(missing(&spec.port, Path::new(network.place())));
-        }
+        let port = network.link(&spec.port).await?.filter(|l| link_facts(l).2 == Some(bridge));
+        let port = port.ok_or_else(|| missing(&spec.port, Path::new(network.place())))?;
+        check_lock(&network, &port, spec)?;
         let pod = Netlink::open(&Namespace::open(self.root(), &spec.netns)?)?;
         let inside = pod.link(&spec.interface).await?;
         if inside.is_none_or(|l| link_facts(&l).0 != Some(spec.mac.0.as_slice())) {
@@ -177,11 +183,30 @@ async fn plug(network: &Netlink, spec: &PortSpec) -> Result<()> {
     network
         .send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("forward {} to {}", spec.mac, spec.port))
         .await?;
+    lock(network, index, spec).await?;
     for address in ipv4(&spec.addresses) {
         let entry = neighbour(bridge, address, spec.mac);
         network.send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("add neighbour {address}")).await?;
     }
     Ok(())
+}
+
+/// Holds a port to its MAC: a locked one drops frames whose source the forwarding entries don't have behind it, and learns
+/// nothing (`locked` in bridge(8); Linux 5.18); what it learnt before is forgotten. An older kernel takes the request and does
+/// nothing, so it is asked again.
+async fn lock(network: &Netlink, index: u32, spec: &PortSpec) -> Result<()> {
+    let port = LinkBridgePort::new(index).locked(spec.locked).learning(!spec.locked).fdb_flush().build();
+    let set = network.handle().link().set_port(port).execute().await;
+    set.map_err(|e| network.error(format!("set the lock of port {}", spec.port), e))?;
+    let link = network.link(&spec.port).await?;
+    link.map_or(Ok(()), |link| check_lock(network, &link, spec))
+}
+
+fn check_lock(network: &Netlink, link: &LinkMessage, spec: &PortSpec) -> Result<()> {
+    if !spec.locked || has(link, InfoBridgePort::Locked(true)) {
+        return Ok(());
+    }
+    Err(Error::NotLocked { port: spec.port.clone(), place: network.place().to_owned() })
 }
 
 /// The addresses that the bridge has neighbours for: it speaks IPv4 only.
@@ -235,14 +260,17 @@ async fn wait_until_forwarding(network: &Netlink, spec: &PortSpec) -> Result<()>
 }
 
 fn is_forwarding(link: &LinkMessage) -> bool {
+    has(link, InfoBridgePort::State(BridgePortState::Forwarding))
+}
+
+/// Whether a link is a bridge's port with this property.
+fn has(link: &LinkMessage, property: InfoBridgePort) -> bool {
     let infos = link.attributes.iter().filter_map(|a| match a {
         LinkAttribute::LinkInfo(infos) => Some(infos),
         _ => None,
     });
     infos.flatten().any(|info| match info {
-        LinkInfo::PortData(InfoPortData::BridgePort(facts)) => {
-            facts.contains(&InfoBridgePort::State(BridgePortState::Forwarding))
-        }
+        LinkInfo::PortData(InfoPortData::BridgePort(facts)) => facts.contains(&property),
         _ => false,
     })
 }
