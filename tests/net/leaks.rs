@@ -1,0 +1,42 @@
+//! Ports that come and go leave nothing.
+
+use std::process::Command;
+
+use super::{Node, two_nodes};
+
+const VNI: u32 = 77;
+const CYCLES: usize = 1000;
+
+/// What the kernel has of the network on a node: links, forwarding entries, neighbours, addresses, routes.
+fn state(node: &Node) -> String {
+    let enter = format!("--net={}", node.file(&format!("portolan-{VNI}")).display());
+    let questions: [&[&str]; 5] = [
+        &["ip", "-o", "link", "show"],
+        &["bridge", "fdb", "show"],
+        &["ip", "neighbour", "show"],
+        &["ip", "-o", "address", "show"],
+        &["ip", "route", "show", "table", "all"],
+    ];
+    let answer = |question: &&[&str]| {
+        let output = Command::new("nsenter").arg(&enter).args(*question).output().unwrap();
+        assert!(output.status.success(), "{question:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let mut lines: Vec<_> = String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect();
+        lines.sort();
+        lines.join("\n")
+    };
+    questions.iter().map(answer).collect::<Vec<_>>().join("\n")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_ports_leave_nothing() {
+    let (a, _b) = two_nodes();
+    a.dataplane.ensure_network(&a.spec(VNI, false)).await.unwrap();
+    let resident = a.plug(VNI, "resident", 5).await;
+    let before = state(&a);
+    for _ in 0..CYCLES {
+        let pod = a.plug(VNI, "pod", 6).await;
+        a.dataplane.remove_port(VNI, &pod.port.port, &pod.port.addresses).await.unwrap();
+    }
+    assert_eq!(state(&a), before);
+    a.dataplane.check_port(&resident.port).await.unwrap();
+}
