@@ -29,6 +29,10 @@ pub const VERSION: &str = "v1alpha1";
 
 /// Pod annotation: the networks a pod is plugged into (`backend`, `backend, frontend@eth2`).
 pub const NETWORKS_ANNOTATION: &str = "portolan.dev/networks";
+/// Pod annotation: more names of the pod on its networks, DNS labels separated by commas (`cache, www`).
+pub const DNS_NAMES_ANNOTATION: &str = "portolan.dev/dns-names";
+/// Pod annotation: `"true"` puts the pod in DNS answers before it is Ready.
+pub const PUBLISH_NOT_READY_ANNOTATION: &str = "portolan.dev/publish-not-ready";
 /// Signer of the node agents' certificates (`CertificateSigningRequest.spec.signerName`).
 pub const NODE_SIGNER: &str = "portolan.dev/node";
 /// Secret (in the release's namespace) that holds the certificate authority: keys `tls.crt`, `tls.key`. Only the operator reads it.

@@ -108,6 +108,27 @@ pub struct Endpoint {
     /// The pod's `Ready` condition: only ready endpoints are in DNS answers.
     #[serde(default)]
     pub ready: bool,
+    /// More names of the pod (annotation `portolan.dev/dns-names`).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<String>,
+    /// The pod's named ports.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<NamedPort>,
+    /// In DNS answers though not ready (annotation `portolan.dev/publish-not-ready`); never while it is being deleted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub publish_not_ready: bool,
+}
+
+/// A port of a pod that has a name.
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NamedPort {
+    /// Its name.
+    pub name: String,
+    /// `TCP`, `UDP` or `SCTP`.
+    pub protocol: String,
+    /// Its number.
+    pub port: u16,
 }
 
 /// A block of a network's subnet that one node allocates from, claimed by atomic create. Named `<network>-<address with dashes>`.

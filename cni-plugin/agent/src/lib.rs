@@ -16,6 +16,7 @@ mod agent;
 mod cluster;
 mod error;
 mod metrics;
+mod names;
 mod network;
 mod plug;
 mod pod;

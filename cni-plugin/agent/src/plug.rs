@@ -18,6 +18,7 @@ use crate::{
     collect::{UnplugError, unplug},
     error::PlugError,
     journal::Endpoint,
+    names,
     network::Network,
     pod,
 };
@@ -49,6 +50,9 @@ impl Agent {
         };
         let pod = self.cluster.pod(name).await.map_err(|e| e.failure())?;
         let Some(text) = pod.annotations().get(NETWORKS_ANNOTATION) else { return Ok(()) };
+        for error in names::errors(&pod) {
+            self.events.warning(&pod.object_ref(&()), "NameLeftOut", "Plug", &error.to_string()).await;
+        }
         match self.plug(&request.container, netns.into(), &pod, text).await {
             Ok(()) => Ok(()),
             Err(error) => {

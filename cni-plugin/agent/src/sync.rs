@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ipnet::IpNet;
 use kube::runtime::reflector::ObjectRef;
 use portolan_crds::{NetworkNodeSlice, NetworkNodeSliceSpec};
 use portolan_dns::{Member, Zone};
@@ -15,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     agent::Agent,
     journal::Endpoint,
+    names,
     network::Network,
     pod,
     resolver::Resolvers,
@@ -51,6 +53,7 @@ impl Agent {
         let local = |e: &Endpoint| {
             let pod = self.cluster.pods.get(&ObjectRef::new(&e.pod).within(&e.namespace));
             let pod = pod.filter(|p| p.metadata.uid.as_deref() == Some(&e.uid));
+            let names = pod.as_ref().map(|p| names::of(p)).unwrap_or_default();
             let endpoint = portolan_crds::Endpoint {
                 address: e.address.to_string(),
                 mac: e.mac.to_string(),
@@ -58,6 +61,9 @@ impl Agent {
                 pod: e.pod.clone(),
                 owner: e.owner.clone(),
                 ready: pod.as_ref().is_some_and(|p| pod::is_ready(p)),
+                aliases: names.aliases,
+                ports: names.ports,
+                publish_not_ready: names.publish_not_ready,
             };
             Local { endpoint, current: pod.is_some_and(|p| pod::is_current(&p)) }
         };
@@ -118,7 +124,7 @@ impl Sync<'_> {
             let local = self.agent.local(endpoints);
             let view = View::new(&self.agent.cluster.node, &local, of_network(&slices, network));
             note("network not set up", network, self.follow(&mut applied, network, endpoints, &view).await);
-            zones.push(view.zone(network, self.members(endpoints)));
+            zones.push(view.zone(network, self.subnets(network), self.members(endpoints)));
             written.push(NetworkNodeSliceSpec {
                 network: network.clone(),
                 node: self.agent.cluster.node.clone(),
@@ -155,7 +161,15 @@ impl Sync<'_> {
             let same = self.agent.journal.select(|o| o.container == e.container);
             same.into_iter().map(|o| o.network).collect()
         };
-        endpoints.iter().map(|e| Member { address: e.address, networks: networks(e) }).collect()
+        let member =
+            |e: &Endpoint| Member { address: e.address.into(), namespace: e.namespace.clone(), networks: networks(e) };
+        endpoints.iter().map(member).collect()
+    }
+
+    /// The subnets whose addresses are this network's to name.
+    fn subnets(&self, network: &str) -> Vec<IpNet> {
+        let object = self.agent.cluster.networks.get(&ObjectRef::new(network));
+        object.iter().flat_map(|o| &o.spec.subnets).filter_map(|subnet| subnet.parse().ok()).collect()
     }
 
     /// One network that has pods here.

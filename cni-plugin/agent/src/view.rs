@@ -1,12 +1,10 @@
 //! From what the nodes say to what this node does: who is where, and who has which name. Pure.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
-};
+use std::{collections::BTreeMap, net::Ipv4Addr};
 
-use portolan_crds::{Endpoint, NetworkNodeSlice};
-use portolan_dns::{Member, NetworkZone, Record};
+use ipnet::IpNet;
+use portolan_crds::{Endpoint, NamedPort, NetworkNodeSlice};
+use portolan_dns::{Host, Member, NetworkZone, Port};
 use portolan_net::{Forwarding, Mac, Peer};
 
 /// An endpoint of this node, as the API knows its pod.
@@ -23,6 +21,9 @@ pub struct Local {
 pub struct View {
     local: Vec<Endpoint>,
     remote: BTreeMap<Ipv4Addr, Vec<Endpoint>>,
+    node: String,
+    /// The other nodes by tunnel endpoint.
+    nodes: BTreeMap<Ipv4Addr, String>,
 }
 
 /// Which of two endpoints with the same address is the right one; the greater wins. A pod that is wanted here is: its address
@@ -40,7 +41,7 @@ impl View {
     /// `own` is this node's name; its slice is not asked, being made from `local`.
     pub fn new<'a>(own: &str, local: &[Local], slices: impl IntoIterator<Item = &'a NetworkNodeSlice>) -> Self {
         let mut winners: BTreeMap<Ipv4Addr, (Rank, Option<Ipv4Addr>, &Endpoint)> = BTreeMap::new();
-        let mut view = Self::default();
+        let mut view = Self { node: own.to_owned(), ..Self::default() };
         let mut offer = |endpoint, place, rank| {
             let Some((address, _)) = identity(endpoint) else { return };
             if winners.get(&address).is_none_or(|(best, ..)| rank > *best) {
@@ -54,6 +55,7 @@ impl View {
             let Ok(vtep) = slice.spec.vtep.parse::<Ipv4Addr>() else { continue };
             // Even a node whose endpoints all lost takes part in broadcasts.
             view.remote.entry(vtep).or_default();
+            view.nodes.insert(vtep, slice.spec.node.clone());
             // Versions order the writes of one API server; they are compared for no other purpose.
             let written = slice.metadata.resource_version.as_deref().and_then(|v| v.parse().ok()).unwrap_or(0);
             for endpoint in &slice.spec.endpoints {
@@ -80,30 +82,33 @@ impl View {
     }
 
     /// Who has which name, `members` being the pods of this node that may ask.
-    ///
-    /// Short names belong to the first namespace, in alphabetical order, that has a ready pod or workload of that name; the
-    /// names with a namespace are always unambiguous.
-    pub fn zone(&self, network: &str, members: Vec<Member>) -> NetworkZone {
-        let ready = self.local.iter().chain(self.remote.values().flatten()).filter(|e| e.ready);
-        let mut names: BTreeMap<(&str, &str), BTreeSet<Ipv4Addr>> = BTreeMap::new();
-        for endpoint in ready {
-            let Some((address, _)) = identity(endpoint) else { continue };
-            for name in [Some(endpoint.pod.as_str()), endpoint.owner.as_deref()].into_iter().flatten() {
-                names.entry((name, endpoint.namespace.as_str())).or_default().insert(address);
-            }
-        }
-        let mut records = Vec::new();
-        let mut last = None;
-        for ((name, namespace), addresses) in names {
-            let is_first = last.replace(name) != Some(name);
-            for address in addresses {
-                records.push(Record { name: format!("{name}.{namespace}.{network}"), address });
-                if is_first {
-                    records.push(Record { name: format!("{name}.{network}"), address });
-                }
-            }
-        }
-        NetworkZone { name: network.to_owned(), records, members }
+    pub fn zone(&self, network: &str, subnets: Vec<IpNet>, members: Vec<Member>) -> NetworkZone {
+        let local = self.local.iter().map(|endpoint| host(endpoint, &self.node));
+        let remote = self.remote.iter().flat_map(|(vtep, endpoints)| {
+            let node = self.nodes.get(vtep).map(String::as_str).unwrap_or_default();
+            endpoints.iter().map(move |endpoint| host(endpoint, node))
+        });
+        NetworkZone { name: network.to_owned(), subnets, hosts: local.chain(remote).collect(), members }
+    }
+}
+
+/// An endpoint as the DNS server knows it.
+fn host(endpoint: &Endpoint, node: &str) -> Host {
+    let port = |port: &NamedPort| Port {
+        name: port.name.clone(),
+        protocol: port.protocol.to_ascii_lowercase(),
+        number: port.port,
+    };
+    Host {
+        namespace: endpoint.namespace.clone(),
+        pod: endpoint.pod.clone(),
+        owner: endpoint.owner.clone(),
+        aliases: endpoint.aliases.clone(),
+        node: node.to_owned(),
+        addresses: endpoint.address.parse().into_iter().collect(),
+        ports: endpoint.ports.iter().map(port).collect(),
+        ready: endpoint.ready,
+        publish_not_ready: endpoint.publish_not_ready,
     }
 }
 
@@ -124,6 +129,7 @@ mod tests {
             pod: pod.into(),
             owner: owner.map(str::to_owned),
             ready,
+            ..Endpoint::default()
         }
     }
 
@@ -139,19 +145,17 @@ mod tests {
         view.remote.iter().map(|(vtep, endpoints)| (vtep.octets()[3], endpoints.len())).collect()
     }
 
-    fn names(view: &View) -> Vec<String> {
-        let mut names: Vec<String> = view
-            .zone("backend", vec![])
-            .records
-            .iter()
-            .map(|r| format!("{} {}", r.name, r.address.octets()[3]))
-            .collect();
+    /// `pod node` of those in answers.
+    fn published(view: &View) -> Vec<String> {
+        let hosts = view.zone("backend", vec![], vec![]).hosts;
+        let mut names: Vec<String> =
+            hosts.iter().filter(|h| h.is_published()).map(|h| format!("{} {}", h.pod, h.node)).collect();
         names.sort();
         names
     }
 
     #[test]
-    fn the_ready_ones_have_names() {
+    fn the_ready_ones_are_answered() {
         let local = [Local { endpoint: endpoint("shop", "db-0", Some("db"), 5, true), current: true }];
         let there = slice(
             "b",
@@ -160,32 +164,29 @@ mod tests {
             vec![endpoint("shop", "db-1", Some("db"), 6, true), endpoint("shop", "db-2", Some("db"), 7, false)],
         );
         let view = View::new("a", &local, [&there]);
-        let wanted = [
-            "db-0.backend 5",
-            "db-0.shop.backend 5",
-            "db-1.backend 6",
-            "db-1.shop.backend 6",
-            "db.backend 5",
-            "db.backend 6",
-            "db.shop.backend 5",
-            "db.shop.backend 6",
-        ];
-        assert_eq!(names(&view), wanted);
+        assert_eq!(published(&view), ["db-0 a", "db-1 b"]);
+        assert_eq!(view.zone("backend", vec![], vec![]).hosts.len(), 3, "the others can be explained");
         let forwarding = view.forwarding(false);
         assert_eq!((forwarding.local.len(), forwarding.peers[0].endpoints.len()), (1, 2), "unready pods are reachable");
     }
 
     #[test]
-    fn short_names_belong_to_the_first_namespace() {
-        let there =
-            slice("b", 2, "9", vec![endpoint("zoo", "db", None, 6, true), endpoint("shop", "db", None, 7, true)]);
-        assert_eq!(names(&View::new("a", &[], [&there])), ["db.backend 7", "db.shop.backend 7", "db.zoo.backend 6"]);
+    fn what_a_pod_asks_for_reaches_the_zone() {
+        let mut early = endpoint("shop", "db-0", Some("db"), 5, false);
+        early.aliases = vec!["cache".into()];
+        early.ports = vec![NamedPort { name: "http".into(), protocol: "TCP".into(), port: 80 }];
+        early.publish_not_ready = true;
+        let view = View::new("a", &[], [&slice("b", 2, "9", vec![early])]);
+        assert_eq!(published(&view), ["db-0 b"]);
+        let host = &view.zone("backend", vec![], vec![]).hosts[0];
+        assert_eq!((&*host.aliases, host.owner.as_deref()), (&["cache".to_owned()][..], Some("db")));
+        assert_eq!(host.ports, [Port { name: "http".into(), protocol: "tcp".into(), number: 80 }]);
     }
 
     #[test]
     fn the_own_slice_is_not_asked() {
         let own = slice("a", 1, "9", vec![endpoint("shop", "gone", None, 9, true)]);
-        assert_eq!(View::new("a", &[], [&own]), View::default());
+        assert!(View::new("a", &[], [&own]).zone("backend", vec![], vec![]).hosts.is_empty());
     }
 
     #[test]
@@ -195,7 +196,7 @@ mod tests {
         let mut here = Local { endpoint: endpoint("shop", "db-0", None, 5, false), current: true };
         let view = View::new("a", std::slice::from_ref(&here), [&stale]);
         assert_eq!((view.local.len(), places(&view)), (1, vec![(2, 0)]), "wanted here, though not ready yet");
-        assert!(names(&view).is_empty());
+        assert!(published(&view).is_empty());
         // A third node: the later of two ready ones.
         let new = slice("new", 3, "12", vec![endpoint("shop", "db-0", None, 5, true)]);
         assert_eq!(places(&View::new("c", &[], [&new, &stale])), [(2, 0), (3, 1)]);
@@ -211,7 +212,7 @@ mod tests {
         let mut odd = endpoint("shop", "odd", None, 5, true);
         odd.mac = "no mac".into();
         let view = View::new("a", &[], [&slice("b", 2, "9", vec![odd])]);
-        assert!(names(&view).is_empty());
+        assert!(published(&view).is_empty());
         assert!(view.forwarding(true).peers[0].endpoints.is_empty());
     }
 }

@@ -1,22 +1,16 @@
 //! From a packet to what is to be done with it. Pure: no socket, no clock.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use hickory_proto::ProtoError;
 use hickory_proto::op::{Edns, Header, Message, MessageType, Metadata, OpCode, Query, ResponseCode};
-use hickory_proto::rr::rdata::{A, SOA};
-use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
+use hickory_proto::rr::{DNSClass, Name};
 use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
-use rand::seq::SliceRandom;
 
+use crate::records::{fill, fit};
+use crate::wire::{self, question_name};
 use crate::zone::{Found, Zone};
 
-/// Seconds for which an answer may be kept: a pod that moved is found again after at most this.
-const TTL: u32 = 1;
-/// Bytes of a message's header (RFC 1035, 4.1.1).
-const HEADER_LENGTH: usize = 12;
-/// Bytes of an address record whose name is a pointer to the question's: pointer 2, type 2, class 2, TTL 4, length 2, address 4.
-const ADDRESS_LENGTH: usize = 16;
 /// The largest datagram we send of our own accord (DNS flag day 2020): it fits without fragments.
 const OWN_PAYLOAD: u16 = 1232;
 
@@ -49,7 +43,7 @@ pub(crate) enum Transport {
 }
 
 /// Decides about `packet`, which came from `source` to the server of `network`.
-pub(crate) fn decide(zone: &Zone, network: &str, source: Ipv4Addr, transport: Transport, packet: &[u8]) -> Decision {
+pub(crate) fn decide(zone: &Zone, network: &str, source: IpAddr, transport: Transport, packet: &[u8]) -> Decision {
     let Some(header) = header(packet) else { return Decision::Drop };
     if header.metadata.message_type != MessageType::Query {
         return Decision::Drop;
@@ -73,9 +67,9 @@ pub(crate) fn decide(zone: &Zone, network: &str, source: Ipv4Addr, transport: Tr
         DNSClass::IN | DNSClass::ANY => text_of(&question.name),
         _ => None,
     };
-    match name.as_deref().map_or(Found::Foreign, |name| zone.find(network, source, name)) {
-        Found::Foreign => Decision::Forward(Box::new(Forward { packet: packet.to_vec(), question, query })),
-        found => match own(&query, &question, &found) {
+    match name.and_then(|name| zone.find(network, source, &name)) {
+        None => Decision::Forward(Box::new(Forward { packet: packet.to_vec(), question, query })),
+        Some(found) => match own(&query, &question, &found) {
             Ok(mut message) => {
                 fit(&mut message, limit(&query, transport).min(own_limit(transport)));
                 reply(&message)
@@ -91,7 +85,7 @@ impl Forward {
         refusal(&self.query, ResponseCode::ServFail).to_vec().ok()
     }
 
-    /// An upstream's reply as the asker gets it: with the asker's id, and only its head if it is too large.
+    /// An upstream's reply as the asker gets it: with the asker's id and case, and only its head if it is too large.
     pub(crate) fn pass_on(&self, mut answer: Vec<u8>, transport: Transport) -> Option<Vec<u8>> {
         if answer.len() > limit(&self.query, transport) {
             let mut head = refusal(&self.query, ResponseCode::NoError);
@@ -99,6 +93,12 @@ impl Forward {
             return head.to_vec().ok();
         }
         answer.get_mut(..2)?.copy_from_slice(&self.query.metadata.id.to_be_bytes());
+        if let Some(name) = question_name(&self.packet)
+            && let (Some(asked), Some(told)) = (self.packet.get(name.clone()), answer.get_mut(name))
+            && told.eq_ignore_ascii_case(asked)
+        {
+            told.copy_from_slice(asked);
+        }
         Some(answer)
     }
 
@@ -122,8 +122,20 @@ pub(crate) fn is_truncated(answer: &[u8]) -> bool {
     header(answer).is_some_and(|header| header.metadata.truncation)
 }
 
+/// True if the server says that it can't tell.
+pub(crate) fn is_failure(answer: &[u8]) -> bool {
+    header(answer).is_some_and(|header| {
+        matches!(header.metadata.response_code, ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp)
+    })
+}
+
+/// True if the question is in the reply.
+pub(crate) fn has_question(answer: &[u8]) -> bool {
+    header(answer).is_some_and(|header| header.counts.queries > 0)
+}
+
 fn header(packet: &[u8]) -> Option<Header> {
-    if packet.len() < HEADER_LENGTH {
+    if packet.len() < wire::HEADER {
         return None;
     }
     Header::read(&mut BinDecoder::new(packet)).ok()
@@ -151,37 +163,8 @@ fn own(query: &Message, question: &Query, found: &Found<'_>) -> Result<Message, 
     message.metadata.authoritative = true;
     message.metadata.recursion_available = true;
     message.queries = vec![question.clone()];
-    let network = match found {
-        Found::Foreign => return Ok(refusal(query, ResponseCode::ServFail)),
-        Found::Missing { network } => {
-            message.metadata.response_code = ResponseCode::NXDomain;
-            network
-        }
-        Found::Addresses { network, addresses } => {
-            if matches!(question.query_type, RecordType::A | RecordType::ANY) {
-                message.answers = shuffled(&question.name, addresses);
-            }
-            network
-        }
-    };
-    if message.answers.is_empty() {
-        message.authorities = vec![authority(network)?];
-    }
+    fill(&mut message, question, found)?;
     Ok(message)
-}
-
-fn shuffled(name: &Name, addresses: &[Ipv4Addr]) -> Vec<Record> {
-    let mut addresses = addresses.to_vec();
-    addresses.shuffle(&mut rand::rng());
-    addresses.into_iter().map(|address| Record::from_rdata(name.clone(), TTL, RData::A(A(address)))).collect()
-}
-
-/// The record that says for how long a negative answer holds (RFC 2308: the lesser of its TTL and its last field).
-fn authority(network: &str) -> Result<Record, ProtoError> {
-    let name = |text: String| Name::from_ascii(text);
-    let (server, contact) = (name(format!("ns.{network}."))?, name(format!("hostmaster.{network}."))?);
-    let soa = SOA::new(server, contact, 1, 3600, 600, 86400, TTL);
-    Ok(Record::from_rdata(name(format!("{network}."))?, TTL, RData::SOA(soa)))
 }
 
 /// An empty reply to `query`, with EDNS if the query has it (RFC 6891, 7).
@@ -228,15 +211,5 @@ fn own_limit(transport: Transport) -> usize {
     match transport {
         Transport::Udp => OWN_PAYLOAD.into(),
         Transport::Tcp => u16::MAX.into(),
-    }
-}
-
-/// Leaves out as many addresses as needed and says so (TC): whoever can't ask again by TCP still has some.
-fn fit(message: &mut Message, limit: usize) {
-    let Ok(bytes) = message.to_vec() else { return };
-    let excess = bytes.len().saturating_sub(limit);
-    if excess > 0 {
-        message.answers.truncate(message.answers.len().saturating_sub(excess.div_ceil(ADDRESS_LENGTH)));
-        message.metadata.truncation = true;
     }
 }

@@ -2,13 +2,15 @@
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
 
-use crate::answer::{Forward, Transport, is_truncated};
+use crate::answer::{Forward, Transport, has_question, is_failure, is_truncated};
+use crate::cache::{Cache, key};
+use crate::wire::question_name;
 
 /// For how long one server is waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -22,44 +24,95 @@ pub struct Upstream {
     pub servers: Vec<SocketAddr>,
 }
 
-/// Asks each server in turn; none when all have failed. Sockets are opened in the namespace of the calling thread.
-pub(crate) async fn ask(upstream: &Upstream, query: &Forward, transport: Transport) -> Option<Vec<u8>> {
+/// The way to the upstreams, with what they said lately.
+#[derive(Debug, Default)]
+pub(crate) struct Forwarder {
+    upstream: Upstream,
+    cache: Cache,
+}
+
+impl Forwarder {
+    pub(crate) fn new(upstream: Upstream) -> Self {
+        Self { upstream, cache: Cache::default() }
+    }
+
+    /// The answer to a query, with the asker's id; none when all servers have failed and nothing older can stand in.
+    ///
+    /// Sockets are opened in the namespace of the calling thread.
+    pub(crate) async fn answer(&self, query: &Forward, transport: Transport) -> Option<Vec<u8>> {
+        let key = key(&query.packet);
+        let cached = key.as_ref().and_then(|key| self.cache.get(key, Instant::now()));
+        let answer = match cached {
+            Some(answer) => answer,
+            None => match (ask(&self.upstream, query, transport).await, key) {
+                (Some(answer), Some(key)) => {
+                    self.cache.put(key, &answer, Instant::now());
+                    answer
+                }
+                (Some(answer), None) => answer,
+                (None, key) => self.cache.get_stale(&key?, Instant::now())?,
+            },
+        };
+        query.pass_on(answer, transport)
+    }
+}
+
+/// Asks each server in turn; none when all have failed.
+async fn ask(upstream: &Upstream, query: &Forward, transport: Transport) -> Option<Vec<u8>> {
+    let mut failure = None;
     for &server in &upstream.servers {
         match timeout(PATIENCE, ask_one(server, query, transport)).await {
-            Ok(Ok(answer)) => return Some(answer),
+            Ok(Ok(answer)) if !is_failure(&answer) => return Some(answer),
+            // The next one may know better.
+            Ok(Ok(answer)) => failure = Some(answer),
             Ok(Err(error)) => tracing::debug!(%server, %error, "forwarding failed"),
             Err(_) => tracing::debug!(%server, "no answer in time"),
         }
     }
-    None
+    failure
 }
 
 async fn ask_one(server: SocketAddr, query: &Forward, transport: Transport) -> io::Result<Vec<u8>> {
-    if transport == Transport::Udp {
-        let answer = by_udp(server, query).await?;
-        if !is_truncated(&answer) {
-            return Ok(answer);
-        }
+    // None: truncated, or by a server that doesn't keep the case of names, of which only a connection tells that it is the server.
+    if transport == Transport::Udp
+        && let Some(answer) = by_udp(server, query).await?
+    {
+        return Ok(answer);
     }
     by_tcp(server, query).await
 }
 
-/// A socket of its own for each query: its port and the id are what a forger would have to guess (RFC 5452).
-async fn by_udp(server: SocketAddr, query: &Forward) -> io::Result<Vec<u8>> {
+/// A socket of its own for each query: its port, the id and the case of the name are what a forger would have to guess (RFC 5452).
+async fn by_udp(server: SocketAddr, query: &Forward) -> io::Result<Option<Vec<u8>>> {
     let any: SocketAddr = match server {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
     };
     let socket = UdpSocket::bind(any).await?;
     socket.connect(server).await?;
-    let (id, packet) = with_random_id(&query.packet);
+    let (id, mut packet) = with_random_id(&query.packet);
+    let name = question_name(&packet);
+    if let Some(name) = name.clone().and_then(|name| packet.get_mut(name)) {
+        mix_case(name);
+    }
     socket.send(&packet).await?;
     let mut buffer = vec![0; DATAGRAM];
     loop {
         let length = socket.recv(&mut buffer).await?;
         let answer = buffer.get(..length).unwrap_or_default();
-        if query.is_answered_by(answer, id) {
-            return Ok(answer.to_vec());
+        if !query.is_answered_by(answer, id) {
+            continue;
+        }
+        let keeps_case = name.is_none_or(|name| !has_question(answer) || answer.get(name.clone()) == packet.get(name));
+        return Ok((keeps_case && !is_truncated(answer)).then(|| answer.to_vec()));
+    }
+}
+
+/// Letters in upper or lower case at random (draft-vixie-dnsext-dns0x20). Lengths of labels are below the letters.
+fn mix_case(name: &mut [u8]) {
+    for byte in name.iter_mut().filter(|byte| byte.is_ascii_alphabetic()) {
+        if rand::random() {
+            *byte ^= 0x20;
         }
     }
 }

@@ -4,13 +4,20 @@
 //! address: its own networks and nothing else. All other names are forwarded. This crate knows nothing of Kubernetes.
 
 mod answer;
+mod cache;
 mod forward;
+mod limit;
+mod records;
+mod reverse;
 mod server;
+mod wire;
 mod zone;
 
 pub use forward::Upstream;
 pub use server::{ServeError, run};
-pub use zone::{Member, NetworkZone, Record, Zone, ZoneHandle};
+pub use zone::{Host, Member, NetworkZone, Port, Zone, ZoneHandle};
 
+#[cfg(test)]
+mod fuzz;
 #[cfg(test)]
 mod tests;

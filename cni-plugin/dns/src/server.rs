@@ -2,23 +2,23 @@
 
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::answer::{Decision, Forward, Transport, decide};
-use crate::forward::{Upstream, ask, read_message, write_message};
+use crate::forward::{Forwarder, Upstream, read_message, write_message};
+use crate::limit::{Places, Rates};
 use crate::zone::ZoneHandle;
 
-/// Forwards that may be under way at once; more are refused (SERVFAIL).
-const FORWARDS: usize = 512;
-/// TCP connections that may be open at once; more are closed at once.
-const CONNECTIONS: usize = 64;
+/// Forwards that may be under way at once, and for one pod; more are refused (SERVFAIL).
+const FORWARDS: (usize, usize) = (512, 64);
+/// TCP connections that may be open at once, and for one pod; more are closed at once.
+const CONNECTIONS: (usize, usize) = (256, 16);
 /// How long a TCP connection may be silent, or take to accept an answer.
 const IDLE: Duration = Duration::from_secs(10);
 /// How long to wait after a socket failed (`EMFILE`, `ENOBUFS`), so that the loop doesn't spin.
@@ -50,8 +50,9 @@ pub enum ServeError {
 struct Server {
     network: String,
     zone: ZoneHandle,
-    upstream: Upstream,
-    forwards: Semaphore,
+    forwarder: Forwarder,
+    forwards: Arc<Places>,
+    rates: Rates,
 }
 
 /// Answers queries that come by `udp` and `tcp` until `shutdown` resolves.
@@ -77,7 +78,9 @@ pub async fn run(
     let tcp = TcpListener::from_std(tcp).map_err(tcp_failed)?;
 
     let network = network.to_ascii_lowercase();
-    let server = Arc::new(Server { network, zone, upstream, forwards: Semaphore::new(FORWARDS) });
+    let forwards = Places::new(FORWARDS.0, FORWARDS.1);
+    let server =
+        Arc::new(Server { network, zone, forwarder: Forwarder::new(upstream), forwards, rates: Rates::default() });
     tokio::select! {
         () = shutdown => {}
         () = serve_udp(Arc::clone(&server), udp) => {}
@@ -106,7 +109,7 @@ async fn serve_udp(server: Arc<Server>, socket: Arc<UdpSocket>) {
             Decision::Forward(query) => {
                 let (server, socket) = (Arc::clone(&server), Arc::clone(&socket));
                 forwarding.spawn(async move {
-                    if let Some(packet) = server.forward(&query, Transport::Udp).await {
+                    if let Some(packet) = server.forward(&query, peer, Transport::Udp).await {
                         send(&socket, &packet, peer).await;
                     }
                 });
@@ -122,7 +125,7 @@ async fn send(socket: &UdpSocket, packet: &[u8], peer: SocketAddr) {
 }
 
 async fn serve_tcp(server: Arc<Server>, listener: TcpListener) {
-    let connections = Arc::new(Semaphore::new(CONNECTIONS));
+    let connections = Places::new(CONNECTIONS.0, CONNECTIONS.1);
     let mut serving = JoinSet::new();
     loop {
         while serving.try_join_next().is_some() {}
@@ -134,7 +137,7 @@ async fn serve_tcp(server: Arc<Server>, listener: TcpListener) {
                 continue;
             }
         };
-        let Ok(permit) = Arc::clone(&connections).try_acquire_owned() else {
+        let Some(place) = connections.take(peer.ip().to_canonical()) else {
             tracing::debug!(network = server.network, %peer, "too many connections");
             continue;
         };
@@ -143,25 +146,24 @@ async fn serve_tcp(server: Arc<Server>, listener: TcpListener) {
             if let Err(error) = server.converse(stream, peer).await {
                 tracing::debug!(%peer, %error, "a connection ended");
             }
-            drop(permit);
+            drop(place);
         });
     }
 }
 
 impl Server {
     fn decide(&self, peer: SocketAddr, transport: Transport, packet: &[u8]) -> Decision {
-        // A peer that isn't IPv4 is no member of anything.
-        let source = match peer.ip() {
-            IpAddr::V4(address) => address,
-            IpAddr::V6(address) => address.to_ipv4_mapped().unwrap_or(Ipv4Addr::UNSPECIFIED),
-        };
+        let source = peer.ip().to_canonical();
+        if !self.rates.admit(source, Instant::now()) {
+            return Decision::Drop;
+        }
         decide(&self.zone.current(), &self.network, source, transport, packet)
     }
 
-    async fn forward(&self, query: &Forward, transport: Transport) -> Option<Vec<u8>> {
-        let Ok(_permit) = self.forwards.try_acquire() else { return query.failed() };
-        match ask(&self.upstream, query, transport).await {
-            Some(answer) => query.pass_on(answer, transport),
+    async fn forward(&self, query: &Forward, peer: SocketAddr, transport: Transport) -> Option<Vec<u8>> {
+        let Some(_place) = self.forwards.take(peer.ip().to_canonical()) else { return query.failed() };
+        match self.forwarder.answer(query, transport).await {
+            Some(answer) => Some(answer),
             None => query.failed(),
         }
     }
@@ -172,7 +174,7 @@ impl Server {
             let reply = match self.decide(peer, Transport::Tcp, &message?) {
                 Decision::Drop => return Ok(()),
                 Decision::Reply(packet) => Some(packet),
-                Decision::Forward(query) => self.forward(&query, Transport::Tcp).await,
+                Decision::Forward(query) => self.forward(&query, peer, Transport::Tcp).await,
             };
             let Some(reply) = reply else { return Ok(()) };
             timeout(IDLE, write_message(&mut stream, &reply)).await??;

@@ -1,10 +1,14 @@
-//! Who has which name: an immutable snapshot, swapped as a whole.
+//! Who has which name: an immutable snapshot, swapped as a whole. The rules of naming are here and nowhere else.
 
-use std::collections::{BTreeMap, HashMap};
-use std::net::Ipv4Addr;
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
+use ipnet::IpNet;
+
+use crate::reverse;
 
 /// The names of all networks that a node takes part in. Built once, then only read.
 #[derive(Debug, Default)]
@@ -17,106 +21,255 @@ pub struct Zone {
 pub struct NetworkZone {
     /// The network's name, which is also the domain its names are in.
     pub name: String,
-    /// Its names.
-    pub records: Vec<Record>,
+    /// Its subnets: no address in them is asked for elsewhere.
+    pub subnets: Vec<IpNet>,
+    /// The pods that are plugged in, on all nodes.
+    pub hosts: Vec<Host>,
     /// The pods of this node that may ask.
     pub members: Vec<Member>,
 }
 
-/// One name and one of its addresses; a name with several has several records.
-#[derive(Clone, Debug)]
-pub struct Record {
-    /// The whole name without trailing dot: `db-0.backend`.
+/// A pod on a network, and what it is called.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Host {
+    /// Its namespace: a DNS label.
+    pub namespace: String,
+    /// Its own name. One with dots is known by its name with namespace only: see [`Zone`].
+    pub pod: String,
+    /// The workload whose name it answers to as well.
+    pub owner: Option<String>,
+    /// More names that it answers to.
+    pub aliases: Vec<String>,
+    /// The node it is on.
+    pub node: String,
+    /// Its addresses on this network.
+    pub addresses: Vec<IpAddr>,
+    /// Its named ports.
+    pub ports: Vec<Port>,
+    /// Whether it is Ready.
+    pub ready: bool,
+    /// Whether it is in answers even if it isn't.
+    pub publish_not_ready: bool,
+}
+
+/// A named port of a pod.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Port {
+    /// Its name: `http`.
     pub name: String,
-    /// An address it resolves to.
-    pub address: Ipv4Addr,
+    /// Its protocol in lower case: `tcp`, `udp` or `sctp`.
+    pub protocol: String,
+    /// Its number.
+    pub number: u16,
 }
 
 /// A pod of this node.
 #[derive(Clone, Debug)]
 pub struct Member {
     /// Its address on the network that lists it.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
+    /// Its namespace, which comes first for short names.
+    pub namespace: String,
     /// All networks it is on: their names are what it can resolve.
     pub networks: Vec<String>,
 }
 
 #[derive(Debug, Default)]
 struct Names {
-    /// Addresses by name (lower case); none for a name that only has names below it (an empty non-terminal, RFC 8020).
-    addresses: BTreeMap<String, Vec<Ipv4Addr>>,
-    members: HashMap<Ipv4Addr, Vec<String>>,
+    subnets: Vec<IpNet>,
+    hosts: Vec<Host>,
+    /// Positions in `hosts` by namespace and name (lower case), those of pods that aren't Ready among them. None for a name that
+    /// only has names below it (an empty non-terminal, RFC 8020).
+    namespaces: HashMap<String, HashMap<String, Vec<usize>>>,
+    /// The namespaces that have a short name.
+    holders: HashMap<String, Vec<String>>,
+    addresses: HashMap<IpAddr, usize>,
+    members: HashMap<IpAddr, Member>,
 }
 
-/// What a zone says of a name.
+/// What a zone says of a name in one of the asker's networks.
 #[derive(Debug, Eq, PartialEq)]
-pub(crate) enum Found<'a> {
-    /// The name is in no network that the asker is on.
-    Foreign,
-    /// The name is in `network` and exists; it may have no address itself.
-    Addresses { network: &'a str, addresses: &'a [Ipv4Addr] },
-    /// The name would be in `network`, and isn't.
-    Missing { network: &'a str },
+pub(crate) struct Found<'a> {
+    /// The network.
+    pub(crate) network: &'a str,
+    /// The top of the zone that the name is in.
+    pub(crate) apex: Cow<'a, str>,
+    pub(crate) data: Data<'a>,
+}
+
+/// What there is of a name.
+#[derive(Debug, Eq, PartialEq)]
+pub(crate) enum Data<'a> {
+    /// The name does not exist.
+    Missing,
+    /// It is these pods' name, be they Ready or not; none for an empty non-terminal.
+    Hosts(Vec<&'a Host>),
+    /// It is a service of these pods (those to be told of), at these ports.
+    Services(Vec<(&'a Host, u16)>),
+    /// It is the address of this pod.
+    Address(&'a Host),
+    /// It is the short name of pods in these namespaces and nobody's without a namespace.
+    Ambiguous(&'a [String]),
+}
+
+/// What stands before a name: `_http._tcp.` or, with nothing at it, `_tcp.` (RFC 2782).
+enum Prefix<'a> {
+    None,
+    Protocol(&'a str),
+    Service { port: &'a str, protocol: &'a str },
+}
+
+impl Host {
+    /// Whether it is in answers.
+    pub fn is_published(&self) -> bool {
+        self.ready || self.publish_not_ready
+    }
+
+    fn names(&self) -> impl Iterator<Item = String> {
+        let all = [Some(&self.pod), self.owner.as_ref()].into_iter().flatten().chain(&self.aliases);
+        all.map(|name| name.to_ascii_lowercase()).filter(|name| !name.is_empty())
+    }
 }
 
 impl Zone {
     /// A snapshot of these networks.
+    ///
+    /// A pod is `<name>.<namespace>.<network>`, the name being its own, its workload's or an alias. Without the namespace it is
+    /// its namesake in the asker's namespace; if there is none, the only namespace's that has the name. What several other namespaces
+    /// have is nobody's: no namespace can take another's name by being the first. A name with dots has no short form, as it
+    /// would look like a name with a namespace.
     pub fn new(networks: Vec<NetworkZone>) -> Self {
-        let networks = networks.into_iter().map(|network| {
-            let domain = network.name.to_ascii_lowercase();
-            let names = Names::new(&domain, network);
-            (domain, names)
-        });
+        let networks = networks.into_iter().map(|network| (network.name.to_ascii_lowercase(), Names::new(network)));
         Self { networks: networks.collect() }
     }
 
-    /// Looks `name` (lower case, without trailing dot) up for the pod that asked from `source` on `network`.
-    pub(crate) fn find<'a>(&'a self, network: &'a str, source: Ipv4Addr, name: &str) -> Found<'a> {
-        let view = self.networks.get(network).and_then(|names| names.members.get(&source));
-        let own = view.into_iter().flatten().map(String::as_str).chain([network]);
-        // The longest match: one network's name may end in another's.
-        let Some(domain) = own.filter(|domain| is_in(name, domain)).max_by_key(|domain| domain.len()) else {
-            return Found::Foreign;
-        };
-        match self.networks.get(domain).and_then(|names| names.addresses.get(name)) {
-            Some(addresses) => Found::Addresses { network: domain, addresses },
-            // The network itself is always there, empty or not.
-            None if name == domain => Found::Addresses { network: domain, addresses: &[] },
-            None => Found::Missing { network: domain },
+    /// Looks `name` (lower case, without trailing dot) up for the pod that asked from `source` on `network`. None if it is in
+    /// no network that the pod is on.
+    pub(crate) fn find<'a>(&'a self, network: &'a str, source: IpAddr, name: &str) -> Option<Found<'a>> {
+        let asker = self.networks.get(network).and_then(|names| names.members.get(&source));
+        let own = asker.into_iter().flat_map(|asker| &asker.networks).map(String::as_str).chain([network]);
+        if let Some(address) = reverse::address(name) {
+            return own.into_iter().find_map(|network| self.find_address(network, address));
         }
+        // The longest match: one network's name may end in another's.
+        let (network, rest) =
+            own.filter_map(|domain| Some((domain, below(name, domain)?))).max_by_key(|(domain, _)| domain.len())?;
+        let data = match self.networks.get(network) {
+            // The network itself is always there, empty or not.
+            _ if rest.is_empty() => Data::Hosts(Vec::new()),
+            Some(names) => names.find(rest, asker.map(|asker| asker.namespace.as_str())),
+            None => Data::Missing,
+        };
+        Some(Found { network, apex: network.into(), data })
+    }
+
+    fn find_address<'a>(&'a self, network: &'a str, address: IpAddr) -> Option<Found<'a>> {
+        let names = self.networks.get(network)?;
+        let subnet = names.subnets.iter().find(|subnet| subnet.contains(&address))?;
+        let host = names.addresses.get(&address).and_then(|position| names.hosts.get(*position));
+        let data = host.map_or(Data::Missing, Data::Address);
+        Some(Found { network, apex: reverse::apex(subnet).into(), data })
     }
 }
 
 impl Names {
-    fn new(domain: &str, network: NetworkZone) -> Self {
-        let mut names = Self::default();
-        for record in network.records {
-            let name = record.name.to_ascii_lowercase();
-            if !is_in(&name, domain) {
-                continue;
-            }
-            let mut above = name.as_str();
-            while let Some((_, rest)) = above.split_once('.') {
-                if !is_in(rest, domain) {
-                    break;
+    fn new(network: NetworkZone) -> Self {
+        let mut names = Self { subnets: network.subnets, ..Self::default() };
+        // A namespace is one label, which is what makes a name with one unambiguous.
+        names.hosts = network.hosts.into_iter().filter(|host| is_label(&host.namespace)).collect();
+        for (position, host) in names.hosts.iter().enumerate() {
+            let namespace = host.namespace.to_ascii_lowercase();
+            let of_namespace = names.namespaces.entry(namespace.clone()).or_default();
+            for name in host.names() {
+                if !name.contains('.') {
+                    let holders = names.holders.entry(name.clone()).or_default();
+                    if !holders.contains(&namespace) {
+                        holders.push(namespace.clone());
+                    }
                 }
-                names.addresses.entry(rest.to_owned()).or_default();
-                above = rest;
+                let mut above = name.as_str();
+                while let Some((_, rest)) = above.split_once('.') {
+                    of_namespace.entry(rest.to_owned()).or_default();
+                    above = rest;
+                }
+                let positions = of_namespace.entry(name).or_default();
+                if positions.last() != Some(&position) {
+                    positions.push(position);
+                }
             }
-            let addresses = names.addresses.entry(name).or_default();
-            if !addresses.contains(&record.address) {
-                addresses.push(record.address);
-            }
+            names.addresses.extend(host.addresses.iter().map(|address| (*address, position)));
         }
-        let lower = |all: Vec<String>| all.iter().map(|name| name.to_ascii_lowercase()).collect();
-        names.members = network.members.into_iter().map(|member| (member.address, lower(member.networks))).collect();
+        names.members = network.members.into_iter().map(|member| (member.address, member.in_lower_case())).collect();
         names
+    }
+
+    /// What `rest`, the name without the network's, is to an asker of that namespace.
+    fn find(&self, rest: &str, asker: Option<&str>) -> Data<'_> {
+        let (prefix, rest) = prefix(rest);
+        let data = self.find_hosts(rest, asker);
+        let Data::Hosts(hosts) = &data else {
+            return if matches!(prefix, Prefix::None) { data } else { Data::Missing };
+        };
+        let ports = || hosts.iter().flat_map(|host| host.ports.iter().map(move |port| (*host, port)));
+        match prefix {
+            Prefix::None => data,
+            Prefix::Protocol(protocol) if ports().any(|(_, port)| port.protocol == protocol) => Data::Hosts(Vec::new()),
+            Prefix::Service { port: name, protocol } => {
+                let is_it = |port: &Port| port.protocol == protocol && port.name.eq_ignore_ascii_case(name);
+                if !ports().any(|(_, port)| is_it(port)) {
+                    return Data::Missing;
+                }
+                let found = ports().filter(|(host, port)| host.is_published() && is_it(port));
+                Data::Services(found.map(|(host, port)| (host, port.number)).collect())
+            }
+            Prefix::Protocol(_) => Data::Missing,
+        }
+    }
+
+    fn find_hosts(&self, rest: &str, asker: Option<&str>) -> Data<'_> {
+        let (name, namespace) = match rest.rsplit_once('.') {
+            Some(both) => both,
+            None => match (self.holders.get(rest).map(Vec::as_slice), asker) {
+                (Some(holders), Some(asker)) if holders.iter().any(|holder| holder == asker) => (rest, asker),
+                (Some([only]), _) => (rest, only.as_str()),
+                (Some(several), _) => return Data::Ambiguous(several),
+                (None, _) if self.namespaces.contains_key(rest) => return Data::Hosts(Vec::new()),
+                (None, _) => return Data::Missing,
+            },
+        };
+        let positions = self.namespaces.get(namespace).and_then(|names| names.get(name));
+        positions.map_or(Data::Missing, |positions| {
+            Data::Hosts(positions.iter().filter_map(|position| self.hosts.get(*position)).collect())
+        })
     }
 }
 
-/// True if `name` is `domain` or below it.
-fn is_in(name: &str, domain: &str) -> bool {
-    name.strip_suffix(domain).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+impl Member {
+    fn in_lower_case(mut self) -> Self {
+        self.namespace.make_ascii_lowercase();
+        self.networks.iter_mut().for_each(|network| network.make_ascii_lowercase());
+        self
+    }
+}
+
+fn is_label(text: &str) -> bool {
+    !text.is_empty() && !text.contains('.')
+}
+
+fn prefix(rest: &str) -> (Prefix<'_>, &str) {
+    match rest.strip_prefix('_').and_then(|text| text.split_once('.')) {
+        None => (Prefix::None, rest),
+        Some((first, below)) => match below.strip_prefix('_').and_then(|text| text.split_once('.')) {
+            None => (Prefix::Protocol(first), below),
+            Some((protocol, below)) => (Prefix::Service { port: first, protocol }, below),
+        },
+    }
+}
+
+/// What stands before `domain` in `name`, without the dot between; none if the name isn't in the domain.
+fn below<'a>(name: &'a str, domain: &str) -> Option<&'a str> {
+    let rest = name.strip_suffix(domain)?;
+    if rest.is_empty() { Some(rest) } else { rest.strip_suffix('.') }
 }
 
 /// The current snapshot, shared with the servers. Replacing it never makes a reader wait.
