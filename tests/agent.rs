@@ -5,8 +5,11 @@ use std::{path::Path, process::Command};
 use portolan_agent::{
     collect::collect,
     journal::{Endpoint, Journal},
+    resolver::Resolvers,
+    snapshot::Snapshot,
 };
-use portolan_net::{Dataplane, NetworkSpec, endpoint_mac};
+use portolan_dns::{Host, NetworkZone};
+use portolan_net::{BRIDGE_ADDRESS, Dataplane, Namespace, NetworkSpec, endpoint_mac};
 
 const VNI: u32 = 91;
 
@@ -144,4 +147,38 @@ async fn a_port_that_the_journal_does_not_know_goes() {
     node.netns("pod");
     node.dataplane.add_port(&node.endpoint("pod", 5).port()).await.unwrap();
     assert_eq!(node.restart().await, (true, 0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_are_answered_before_the_api_server_is() {
+    let node = Node::new();
+    node.network().await;
+    node.netns("pod");
+    let endpoint = node.endpoint("pod", 5);
+    node.journal().put(endpoint.clone()).unwrap();
+    node.dataplane.add_port(&endpoint.port()).await.unwrap();
+    // An agent has ended that knew of a pod on another node.
+    let there = Host {
+        namespace: "shop".into(),
+        pod: "db-1".into(),
+        addresses: vec!["10.32.0.77".parse().unwrap()],
+        ready: true,
+        ..Host::default()
+    };
+    let file = node.root.path().join("var/lib/portolan/network/names.json");
+    let zone = NetworkZone { name: "backend".into(), hosts: vec![there], ..NetworkZone::default() };
+    Snapshot { upstream: vec![], zones: vec![zone] }.write(&file).unwrap();
+
+    let mut resolvers = Resolvers::resume(&node.dataplane, &node.journal(), Snapshot::read(&file));
+    let pod = Namespace::open(node.root.path(), Path::new("/run/netns/pod")).unwrap();
+    let answer = pod.run(|| {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+        socket.set_read_timeout(Some(std::time::Duration::from_secs(10)))?;
+        socket.send_to(b"\x12\x67\x01\0\0\x01\0\0\0\0\0\0\x04db-1\x07backend\0\0\x01\0\x01", (BRIDGE_ADDRESS, 53))?;
+        let mut answer = [0; 512];
+        let length = socket.recv(&mut answer)?;
+        Ok(answer[..length].to_vec())
+    });
+    assert!(answer.unwrap().ends_with(&[10, 32, 0, 77]));
+    resolvers.stop(VNI).await;
 }

@@ -33,6 +33,8 @@ pub const NETWORKS_ANNOTATION: &str = "portolan.dev/networks";
 pub const DNS_NAMES_ANNOTATION: &str = "portolan.dev/dns-names";
 /// Pod annotation: `"true"` puts the pod in DNS answers before it is Ready.
 pub const PUBLISH_NOT_READY_ANNOTATION: &str = "portolan.dev/publish-not-ready";
+/// Pod annotation: `"true"` makes pods of the same node get this pod's address, and not those of its like on other nodes.
+pub const PREFER_SAME_NODE_ANNOTATION: &str = "portolan.dev/prefer-same-node";
 /// Signer of the node agents' certificates (`CertificateSigningRequest.spec.signerName`).
 pub const NODE_SIGNER: &str = "portolan.dev/node";
 /// Secret (in the release's namespace) that holds the certificate authority: keys `tls.crt`, `tls.key`. Only the operator reads it.

@@ -117,6 +117,9 @@ pub struct Endpoint {
     /// In DNS answers though not ready (annotation `portolan.dev/publish-not-ready`); never while it is being deleted.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub publish_not_ready: bool,
+    /// Answered alone, with its like, to pods of its own node (annotation `portolan.dev/prefer-same-node`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub prefer_same_node: bool,
 }
 
 /// A port of a pod that has a name.

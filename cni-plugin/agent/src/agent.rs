@@ -30,6 +30,7 @@ use crate::{
     resolver::Resolvers,
     server,
     settings::{SOCKET, Settings},
+    snapshot::{Keeper, Snapshot},
     sync::{self, Applied},
 };
 
@@ -112,6 +113,8 @@ pub async fn run(settings: Settings, shutdown: CancellationToken) -> Result<(), 
         // Only now: a runtime that finds the plugin also finds the agent.
         tokio::spawn(keep_conflist(settings.clone(), shutdown.clone())),
     ];
+    // Names don't wait for the API server.
+    let mut resolvers = Resolvers::resume(&agent.dataplane, &agent.journal, Snapshot::read(&settings.names()));
     tokio::select! {
         synced = agent.cluster.wait_until_synced() => synced.map_err(|_| AgentError::Watch)?,
         () = shutdown.cancelled() => return Ok(()),
@@ -119,8 +122,11 @@ pub async fn run(settings: Settings, shutdown: CancellationToken) -> Result<(), 
     agent.synced.store(true, Ordering::Relaxed);
     health.set_ready(true);
     tracing::info!(node = agent.cluster.node, "ready");
-    let resolvers = Resolvers::new(upstream(&agent, &settings).await);
-    tasks.push(tokio::spawn(sync::run(agent, resolvers, shutdown.clone())));
+    if let Some(servers) = upstream(&agent, &settings).await {
+        resolvers.set_upstream(servers).await;
+    }
+    let keeper = Keeper::new(settings.names());
+    tasks.push(tokio::spawn(sync::run(agent, resolvers, keeper, shutdown.clone())));
     let served = web.await;
     shutdown.cancel();
     for task in tasks {
@@ -158,25 +164,25 @@ async fn prepare(
     })
 }
 
-/// Where names go that aren't ours.
-async fn upstream(agent: &Agent, settings: &Settings) -> Vec<SocketAddr> {
+/// Where names go that aren't ours; none if the API server doesn't tell.
+async fn upstream(agent: &Agent, settings: &Settings) -> Option<Vec<SocketAddr>> {
     if let Some(address) = settings.cluster_dns {
-        return vec![SocketAddr::new(address, 53)];
+        return Some(vec![SocketAddr::new(address, 53)]);
     }
     for attempt in 1..=DNS_LOOKUPS {
         match agent.cluster.cluster_dns().await {
-            Ok(Some(address)) => return vec![SocketAddr::new(address, 53)],
+            Ok(Some(address)) => return Some(vec![SocketAddr::new(address, 53)]),
             Ok(None) => {
                 tracing::warn!(
                     "Service kube-system/kube-dns has no address: only names of networks are answered (see --cluster-dns)"
                 );
-                return Vec::new();
+                return Some(Vec::new());
             }
             Err(error) => tracing::warn!(%error, attempt, "the cluster's DNS address is not known"),
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
-    Vec::new()
+    None
 }
 
 async fn keep_conflist(settings: Settings, shutdown: CancellationToken) {

@@ -9,6 +9,8 @@ pub mod annotation;
 pub mod collect;
 pub mod conflist;
 pub mod journal;
+pub mod resolver;
+pub mod snapshot;
 pub mod view;
 
 mod addresses;
@@ -20,7 +22,6 @@ mod names;
 mod network;
 mod plug;
 mod pod;
-mod resolver;
 mod server;
 mod settings;
 mod slices;

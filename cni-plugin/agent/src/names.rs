@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
 use kube::ResourceExt;
-use portolan_crds::{DNS_NAMES_ANNOTATION, NamedPort, PUBLISH_NOT_READY_ANNOTATION};
+use portolan_crds::{DNS_NAMES_ANNOTATION, NamedPort, PREFER_SAME_NODE_ANNOTATION, PUBLISH_NOT_READY_ANNOTATION};
 
 use crate::pod;
 
@@ -19,6 +19,7 @@ pub(crate) struct Names {
     pub aliases: Vec<String>,
     pub ports: Vec<NamedPort>,
     pub publish_not_ready: bool,
+    pub prefer_same_node: bool,
 }
 
 /// A name in the annotation that can't be one.
@@ -36,8 +37,13 @@ pub(crate) enum NameError {
 
 /// The names of a pod, as far as they are right. A pod on its way out publishes nothing.
 pub(crate) fn of(pod: &Pod) -> Names {
-    let publishes = pod.annotations().get(PUBLISH_NOT_READY_ANNOTATION).is_some_and(|value| value == "true");
-    Names { aliases: aliases(pod).0, ports: ports(pod), publish_not_ready: publishes && pod::is_current(pod) }
+    let is_true = |annotation| pod.annotations().get(annotation).is_some_and(|value| value == "true");
+    Names {
+        aliases: aliases(pod).0,
+        ports: ports(pod),
+        publish_not_ready: is_true(PUBLISH_NOT_READY_ANNOTATION) && pod::is_current(pod),
+        prefer_same_node: is_true(PREFER_SAME_NODE_ANNOTATION),
+    }
 }
 
 /// What is wrong in the annotation.

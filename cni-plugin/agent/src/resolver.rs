@@ -10,11 +10,13 @@ use portolan_net::{BRIDGE_ADDRESS, Dataplane};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::{journal::Journal, snapshot::Snapshot};
+
 /// The DNS port.
 const PORT: u16 = 53;
 
 /// This node's DNS servers.
-pub(crate) struct Resolvers {
+pub struct Resolvers {
     zone: ZoneHandle,
     upstream: Vec<SocketAddr>,
     running: BTreeMap<u32, Running>,
@@ -26,9 +28,34 @@ struct Running {
 }
 
 impl Resolvers {
-    /// No servers yet. Names that aren't ours go to `upstream`.
-    pub fn new(upstream: Vec<SocketAddr>) -> Self {
-        Self { zone: ZoneHandle::new(Zone::default()), upstream, running: BTreeMap::new() }
+    /// Goes on where an agent has ended: the servers of the journal's networks answer from the snapshot.
+    pub fn resume(dataplane: &Dataplane, journal: &Journal, snapshot: Snapshot) -> Self {
+        let zone = ZoneHandle::new(Zone::new(snapshot.zones));
+        let mut resolvers = Self { zone, upstream: snapshot.upstream, running: BTreeMap::new() };
+        for endpoint in journal.select(|_| true) {
+            // After the node has started anew there is no such namespace yet.
+            if let Err(error) = resolvers.ensure(dataplane, &endpoint.network, endpoint.vni) {
+                tracing::debug!(network = endpoint.network, %error, "no DNS server yet");
+            }
+        }
+        resolvers
+    }
+
+    /// Where names go from now on that aren't ours. Servers that asked elsewhere end, and start again with the next pass.
+    pub async fn set_upstream(&mut self, upstream: Vec<SocketAddr>) {
+        if self.upstream == upstream {
+            return;
+        }
+        self.upstream = upstream;
+        let running: Vec<u32> = self.running.keys().copied().collect();
+        for vni in running {
+            self.stop(vni).await;
+        }
+    }
+
+    /// Where names go that aren't ours.
+    pub(crate) fn upstream(&self) -> &[SocketAddr] {
+        &self.upstream
     }
 
     /// What all servers answer from.
@@ -37,6 +64,9 @@ impl Resolvers {
     }
 
     /// Sees to it that a network's server runs.
+    ///
+    /// # Errors
+    /// When its sockets can't be opened in the network's namespace.
     pub fn ensure(&mut self, dataplane: &Dataplane, network: &str, vni: u32) -> Result<(), portolan_net::Error> {
         if self.running.get(&vni).is_some_and(|r| !r.task.is_finished()) {
             return Ok(());

@@ -11,6 +11,8 @@ use crate::conflist::{self, ConflistError};
 pub(crate) const SOCKET: &str = "/run/portolan/cni.sock";
 /// Where the journal is, as the host sees it.
 const JOURNAL: &str = "/var/lib/portolan/network/endpoints";
+/// Where the names that were known last are, as the host sees it.
+const NAMES: &str = "/var/lib/portolan/network/names.json";
 
 /// How the agent runs.
 #[derive(Clone, Debug, clap::Args)]
@@ -53,6 +55,10 @@ impl Settings {
 
     pub(crate) fn journal(&self) -> PathBuf {
         self.on_host(JOURNAL)
+    }
+
+    pub(crate) fn names(&self) -> PathBuf {
+        self.on_host(NAMES)
     }
 
     pub(crate) fn socket(&self) -> PathBuf {

@@ -21,6 +21,7 @@ use crate::{
     pod,
     resolver::Resolvers,
     slices::Slices,
+    snapshot::{Keeper, Snapshot},
     view::{Local, View},
 };
 
@@ -64,6 +65,7 @@ impl Agent {
                 aliases: names.aliases,
                 ports: names.ports,
                 publish_not_ready: names.publish_not_ready,
+                prefer_same_node: names.prefer_same_node,
             };
             Local { endpoint, current: pod.is_some_and(|p| pod::is_current(&p)) }
         };
@@ -75,6 +77,7 @@ impl Agent {
 struct Sync<'a> {
     agent: &'a Agent,
     resolvers: Resolvers,
+    keeper: Keeper,
     slices: Slices,
     /// What the journal had when the agent started, as far as the kernel wasn't asked about it yet.
     unchecked: BTreeSet<String>,
@@ -84,10 +87,11 @@ struct Sync<'a> {
 }
 
 /// Follows all changes until the agent ends.
-pub(crate) async fn run(agent: Arc<Agent>, resolvers: Resolvers, shutdown: CancellationToken) {
+pub(crate) async fn run(agent: Arc<Agent>, resolvers: Resolvers, keeper: Keeper, shutdown: CancellationToken) {
     let mut sync = Sync {
         agent: &agent,
         resolvers,
+        keeper,
         slices: Slices::default(),
         unchecked: agent.journal.select(|_| true).iter().map(Endpoint::id).collect(),
         leaving: BTreeMap::new(),
@@ -104,7 +108,7 @@ pub(crate) async fn run(agent: Arc<Agent>, resolvers: Resolvers, shutdown: Cance
 }
 
 impl Sync<'_> {
-    /// One pass; returns whether something failed.
+    /// One pass; returns whether something failed or was put off.
     async fn once(&mut self) -> bool {
         let mut failed = false;
         let mut note = |what: &str, network: &str, result: Result<(), String>| {
@@ -132,9 +136,13 @@ impl Sync<'_> {
                 endpoints: local.into_iter().map(|l| l.endpoint).collect(),
             });
         }
-        self.resolvers.set_zone(Zone::new(zones));
+        self.resolvers.set_zone(Zone::new(zones.clone()));
         note("networks without pods not removed", "", self.remove_others(&mut applied, &by_network).await);
         drop(applied);
+        let snapshot = Snapshot { upstream: self.resolvers.upstream().to_vec(), zones };
+        let kept = self.keeper.keep(&snapshot);
+        let is_unfinished = kept.as_ref().is_ok_and(|is_left| *is_left);
+        note("names not kept for the next start", "", kept.map(drop).map_err(|e| e.to_string()));
 
         let present: Vec<String> = by_network.keys().cloned().collect();
         for spec in written {
@@ -145,7 +153,7 @@ impl Sync<'_> {
         let result = self.slices.keep_only(&self.agent.cluster, &present).await;
         note("slices not removed", "", result.map_err(|e| e.to_string()));
         note("blocks not given back", "", self.release_blocks(&present).await);
-        failed
+        failed || is_unfinished
     }
 
     fn by_network(&self) -> BTreeMap<String, Vec<Endpoint>> {

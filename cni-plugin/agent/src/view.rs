@@ -88,7 +88,8 @@ impl View {
             let node = self.nodes.get(vtep).map(String::as_str).unwrap_or_default();
             endpoints.iter().map(move |endpoint| host(endpoint, node))
         });
-        NetworkZone { name: network.to_owned(), subnets, hosts: local.chain(remote).collect(), members }
+        let hosts = local.chain(remote).collect();
+        NetworkZone { name: network.to_owned(), node: self.node.clone(), subnets, hosts, members }
     }
 }
 
@@ -109,6 +110,7 @@ fn host(endpoint: &Endpoint, node: &str) -> Host {
         ports: endpoint.ports.iter().map(port).collect(),
         ready: endpoint.ready,
         publish_not_ready: endpoint.publish_not_ready,
+        prefer_same_node: endpoint.prefer_same_node,
     }
 }
 
@@ -175,11 +177,12 @@ mod tests {
         let mut early = endpoint("shop", "db-0", Some("db"), 5, false);
         early.aliases = vec!["cache".into()];
         early.ports = vec![NamedPort { name: "http".into(), protocol: "TCP".into(), port: 80 }];
-        early.publish_not_ready = true;
+        (early.publish_not_ready, early.prefer_same_node) = (true, true);
         let view = View::new("a", &[], [&slice("b", 2, "9", vec![early])]);
         assert_eq!(published(&view), ["db-0 b"]);
         let host = &view.zone("backend", vec![], vec![]).hosts[0];
         assert_eq!((&*host.aliases, host.owner.as_deref()), (&["cache".to_owned()][..], Some("db")));
+        assert!(host.prefer_same_node);
         assert_eq!(host.ports, [Port { name: "http".into(), protocol: "tcp".into(), number: 80 }]);
     }
 

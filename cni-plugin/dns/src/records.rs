@@ -21,12 +21,12 @@ pub(crate) fn fill(message: &mut Message, question: &Query, found: &Found<'_>) -
     let is_asked = |kind| type_ == kind || type_ == RecordType::ANY;
     match &found.data {
         Data::Missing => message.metadata.response_code = ResponseCode::NXDomain,
-        Data::Hosts(hosts) if type_ == RecordType::TXT => {
-            message.answers = hosts.iter().map(|host| text(name, &explain(host))).collect();
+        Data::Hosts { all, .. } if type_ == RecordType::TXT => {
+            message.answers = all.iter().map(|host| text(name, &explain(host))).collect();
         }
-        Data::Hosts(hosts) => {
-            let published = hosts.iter().filter(|host| host.is_published()).flat_map(|host| &host.addresses);
-            let data = published.map(|address| of_address(*address)).filter(|data| is_asked(data.record_type()));
+        Data::Hosts { answered, .. } => {
+            let addresses = answered.iter().flat_map(|host| &host.addresses);
+            let data = addresses.map(|address| of_address(*address)).filter(|data| is_asked(data.record_type()));
             message.answers = data.map(|data| Record::from_rdata(name.clone(), TTL, data)).collect();
             message.answers.shuffle(&mut rand::rng());
         }

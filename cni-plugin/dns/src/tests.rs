@@ -55,12 +55,14 @@ pub(crate) fn zone() -> Zone {
     Zone::new(vec![
         NetworkZone {
             name: "a".to_owned(),
+            node: "node-1".to_owned(),
             subnets: vec!["10.0.0.0/24".parse().unwrap(), "fd00::/64".parse().unwrap()],
             hosts,
             members: vec![member(POD_ON_BOTH, &["a", "b"]), member(POD_ON_A, &["a"])],
         },
         NetworkZone {
             name: "b".to_owned(),
+            node: "node-1".to_owned(),
             subnets: vec!["10.1.0.0/24".parse().unwrap()],
             hosts: vec![Host { addresses: vec!["10.1.0.7".parse().unwrap()], ..host("shop", "db", None, 7) }],
             members: vec![],
@@ -481,6 +483,25 @@ async fn only_ready_pods_are_answered_unless_they_ask_for_it() {
     let why = texts(&server.ask(POD_ON_A, "web.a", RecordType::TXT).await);
     assert!(why[0].contains("pod=shop/web-0 node=node-1 address=10.0.0.8,fd00::8 ready=true"), "{why:?}");
     assert!(why[1].contains("pod=shop/web-1") && why[1].contains("ready=false answered=false"), "{why:?}");
+}
+
+#[tokio::test]
+async fn pods_of_the_same_node_are_preferred_if_they_ask_for_it() {
+    let server = start(vec![]).await;
+    let here = Host { prefer_same_node: true, ..host("shop", "log-0", Some("log"), 1) };
+    let there =
+        Host { node: "node-2".to_owned(), ..Host { addresses: vec!["10.0.0.2".parse().unwrap()], ..here.clone() } };
+    let other = Host { prefer_same_node: false, ..host("shop", "log-2", Some("log"), 3) };
+    let found = async |hosts: &[&Host]| {
+        let hosts = hosts.iter().map(|host| (*host).clone()).collect();
+        let network = NetworkZone { name: "a".to_owned(), node: "node-1".to_owned(), hosts, ..NetworkZone::default() };
+        server.zone.replace(Zone::new(vec![network]));
+        addresses(&server.ask(POD_ON_A, "log.a", RecordType::A).await)
+    };
+    assert_eq!(found(&[&here, &there, &other]).await, [Ipv4Addr::new(10, 0, 0, 1)]);
+    let failing = Host { ready: false, ..here.clone() };
+    assert_eq!(found(&[&failing, &there, &other]).await.len(), 2, "no Ready one here");
+    assert_eq!(found(&[&other, &there]).await.len(), 2, "nobody here asks for it");
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use crate::reverse;
 
@@ -17,10 +18,12 @@ pub struct Zone {
 }
 
 /// One network, as given to [`Zone::new`].
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct NetworkZone {
     /// The network's name, which is also the domain its names are in.
     pub name: String,
+    /// The node that answers.
+    pub node: String,
     /// Its subnets: no address in them is asked for elsewhere.
     pub subnets: Vec<IpNet>,
     /// The pods that are plugged in, on all nodes.
@@ -30,7 +33,7 @@ pub struct NetworkZone {
 }
 
 /// A pod on a network, and what it is called.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Host {
     /// Its namespace: a DNS label.
     pub namespace: String,
@@ -50,10 +53,12 @@ pub struct Host {
     pub ready: bool,
     /// Whether it is in answers even if it isn't.
     pub publish_not_ready: bool,
+    /// Whether it is answered without its like on other nodes where it is.
+    pub prefer_same_node: bool,
 }
 
 /// A named port of a pod.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Port {
     /// Its name: `http`.
     pub name: String,
@@ -64,7 +69,7 @@ pub struct Port {
 }
 
 /// A pod of this node.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Member {
     /// Its address on the network that lists it.
     pub address: IpAddr,
@@ -76,6 +81,7 @@ pub struct Member {
 
 #[derive(Debug, Default)]
 struct Names {
+    node: String,
     subnets: Vec<IpNet>,
     hosts: Vec<Host>,
     /// Positions in `hosts` by namespace and name (lower case), those of pods that aren't Ready among them. None for a name that
@@ -102,14 +108,22 @@ pub(crate) struct Found<'a> {
 pub(crate) enum Data<'a> {
     /// The name does not exist.
     Missing,
-    /// It is these pods' name, be they Ready or not; none for an empty non-terminal.
-    Hosts(Vec<&'a Host>),
+    /// It is these pods' name, be they Ready or not; none for an empty non-terminal. If some are preferred here, only they are
+    /// answered.
+    Hosts { all: Vec<&'a Host>, answered: Vec<&'a Host> },
     /// It is a service of these pods (those to be told of), at these ports.
     Services(Vec<(&'a Host, u16)>),
     /// It is the address of this pod.
     Address(&'a Host),
     /// It is the short name of pods in these namespaces and nobody's without a namespace.
     Ambiguous(&'a [String]),
+}
+
+impl Data<'_> {
+    /// A name that only has names below it.
+    fn empty() -> Self {
+        Self::Hosts { all: Vec::new(), answered: Vec::new() }
+    }
 }
 
 /// What stands before a name: `_http._tcp.` or, with nothing at it, `_tcp.` (RFC 2782).
@@ -156,7 +170,7 @@ impl Zone {
             own.filter_map(|domain| Some((domain, below(name, domain)?))).max_by_key(|(domain, _)| domain.len())?;
         let data = match self.networks.get(network) {
             // The network itself is always there, empty or not.
-            _ if rest.is_empty() => Data::Hosts(Vec::new()),
+            _ if rest.is_empty() => Data::empty(),
             Some(names) => names.find(rest, asker.map(|asker| asker.namespace.as_str())),
             None => Data::Missing,
         };
@@ -174,7 +188,7 @@ impl Zone {
 
 impl Names {
     fn new(network: NetworkZone) -> Self {
-        let mut names = Self { subnets: network.subnets, ..Self::default() };
+        let mut names = Self { node: network.node, subnets: network.subnets, ..Self::default() };
         // A namespace is one label, which is what makes a name with one unambiguous.
         names.hosts = network.hosts.into_iter().filter(|host| is_label(&host.namespace)).collect();
         for (position, host) in names.hosts.iter().enumerate() {
@@ -207,23 +221,33 @@ impl Names {
     fn find(&self, rest: &str, asker: Option<&str>) -> Data<'_> {
         let (prefix, rest) = prefix(rest);
         let data = self.find_hosts(rest, asker);
-        let Data::Hosts(hosts) = &data else {
+        let Data::Hosts { all: hosts, .. } = &data else {
             return if matches!(prefix, Prefix::None) { data } else { Data::Missing };
         };
         let ports = || hosts.iter().flat_map(|host| host.ports.iter().map(move |port| (*host, port)));
         match prefix {
             Prefix::None => data,
-            Prefix::Protocol(protocol) if ports().any(|(_, port)| port.protocol == protocol) => Data::Hosts(Vec::new()),
+            Prefix::Protocol(protocol) if ports().any(|(_, port)| port.protocol == protocol) => Data::empty(),
             Prefix::Service { port: name, protocol } => {
                 let is_it = |port: &Port| port.protocol == protocol && port.name.eq_ignore_ascii_case(name);
                 if !ports().any(|(_, port)| is_it(port)) {
                     return Data::Missing;
                 }
-                let found = ports().filter(|(host, port)| host.is_published() && is_it(port));
-                Data::Services(found.map(|(host, port)| (host, port.number)).collect())
+                let all = ports()
+                    .filter(|(host, port)| host.is_published() && is_it(port))
+                    .map(|(host, port)| (host, port.number));
+                let mut found: Vec<_> = all.collect();
+                if found.iter().any(|(host, _)| self.is_preferred(host)) {
+                    found.retain(|(host, _)| self.is_preferred(host));
+                }
+                Data::Services(found)
             }
             Prefix::Protocol(_) => Data::Missing,
         }
+    }
+
+    fn is_preferred(&self, host: &Host) -> bool {
+        host.is_published() && host.prefer_same_node && host.node == self.node
     }
 
     fn find_hosts(&self, rest: &str, asker: Option<&str>) -> Data<'_> {
@@ -233,13 +257,16 @@ impl Names {
                 (Some(holders), Some(asker)) if holders.iter().any(|holder| holder == asker) => (rest, asker),
                 (Some([only]), _) => (rest, only.as_str()),
                 (Some(several), _) => return Data::Ambiguous(several),
-                (None, _) if self.namespaces.contains_key(rest) => return Data::Hosts(Vec::new()),
+                (None, _) if self.namespaces.contains_key(rest) => return Data::empty(),
                 (None, _) => return Data::Missing,
             },
         };
         let positions = self.namespaces.get(namespace).and_then(|names| names.get(name));
         positions.map_or(Data::Missing, |positions| {
-            Data::Hosts(positions.iter().filter_map(|position| self.hosts.get(*position)).collect())
+            let all: Vec<_> = positions.iter().filter_map(|position| self.hosts.get(*position)).collect();
+            let some_are_preferred = all.iter().any(|host| self.is_preferred(host));
+            let is_answered = |host: &&&Host| host.is_published() && (!some_are_preferred || self.is_preferred(host));
+            Data::Hosts { answered: all.iter().filter(is_answered).copied().collect(), all }
         })
     }
 }
