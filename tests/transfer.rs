@@ -4,9 +4,9 @@ mod rogue;
 mod setup;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use portolan_csi::transfer::{Limits, RefusalCode, TransferError, fetch};
+use portolan_csi::transfer::{Limits, Pace, RefusalCode, SoFar, TransferError, fetch};
 use portolan_zfs::memory::{Fault, Memory};
 use portolan_zfs::{Capabilities, DatasetName, ErrorKind, Key, Property, Zfs};
 
@@ -37,7 +37,7 @@ async fn there_and_back(a: &(impl Node<Zfs: Clone> + Sync), b: &(impl Node<Zfs: 
     let progress = AtomicU64::new(0);
     let mut what = fetching(server_a.address, "node-a", &one, b);
     what.properties = vec![Property::canmount_noauto(), b.mountpoint("pvc-1"), Property::readonly(true)];
-    let tell = |bytes| progress.store(bytes, Ordering::Relaxed);
+    let tell = |now: SoFar| progress.store(now.bytes, Ordering::Relaxed);
     let full = fetch(&at_b, b.zfs(), Limits::default(), what.clone(), tell).await.unwrap();
     assert_eq!((full.snapshot.guid, full.base.clone()), (one.guid, None));
     assert!(full.bytes > 3 << 20, "{}", full.bytes);
@@ -176,7 +176,7 @@ async fn a_source_that_dies_in_the_middle_leaves_nothing() {
     let one = write_and_snapshot(&a, &volume, &noise(24 << 20), "portolan-1").await;
     let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
     let what = fetching(server.address, "node-a", &one, &b);
-    let kill = |bytes| {
+    let kill = |SoFar { bytes, .. }: SoFar| {
         if bytes > 4 << 20 {
             a.node.signal("KILL");
         }
@@ -194,7 +194,7 @@ async fn a_fetch_that_was_dropped_can_be_begun_again_at_once() {
     let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
     let (what, identity) = (fetching(server.address, "node-a", &one, &b), ca.identity("node-b"));
     let begun = tokio::sync::Notify::new();
-    let tell = |bytes| {
+    let tell = |SoFar { bytes, .. }: SoFar| {
         if bytes > 4 << 20 {
             begun.notify_one();
         }
@@ -204,7 +204,7 @@ async fn a_fetch_that_was_dropped_can_be_begun_again_at_once() {
         ended = first => panic!("too early: {ended:?}"),
         () = begun.notified() => {}
     }
-    let begin = std::time::Instant::now();
+    let begin = Instant::now();
     while let Err(error) = fetch(&identity, b.zfs(), Limits::default(), what.clone(), |_| {}).await {
         assert!(error.is_retryable(), "{error}");
         assert!(begin.elapsed() < Duration::from_secs(20), "{error}");
@@ -233,7 +233,7 @@ async fn a_server_that_is_shut_down_in_the_middle_leaves_nothing() {
     let one = write_and_snapshot(&a, &volume, &noise(24 << 20), "portolan-1").await;
     let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
     let what = fetching(server.address, "node-a", &one, &b);
-    let stop = |bytes| {
+    let stop = |SoFar { bytes, .. }: SoFar| {
         if bytes > 2 << 20 {
             server.shutdown.cancel();
         }
@@ -384,6 +384,68 @@ async fn more_streams_than_allowed_are_told_to_come_back() {
     };
     assert!(matches!(&error, TransferError::Refused { refusal, .. } if refusal.code == RefusalCode::Busy), "{error}");
     assert!(error.is_retryable());
+}
+
+/// A limit is kept from the first frame on, and one that is lifted holds nothing back any more: the rest would take a quarter of an hour.
+/// However slow the machine is, it can't be faster than the limit.
+#[tokio::test]
+async fn a_limit_holds_a_transfer_back_until_it_is_lifted() {
+    let (a, b, ca) = (memory(), memory(), Authority::new());
+    let volume = create(&a, "pvc-1").await;
+    let one = write_and_snapshot(&a, &volume, &noise(64 << 20), "portolan-1").await;
+    let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
+    let limit = 256 << 10;
+    let (lift, follows) = tokio::sync::watch::channel(Some(limit));
+    let mut what = fetching(server.address, "node-a", &one, &b);
+    what.pace = Pace::following(follows);
+    let told = std::sync::Mutex::new(Vec::new());
+    let tell = |now: SoFar| {
+        let mut told = told.lock().unwrap();
+        told.push((Instant::now(), now.bytes));
+        if told.len() == 3 {
+            lift.send_replace(None);
+        }
+    };
+    let received = fetch(&ca.identity("node-b"), &b, Limits::default(), what, tell).await.unwrap();
+    assert!(received.bytes > 64 << 20, "{}", received.bytes);
+    let told = told.into_inner().unwrap();
+    let ((first, had), (third, had_then)) = (told[0], told[2]);
+    // The third is shown before it is paid for, and a tenth of a second's worth may have been saved up.
+    let paid = (told[1].1 as f64 / limit as f64) - 0.1;
+    assert!(third - first >= Duration::from_secs_f64(paid), "{had} to {had_then} bytes in {:?}", third - first);
+}
+
+/// What is told beforehand is about what comes.
+#[tokio::test]
+async fn what_will_come_is_estimated_where_zfs_can() {
+    let (a, b) = (memory().with_capabilities(Capabilities::all()), memory());
+    let ca = Authority::new();
+    let volume = create(&a, "pvc-1").await;
+    let one = write_and_snapshot(&a, &volume, &noise(3 << 20), "portolan-1").await;
+    let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
+    let estimated = std::sync::Mutex::new(Vec::new());
+    let tell = |now: SoFar| estimated.lock().unwrap().push(now.estimate);
+    let what = fetching(server.address, "node-a", &one, &b);
+    let received = fetch(&ca.identity("node-b"), &b, Limits::default(), what.clone(), tell).await.unwrap();
+    assert!(estimated.lock().unwrap().iter().all(|estimate| *estimate == Some(received.bytes)), "{estimated:?}");
+    assert!(!estimated.lock().unwrap().is_empty());
+
+    // An estimate that fails or doesn't end is done without.
+    for fault in [Fault::Fail(ErrorKind::Other), Fault::Hang] {
+        a.inject("send_size", 1, fault);
+        let c = memory();
+        let none = |now: SoFar| assert_eq!(now.estimate, None);
+        let mut what = what.clone();
+        what.target = c.pool().child("pvc-1").unwrap();
+        fetch(&ca.identity("node-b"), &c, Limits::default(), what, none).await.unwrap();
+    }
+
+    // A server whose ZFS says nothing.
+    let (mute, d) = (memory(), memory());
+    let one = source(&mute).await;
+    let server = Server::start(&ca.identity("node-a"), &mute, "node-b").await;
+    let what = fetching(server.address, "node-a", &one, &d);
+    fetch(&ca.identity("node-b"), &d, Limits::default(), what, |now| assert_eq!(now.estimate, None)).await.unwrap();
 }
 
 /// A volume with a snapshot.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use portolan_csi::transfer::{
-    Authorise, Fetch, Grant, Identity, IdentityError, Limits, Refusal, RefusalCode, Request, serve,
+    Authorise, Fetch, Grant, Identity, IdentityError, Limits, Pace, Refusal, RefusalCode, Request, serve,
 };
 use portolan_zfs::{DatasetName, SendOptions, Snapshot, Zfs};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
@@ -135,6 +135,7 @@ pub fn fetching(address: SocketAddr, from: &str, snapshot: &Snapshot, target: &i
         request: Request::new(volume, 2, snapshot.name.short(), snapshot.guid),
         target: target.pool().child(volume).unwrap(),
         properties: Vec::new(),
+        pace: Pace::default(),
     }
 }
 

@@ -401,6 +401,7 @@ fn round_received(status: &mut PortableVolumeStatus, node: &str, epoch: i64, gui
     let Some(snapshot) = published_as(handoff, guid) else { return Err(format!("{guid} is not this round's")) };
     handoff.rounds += 1;
     handoff.warm = is_warm(handoff, round.as_ref());
+    handoff.eta_seconds = None;
     handoff.last_error = None;
     if let Some(Round { bytes, milliseconds }) = round {
         handoff.pre_copy_bytes += bytes;

@@ -1,21 +1,25 @@
 //! The target's part of the transfer: fetch a snapshot from the handoff's source, and tell how far it is.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
+use portolan_crds::{Handoff, HandoffPhase, PortableVolume};
 use portolan_zfs::{Property, Zfs};
+use tokio::sync::watch;
 
+use super::speed::{Speed, eta};
 use super::steps::{StepError, Steps};
 use super::write;
 use crate::handoff::{Known, Round};
-use crate::transfer::{self, Fetch, Limits, Received, Request};
+use crate::transfer::{self, Fetch, Limits, Pace, Received, Request, SoFar};
 use crate::volume;
 
 /// How often the bytes in the status are brought up to date.
 const REPORT_EVERY: Duration = Duration::from_secs(2);
+/// How often a transfer looks whether its limit is another by now.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// How long a fetch waits for this node's certificate before it counts as failed.
 const CERTIFICATE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -63,19 +67,50 @@ pub(super) async fn transfer<Z: Zfs>(
 ) -> Result<Received, StepError> {
     let identity = certificate(steps).await?;
     let address = address_of(steps, from).await?;
-    let fetch = Fetch { address, node: from.to_owned(), request, target: steps.dataset.clone(), properties };
-    let bytes = AtomicU64::new(0);
+    let (limit, follows) = watch::channel(limit_of(&steps.volume));
+    let (target, pace) = (steps.dataset.clone(), Pace::following(follows));
+    let fetch = Fetch { address, node: from.to_owned(), request, target, properties, pace };
+    let (so_far, mut speed) = (watch::Sender::new(SoFar::default()), Speed::new(Instant::now()));
     let zfs = steps.node.zfs.clone();
-    let report = |received| bytes.store(received, Ordering::Relaxed);
+    let report = |now| drop(so_far.send_replace(now));
     let transfer = transfer::fetch(&identity, zfs.as_ref(), Limits::default(), fetch, report);
     let mut transfer = std::pin::pin!(transfer);
-    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + REPORT_EVERY, REPORT_EVERY);
+    let now = tokio::time::Instant::now();
+    let mut tick = tokio::time::interval_at(now + REPORT_EVERY, REPORT_EVERY);
+    let mut look = tokio::time::interval_at(now + LOOK_EVERY, LOOK_EVERY);
     loop {
         tokio::select! {
             fetched = &mut transfer => return Ok(fetched?),
-            _ = tick.tick() => tell(steps, bytes.load(Ordering::Relaxed)).await?,
+            _ = look.tick() => follow(steps, &limit),
+            _ = tick.tick() => {
+                let now = *so_far.borrow();
+                tell(steps, now, speed.at(Instant::now(), now.bytes)).await?;
+            }
         }
     }
+}
+
+/// The most bytes a second that a volume's transfer may take. Once its pod is away nothing is held back: it waits for what is left.
+fn limit_of(volume: &PortableVolume) -> Option<u64> {
+    let handoff = volume::status(volume).handoff.filter(|handoff| handoff.phase == HandoffPhase::PreCopy)?;
+    handoff.limit_bytes_per_second.and_then(|limit| u64::try_from(limit).ok())
+}
+
+/// Makes the volume's limit, as it has been seen last, the transfer's.
+fn follow<Z: Zfs>(steps: &Steps<'_, Z>, limit: &watch::Sender<Option<u64>>) {
+    let Some(seen) = steps.node.seen.get(&ObjectRef::new(&steps.volume.name_any())) else { return };
+    let wanted = limit_of(&seen);
+    limit.send_if_modified(|limit| std::mem::replace(limit, wanted) != wanted);
+}
+
+/// The figures of a running transfer. More than was estimated shows that the estimate was too low, and nothing of what is left.
+fn fill(handoff: &mut Handoff, SoFar { bytes, estimate }: SoFar, rate: u64) {
+    let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    handoff.bytes = number(bytes);
+    handoff.rate_bytes_per_second = number(rate);
+    handoff.estimated_bytes = estimate.map(|all| number(all.max(bytes)));
+    let left = estimate.and_then(|all| all.checked_sub(bytes));
+    handoff.eta_seconds = left.and_then(|left| eta(left, rate)).map(number);
 }
 
 async fn certificate<Z: Zfs>(steps: &Steps<'_, Z>) -> Result<std::sync::Arc<transfer::Identity>, StepError> {
@@ -91,9 +126,9 @@ async fn address_of<Z: Zfs>(steps: &Steps<'_, Z>, node: &str) -> Result<SocketAd
     address.and_then(|address| address.parse().ok()).ok_or_else(|| StepError::NoAddress(node.to_owned()))
 }
 
-/// Writes the bytes so far; ends the transfer if the volume is being deleted, or the handoff is another by now. A write that fails is left
+/// Writes how far it is, and how fast; ends the transfer if the volume is being deleted, or the handoff is another by now. A write that fails is left
 /// to the next.
-async fn tell<Z: Zfs>(steps: &mut Steps<'_, Z>, bytes: u64) -> Result<(), StepError> {
+async fn tell<Z: Zfs>(steps: &mut Steps<'_, Z>, now: SoFar, rate: u64) -> Result<(), StepError> {
     let name = steps.volume.name_any();
     let seen = steps.node.seen.get(&ObjectRef::new(&name));
     let Some(seen) = seen.filter(|seen| seen.metadata.deletion_timestamp.is_none()) else {
@@ -107,7 +142,7 @@ async fn tell<Z: Zfs>(steps: &mut Steps<'_, Z>, bytes: u64) -> Result<(), StepEr
     }
     let written = write::status(&steps.node.volumes, &steps.volume, |status| {
         if let Some(handoff) = &mut status.handoff {
-            handoff.bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+            fill(handoff, now, rate);
         }
     });
     match written.await {
@@ -120,4 +155,37 @@ async fn tell<Z: Zfs>(steps: &mut Steps<'_, Z>, bytes: u64) -> Result<(), StepEr
         Err(error) => tracing::debug!(volume = name, %error, "could not write the progress"),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use portolan_crds::PortableVolumeStatus;
+
+    use super::*;
+
+    #[test]
+    fn only_while_the_pod_runs_is_anything_held_back() {
+        let limit = |phase, limit_bytes_per_second| {
+            let handoff = Handoff { phase, limit_bytes_per_second, ..Handoff::default() };
+            let status = PortableVolumeStatus { handoff: Some(handoff), ..PortableVolumeStatus::default() };
+            limit_of(&PortableVolume { status: Some(status), ..PortableVolume::new("v", Default::default()) })
+        };
+        assert_eq!(limit(HandoffPhase::PreCopy, Some(50)), Some(50));
+        assert_eq!(limit(HandoffPhase::PreCopy, None), None);
+        assert_eq!(limit(HandoffPhase::Quiescing, Some(50)), None, "the newest round is what the pod waits for");
+        assert_eq!(limit(HandoffPhase::FinalSync, Some(50)), None);
+    }
+
+    #[test]
+    fn figures_are_filled_as_far_as_they_are_known() {
+        let figures = |bytes, estimate, rate| {
+            let mut handoff = Handoff::default();
+            fill(&mut handoff, SoFar { bytes, estimate }, rate);
+            (handoff.bytes, handoff.estimated_bytes, handoff.rate_bytes_per_second, handoff.eta_seconds)
+        };
+        assert_eq!(figures(100, Some(1100), 50), (100, Some(1100), 50, Some(20)));
+        assert_eq!(figures(100, Some(1100), 0), (100, Some(1100), 0, None), "it stands still");
+        assert_eq!(figures(100, None, 50), (100, None, 50, None));
+        assert_eq!(figures(1200, Some(1100), 50), (1200, Some(1200), 50, None));
+    }
 }

@@ -19,6 +19,7 @@ mod pool;
 mod registration;
 mod restore;
 mod seal;
+mod speed;
 mod steps;
 mod storage_node;
 mod take;

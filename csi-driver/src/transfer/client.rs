@@ -6,12 +6,13 @@ use std::net::SocketAddr;
 use portolan_zfs::{
     DatasetName, ErrorKind, Guid, Property, ReceiveOptions, ReceiveProcess, Snapshot, SnapshotName, Zfs,
 };
-use tokio::io::{AsyncWriteExt, BufReader};
+use tokio::io::{AsyncRead, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::error::TransferError;
 use super::identity::{Identity, node_name, server_name};
+use super::pace::{Brake, Pace};
 use super::protocol::{MAX_FRAME, Reply, Request};
 use super::wire::{Limits, prepare, read_frame, read_header, read_trailer, within, write_header};
 
@@ -28,6 +29,8 @@ pub struct Fetch {
     pub target: DatasetName,
     /// Set on the dataset as it is received.
     pub properties: Vec<Property>,
+    /// How fast.
+    pub pace: Pace,
 }
 
 /// What was received.
@@ -41,18 +44,28 @@ pub struct Received {
     pub base: Option<SnapshotName>,
 }
 
+/// How far a fetch is.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct SoFar {
+    /// Bytes of ZFS stream that have come.
+    pub bytes: u64,
+    /// About how many it will be; none where the source's ZFS doesn't say.
+    pub estimate: Option<u64>,
+}
+
 type Stream = BufReader<TlsStream<TcpStream>>;
 
 /// Fetches a snapshot, and before it, a stream each, those that the source has between it and the newest that we have too. `progress` is told
-/// the bytes so far after each frame. Can be called again after any failure, and may be dropped at any time: the target's dataset then has
+/// how far it is after each frame. Can be called again after any failure, and may be dropped at any time: the target's dataset then has
 /// what it had before, and each snapshot that had come whole.
 pub async fn fetch(
     identity: &Identity,
     zfs: &impl Zfs,
     limits: Limits,
     what: Fetch,
-    progress: impl Fn(u64) + Send + Sync,
+    progress: impl Fn(SoFar) + Send + Sync,
 ) -> Result<Received, TransferError> {
+    let mut brake = Brake::new(what.pace.clone());
     let mut so_far = 0;
     let mut first_base = None;
     loop {
@@ -66,8 +79,10 @@ pub async fn fetch(
             }
             return Ok(Received { snapshot: there.clone(), bytes: so_far, base: first_base });
         }
-        let told = |bytes| progress(so_far + bytes);
-        let (bytes, base) = one(identity, zfs, limits, &what, ours, told).await?;
+        let told = |now: SoFar| {
+            progress(SoFar { bytes: so_far + now.bytes, estimate: now.estimate.map(|left| so_far + left) });
+        };
+        let (bytes, base) = one(identity, zfs, limits, &what, ours, &mut brake, told).await?;
         if so_far == 0 {
             first_base = base;
         }
@@ -82,7 +97,8 @@ async fn one(
     limits: Limits,
     what: &Fetch,
     ours: Option<Vec<Snapshot>>,
-    progress: impl Fn(u64) + Send + Sync,
+    brake: &mut Brake,
+    progress: impl Fn(SoFar) + Send + Sync,
 ) -> Result<(u64, Option<SnapshotName>), TransferError> {
     let request = what.request.clone().having(ours.iter().flatten().map(|snapshot| snapshot.guid));
     request.validate().map_err(|error| TransferError::Protocol(error.to_string()))?;
@@ -95,7 +111,8 @@ async fn one(
     }
     let base = base_of(what, ours.as_deref(), reply.base)?;
     let receive = zfs.receive(&what.target, &ReceiveOptions::with(&what.properties)).await?;
-    let copied = copy(&mut stream, receive, limits, what, &progress).await;
+    let told = |bytes| progress(SoFar { bytes, estimate: reply.estimate });
+    let copied = copy(&mut stream, receive, limits, what, brake, &told).await;
 
     let now = snapshots(zfs, &what.target).await;
     let snapshot = now.map(|found| found.into_iter().flatten().find(|snapshot| snapshot.guid == coming));
@@ -184,13 +201,14 @@ fn base_of(what: &Fetch, ours: Option<&[Snapshot]>, base: Option<Guid>) -> Resul
 
 /// Copies frames to `zfs recv`, one behind: the last is written when the trailer has been verified. On failure the receive is cut.
 async fn copy(
-    stream: &mut Stream,
+    stream: &mut (impl AsyncRead + Unpin),
     mut receive: ReceiveProcess,
     limits: Limits,
     what: &Fetch,
+    brake: &mut Brake,
     progress: &(impl Fn(u64) + Send + Sync),
 ) -> Result<u64, TransferError> {
-    match copy_frames(stream, &mut receive, limits, what, progress).await {
+    match copy_frames(stream, &mut receive, limits, what, brake, progress).await {
         Ok((bytes, last)) => {
             // If this fails `zfs recv` has ended by itself, and says why.
             let _ = within(limits.idle, "writing to zfs recv", receive.write_all(&last)).await;
@@ -215,10 +233,11 @@ enum Cut {
 }
 
 async fn copy_frames(
-    stream: &mut Stream,
+    stream: &mut (impl AsyncRead + Unpin),
     receive: &mut ReceiveProcess,
     limits: Limits,
     what: &Fetch,
+    brake: &mut Brake,
     progress: &(impl Fn(u64) + Send + Sync),
 ) -> Result<(u64, Vec<u8>), Cut> {
     let node = || what.node.clone();
@@ -234,6 +253,7 @@ async fn copy_frames(
         within(limits.idle, "writing to zfs recv", receive.write_all(&held)).await.map_err(Cut::Receive)?;
         std::mem::swap(&mut held, &mut next);
         progress(bytes);
+        brake.took(held.len()).await;
     }
     let trailer = within(limits.idle, "receiving", read_trailer(stream)).await.map_err(|error| cut(error, bytes))?;
     if trailer.length != bytes || trailer.hash != *hash.finalize().as_bytes() {

@@ -7,13 +7,15 @@
 mod client;
 mod error;
 mod identity;
+mod pace;
 mod protocol;
 mod server;
 mod wire;
 
-pub use client::{Fetch, Received, fetch};
+pub use client::{Fetch, Received, SoFar, fetch};
 pub use error::TransferError;
 pub use identity::{Identity, IdentityError, server_name};
+pub use pace::Pace;
 pub use protocol::{InvalidRequest, MAX_FRAME, MAX_HEADER, Refusal, RefusalCode, Reply, Request, Trailer};
 pub use server::{Authorise, Grant, serve};
 pub use wire::Limits;

@@ -116,18 +116,21 @@ pub struct Reply {
     pub base: Option<Guid>,
     /// That snapshot's short name at the source.
     pub base_snapshot: Option<String>,
+    /// About how many bytes of stream lead from the base to the snapshot asked for; none where ZFS doesn't say.
+    #[serde(default)]
+    pub estimate: Option<u64>,
     /// Why not, if not.
     pub error: Option<Refusal>,
 }
 
 impl Reply {
-    pub(crate) fn stream(guid: Guid, base: Option<(Guid, String)>) -> Self {
+    pub(crate) fn stream(guid: Guid, base: Option<(Guid, String)>, estimate: Option<u64>) -> Self {
         let (base, base_snapshot) = base.unzip();
-        Self { ok: true, guid: Some(guid), base, base_snapshot, error: None }
+        Self { ok: true, guid: Some(guid), base, base_snapshot, estimate, error: None }
     }
 
     pub(crate) fn refusal(refusal: Refusal) -> Self {
-        Self { ok: false, guid: None, base: None, base_snapshot: None, error: Some(refusal) }
+        Self { ok: false, guid: None, base: None, base_snapshot: None, estimate: None, error: Some(refusal) }
     }
 }
 

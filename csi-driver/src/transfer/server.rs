@@ -4,15 +4,16 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
-use portolan_zfs::{DatasetName, ErrorKind, Guid, SendOptions, SendStream, Snapshot, Zfs, ZfsError};
+use portolan_zfs::{DatasetName, ErrorKind, Guid, SendOptions, SendStream, Snapshot, SnapshotName, Zfs, ZfsError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::identity::{Identity, node_name};
 use super::protocol::{Refusal, RefusalCode, Reply, Request, Trailer};
@@ -20,6 +21,8 @@ use super::wire::{Limits, prepare, read_header, within, write_header};
 
 /// How much of a stream goes into one frame.
 const CHUNK: usize = 256 * 1024;
+/// How long a stream waits to be estimated.
+const ESTIMATE_WITHIN: Duration = Duration::from_secs(1);
 
 /// What a node may have.
 pub struct Grant {
@@ -74,7 +77,7 @@ pub async fn serve<A: Authorise, Z: Zfs>(
             // Out of file descriptors, most likely: others must end first.
             Err(error) => {
                 warn!(%error, "could not accept a connection");
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }
@@ -85,6 +88,7 @@ struct Opened<'a> {
     _permit: SemaphorePermit<'a>,
     guid: Guid,
     base: Option<(Guid, String)>,
+    estimate: Option<u64>,
     source: SendStream,
 }
 
@@ -120,7 +124,7 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
         let request: Request = within(self.limits.handshake, "waiting for the request", read_header(stream)).await?;
         match self.open(node, &request).await {
             Ok(opened) => {
-                let reply = Reply::stream(opened.guid, opened.base);
+                let reply = Reply::stream(opened.guid, opened.base, opened.estimate);
                 within(self.limits.idle, "replying", write_header(stream, &reply)).await?;
                 let bytes = self.pump(opened.source, stream).await?;
                 Ok(Some((request, bytes)))
@@ -147,9 +151,17 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
         })?;
         let (base, next) = next_step(&snapshots, wanted, &request.have, &travels);
         let options = SendOptions { raw, ..SendOptions::since(base.map(|base| &base.name)) };
-        let source = self.zfs.send(&next.name, &options).await.map_err(|error| refusal_of(&error))?;
+        let (source, estimate) =
+            tokio::join!(self.zfs.send(&next.name, &options), self.estimate(&wanted.name, &options));
+        let source = source.map_err(|error| refusal_of(&error))?;
         let base = base.map(|base| (base.guid, base.name.short().to_owned()));
-        Ok(Opened { _permit: permit, guid: next.guid, base, source })
+        Ok(Opened { _permit: permit, guid: next.guid, base, estimate, source })
+    }
+
+    /// About how many bytes of stream lead from the base to a snapshot. Nothing fails or waits long for want of it.
+    async fn estimate(&self, wanted: &SnapshotName, options: &SendOptions) -> Option<u64> {
+        let size = tokio::time::timeout(ESTIMATE_WITHIN, self.zfs.send_size(wanted, options));
+        size.await.ok()?.inspect_err(|error| debug!(%error, "no estimate of a stream")).ok()?
     }
 
     /// Copies a stream into frames. The trailer is written only if `zfs send` ended well.
