@@ -11,7 +11,7 @@ use portolan_zfs::memory::{Fault, Memory};
 use portolan_zfs::{Capabilities, DatasetName, ErrorKind, Key, Property, Zfs};
 
 use portolan_tests::contract::{Node, create, noise, write_and_snapshot};
-use rogue::{Lie, Rogue};
+use rogue::{Lie, Rogue, ask};
 use setup::{Authority, SEALED, Server, cut_after, fetching};
 
 fn memory() -> Memory {
@@ -346,6 +346,22 @@ async fn a_copy_that_was_written_is_neither_overwritten_nor_rolled_back() {
     let error = fetch(&ca.identity("node-b"), stranger.zfs(), Limits::default(), what, |_| {}).await.unwrap_err();
     assert!(matches!(error, TransferError::Diverged { .. }), "{error}");
     assert!(stranger.zfs().dataset(&volume).await.is_ok());
+}
+
+/// While a cluster is updated, agents of two releases meet.
+#[tokio::test]
+async fn another_version_is_refused_by_name() {
+    let (a, ca) = (memory(), Authority::new());
+    source(&a).await;
+    let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
+    let refusal = async |request| ask(&ca.identity("node-b"), server.address, "node-a", request).await["error"].take();
+    let later = refusal(r#"{"version":7,"volumes":["pvc-1"],"resume":true}"#).await;
+    assert_eq!(later["code"], "invalid");
+    let message = later["message"].as_str().unwrap();
+    assert!(message.contains("version is \"7\"") && message.contains("allowed is 1"), "{message}");
+    let malformed = refusal("{}").await;
+    assert_eq!(malformed["code"], "invalid", "{malformed}");
+    assert_eq!(server.asked(), 0);
 }
 
 #[tokio::test]

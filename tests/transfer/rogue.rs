@@ -3,12 +3,12 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use portolan_csi::transfer::Identity;
+use portolan_csi::transfer::{Identity, server_name};
 use portolan_zfs::{SnapshotName, Zfs};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::setup::read_all;
 
@@ -84,4 +84,18 @@ async fn answer(stream: &mut TlsStream<TcpStream>, payload: &[u8], lie: Lie) -> 
     stream.write_u64(length).await?;
     stream.write_all(&hash).await?;
     stream.shutdown().await
+}
+
+/// What a source answers to a request of our making.
+pub async fn ask(identity: &Identity, address: SocketAddr, node: &str, request: &str) -> serde_json::Value {
+    let socket = TcpStream::connect(address).await.unwrap();
+    let connector = TlsConnector::from(identity.client());
+    let mut stream = connector.connect(server_name(node).unwrap(), socket).await.unwrap();
+    stream.write_u32(request.len() as u32).await.unwrap();
+    stream.write_all(request.as_bytes()).await.unwrap();
+    stream.flush().await.unwrap();
+    let length = stream.read_u32().await.unwrap();
+    let mut reply = vec![0; length as usize];
+    stream.read_exact(&mut reply).await.unwrap();
+    serde_json::from_slice(&reply).unwrap()
 }

@@ -72,7 +72,9 @@ pub(super) async fn transfer<Z: Zfs>(
     let fetch = Fetch { address, node: from.to_owned(), request, target, properties, pace };
     let (so_far, mut speed) = (watch::Sender::new(SoFar::default()), Speed::new(Instant::now()));
     let zfs = steps.node.zfs.clone();
-    let report = |now| drop(so_far.send_replace(now));
+    let report = |now| {
+        so_far.send_replace(now);
+    };
     let transfer = transfer::fetch(&identity, zfs.as_ref(), Limits::default(), fetch, report);
     let mut transfer = std::pin::pin!(transfer);
     let now = tokio::time::Instant::now();

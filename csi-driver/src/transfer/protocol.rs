@@ -12,7 +12,7 @@ use std::fmt;
 use portolan_zfs::{DatasetName, Guid};
 use serde::{Deserialize, Serialize};
 
-/// The one version there is.
+/// The one version there is. It stands in the request, which a source of any other version can read as far as this.
 pub const VERSION: u32 = 1;
 /// The longest header in bytes.
 pub const MAX_HEADER: usize = 64 * 1024;
@@ -63,6 +63,23 @@ impl Request {
         self
     }
 
+    /// Reads and checks what came from a peer. Its version comes first: that of a later one may have fields that we don't know.
+    pub(super) fn parse(header: &[u8]) -> Result<Self, InvalidRequest> {
+        #[derive(Deserialize)]
+        struct Version {
+            version: u32,
+        }
+        let malformed = |error: serde_json::Error| InvalidRequest {
+            field: "request",
+            given: error.to_string().chars().take(200).collect(),
+            allowed: "a request of version 1 as JSON",
+        };
+        check_version(serde_json::from_slice::<Version>(header).map_err(malformed)?.version)?;
+        let request: Self = serde_json::from_slice(header).map_err(malformed)?;
+        request.validate()?;
+        Ok(request)
+    }
+
     /// Checks what came from a peer.
     pub fn validate(&self) -> Result<(), InvalidRequest> {
         let invalid = |field, given: &dyn fmt::Display, allowed| {
@@ -70,9 +87,7 @@ impl Request {
         };
         // The rules for a component of a dataset's name are those for both names.
         let is_name = |text: &str| DatasetName::new("pool").is_ok_and(|pool| pool.child(text).is_ok());
-        if self.version != VERSION {
-            return invalid("version", &self.version, "1");
-        }
+        check_version(self.version)?;
         if !is_name(&self.volume) {
             return invalid("volume", &self.volume, "A-Z a-z 0-9 - _ . :");
         }
@@ -90,6 +105,14 @@ impl Request {
         }
         Ok(())
     }
+}
+
+fn check_version(version: u32) -> Result<(), InvalidRequest> {
+    if version == VERSION {
+        return Ok(());
+    }
+    let allowed = "1: the agents of both nodes must be of releases that speak the same version";
+    Err(InvalidRequest { field: "version", given: version.to_string(), allowed })
 }
 
 /// A request that is not valid.
@@ -246,6 +269,17 @@ mod tests {
     }
 
     #[test]
+    fn another_version_is_told_from_a_malformed_request() {
+        let field = |text: &str| Request::parse(text.as_bytes()).unwrap_err().field;
+        assert_eq!(field(r#"{"version":2,"volumes":["a","b"]}"#), "version");
+        assert_eq!(field(r#"{"version":1,"volumes":["a","b"]}"#), "request");
+        assert_eq!(field("{}"), "request");
+        let good = serde_json::to_vec(&Request::new("v", 1, "s", Guid(7))).unwrap();
+        assert_eq!(Request::parse(&good).unwrap().guid, Guid(7));
+        assert_eq!(field(&serde_json::to_string(&Request::new("v", 0, "s", Guid(7))).unwrap()), "epoch");
+    }
+
+    #[test]
     fn guids_travel_as_text() {
         let text = serde_json::to_string(&Request::new("v", 1, "s", Guid(u64::MAX))).unwrap();
         assert!(text.contains("\"guid\":\"18446744073709551615\""), "{text}");
@@ -268,9 +302,7 @@ mod tests {
 
         #[test]
         fn no_request_makes_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            if let Ok(request) = serde_json::from_slice::<Request>(&bytes) {
-                let _ = request.validate();
-            }
+            let _ = Request::parse(&bytes);
         }
     }
 }

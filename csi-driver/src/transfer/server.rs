@@ -17,7 +17,7 @@ use tracing::{debug, info, warn};
 
 use super::identity::{Identity, node_name};
 use super::protocol::{Refusal, RefusalCode, Reply, Request, Trailer};
-use super::wire::{Limits, prepare, read_header, within, write_header};
+use super::wire::{Limits, prepare, read_header_bytes, within, write_header};
 
 /// How much of a stream goes into one frame.
 const CHUNK: usize = 256 * 1024;
@@ -121,7 +121,16 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
 
     /// Reads the request and sends the stream or the refusal. What was sent, if it was.
     async fn answer(&self, stream: &mut TlsStream<TcpStream>, node: &str) -> io::Result<Option<(Request, u64)>> {
-        let request: Request = within(self.limits.handshake, "waiting for the request", read_header(stream)).await?;
+        let header = within(self.limits.handshake, "waiting for the request", read_header_bytes(stream)).await?;
+        let request = match Request::parse(&header) {
+            Ok(request) => request,
+            Err(error) => {
+                let refusal = Refusal::new(RefusalCode::Invalid, error.to_string());
+                warn!(node, %refusal, "refused a transfer");
+                within(self.limits.idle, "replying", write_header(stream, &Reply::refusal(refusal))).await?;
+                return Ok(None);
+            }
+        };
         match self.open(node, &request).await {
             Ok(opened) => {
                 let reply = Reply::stream(opened.guid, opened.base, opened.estimate);
@@ -137,9 +146,8 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
         }
     }
 
-    /// From a request to a running `zfs send`, with its place among the streams.
+    /// From a valid request to a running `zfs send`, with its place among the streams.
     async fn open(&self, node: &str, request: &Request) -> Result<Opened<'_>, Refusal> {
-        request.validate().map_err(|error| Refusal::new(RefusalCode::Invalid, error.to_string()))?;
         let Grant { dataset, raw, travels } = self.authorise.authorise(node, request).await?;
         let busy = || Refusal::new(RefusalCode::Busy, format!("{} streams are running", self.limits.streams));
         let permit = self.streams.try_acquire().map_err(|_| busy())?;

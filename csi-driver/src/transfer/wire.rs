@@ -69,6 +69,12 @@ pub(super) async fn write_header(to: &mut (impl AsyncWrite + Unpin), header: &im
 
 /// Reads a header.
 pub(super) async fn read_header<T: DeserializeOwned>(from: &mut (impl AsyncRead + Unpin)) -> io::Result<T> {
+    let bytes = read_header_bytes(from).await?;
+    serde_json::from_slice(&bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// Reads a header as it is.
+pub(super) async fn read_header_bytes(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
     let length = from.read_u32().await? as usize;
     if length > MAX_HEADER {
         let message = format!("a header of {length} bytes: allowed are {MAX_HEADER}");
@@ -76,7 +82,7 @@ pub(super) async fn read_header<T: DeserializeOwned>(from: &mut (impl AsyncRead 
     }
     let mut bytes = vec![0; length];
     from.read_exact(&mut bytes).await?;
-    serde_json::from_slice(&bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+    Ok(bytes)
 }
 
 /// Reads a frame into `buffer`; `false` at the end of the payload.
