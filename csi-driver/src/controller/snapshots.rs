@@ -57,7 +57,7 @@ pub(crate) async fn reconcile(snapshot: Arc<PortableSnapshot>, hub: Arc<Hub>) ->
 }
 
 /// Whether no node has it any more: each that may have a copy of the volume has said so, and none is being made.
-fn is_nowhere(snapshot: &PortableSnapshot, of: Option<&PortableVolume>) -> bool {
+pub(crate) fn is_nowhere(snapshot: &PortableSnapshot, of: Option<&PortableVolume>) -> bool {
     let Some(volume) = of else { return true };
     let status = volume::status(volume);
     let said = snapshot.status.as_ref().map(|status| status.destroyed_on.as_slice()).unwrap_or_default();

@@ -99,7 +99,7 @@ pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>, asked: &[A
     if volume.metadata.deletion_timestamp.is_some() {
         return delete(me, volume, recorded, local, asked);
     }
-    if let Some(local) = local.filter(|local| !is_copy(volume, local)) {
+    if let Some(local) = local.filter(|local| !is_ours(volume, local, asked)) {
         // A copy that isn't one is nobody's concern while the owner has its own.
         return match (&status.owner, &status.handoff) {
             (Some(owner), None) if owner != me && recorded => vec![Action::ForgetReplica],
@@ -117,7 +117,7 @@ pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>, asked: &[A
             return source(&status, handoff, local);
         }
         if handoff.to == me {
-            return target(me, &status, handoff, local);
+            return target(me, &status, handoff, local, asked);
         }
         // PreCopy may last: other copies are kept in order meanwhile.
         if handoff.phase != HandoffPhase::PreCopy {
@@ -130,6 +130,11 @@ pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>, asked: &[A
         Some(owner) if owner == me => own(me, volume, &status, recorded, local, asked),
         Some(_) => keep(me, &status, recorded, local, asked),
     }
+}
+
+/// Whether a dataset is a copy of the volume. One that has only begun to come, and not been marked yet, may have no snapshot but a person's.
+fn is_ours(volume: &PortableVolume, local: &Local, asked: &[Asked]) -> bool {
+    is_copy(volume, local) || (local.uid.is_none() && snapshots::has_asked(local, asked))
 }
 
 fn foreign(me: &str, volume: &PortableVolume, local: &Local) -> Vec<Action> {
@@ -145,7 +150,7 @@ fn foreign(me: &str, volume: &PortableVolume, local: &Local) -> Vec<Action> {
 }
 
 fn delete(me: &str, volume: &PortableVolume, recorded: bool, local: Option<&Local>, asked: &[Asked]) -> Vec<Action> {
-    let local = local.filter(|local| is_copy(volume, local));
+    let local = local.filter(|local| is_ours(volume, local, asked));
     if let Some(local) = local.filter(|local| local.mounted) {
         return vec![Action::Wait(format!(
             "the volume is being deleted and dataset is still mounted ({} bytes)",
@@ -220,8 +225,9 @@ fn own(
     if !recorded {
         return vec![Action::RecordReplica];
     }
-    let mut actions = Vec::new();
-    if local.readonly {
+    let taken = snapshots::take_asked(local, asked);
+    let mut actions = play_log(local, &taken);
+    if local.readonly || !actions.is_empty() {
         actions.push(Action::SetReadonly(false));
     }
     let spec = &volume.spec;
@@ -230,7 +236,9 @@ fn own(
     if differs && !(spec.is_zvol() && local.sealed) {
         actions.push(Action::ApplySpec);
     }
-    actions.extend(snapshots::take_asked(local, asked));
+    // Behind its key it waits for the next mount, too.
+    let lacks = |action: &Action| matches!(action, Action::Take(_)) && has_log(local) && local.sealed;
+    actions.extend(taken.into_iter().filter(|action| !lacks(action)));
     actions.extend(snapshots::destroy_asked(me, Some(local), asked));
     actions.extend(record_and_prune(me, status, local));
     let noticeable = status.used_bytes.is_none_or(|used| (used - local.used).abs() > (used / 100).max(64 << 10));
@@ -242,6 +250,23 @@ fn own(
         actions.push(Action::RecordUsed(local.used));
     }
     actions
+}
+
+/// Whether something that was acknowledged may be in the dataset's log only, because its node failed while it was in use.
+fn has_log(local: &Local) -> bool {
+    local.open && !local.mounted
+}
+
+/// Has the log played before a snapshot is taken: it shall have all that was acknowledged. Read-only meanwhile, which tells a mount that was left
+/// by an agent that was killed there from the kubelet's.
+fn play_log(local: &Local, taken: &[Action]) -> Vec<Action> {
+    let wanted = has_log(local) && !local.sealed && taken.iter().any(|action| matches!(action, Action::Take(_)));
+    let cut_short = local.open && local.mounted && local.readonly;
+    match (wanted, cut_short) {
+        (true, _) => vec![Action::SetReadonly(true), Action::Replay],
+        (false, true) => vec![Action::Replay],
+        (false, false) => Vec::new(),
+    }
 }
 
 /// A copy on a node that is not the owner.
@@ -258,7 +283,7 @@ fn keep(
             let mut actions: Vec<Action> = local.uid.is_none().then_some(Action::Adopt).into_iter().collect();
             actions.extend(snapshots::destroy_asked(me, Some(local), asked));
             // Received for a handoff that was aborted before that was written down.
-            match unrecorded(me, status, local) {
+            match unrecorded(me, status, local).or_else(|| only_of_people(me, status, local)) {
                 Some(shared) => actions.push(Action::RecordSnapshot(shared.clone())),
                 None => actions.extend(record_and_prune(me, status, local)),
             }
@@ -275,6 +300,14 @@ fn unrecorded<'a>(me: &str, status: &PortableVolumeStatus, local: &'a Local) -> 
     let entry = status.replicas.iter().find(|replica| replica.node == me);
     snapshots::shared(status, &local.snapshots)
         .filter(|shared| entry.is_none_or(|entry| entry.guid.as_ref() != Some(&shared.guid)))
+}
+
+/// The newest snapshot of a copy that has people's only, because the handoff that brought it was aborted: as long as nobody knows what a copy
+/// has, none of ours is let go of anywhere.
+fn only_of_people<'a>(me: &str, status: &PortableVolumeStatus, local: &'a Local) -> Option<&'a Known> {
+    let unknown = |replica: &&Replica| replica.node == me && replica.guid.is_none();
+    let newest = local.snapshots.last().filter(|_| local.newest().is_none())?;
+    status.replicas.iter().find(unknown).map(|_| newest)
 }
 
 fn record_and_prune(me: &str, status: &PortableVolumeStatus, local: &Local) -> Vec<Action> {
@@ -354,7 +387,13 @@ fn next_name(status: &PortableVolumeStatus, handoff: &Handoff, local: &Local) ->
     fresh_name(handoff.epoch, &local.snapshots, copies.chain(handoff.snapshot.as_deref()))
 }
 
-fn target(me: &str, status: &PortableVolumeStatus, handoff: &Handoff, local: Option<&Local>) -> Vec<Action> {
+fn target(
+    me: &str,
+    status: &PortableVolumeStatus,
+    handoff: &Handoff,
+    local: Option<&Local>,
+    asked: &[Asked],
+) -> Vec<Action> {
     let Some(entry) = status.replicas.iter().find(|replica| replica.node == me) else {
         return vec![Action::RecordReplica];
     };
@@ -379,7 +418,8 @@ fn target(me: &str, status: &PortableVolumeStatus, handoff: &Handoff, local: Opt
             adopt.into_iter().chain([Action::RecordRound(guid)]).collect()
         }
         (HandoffPhase::PreCopy, Some(_), Some(local)) => {
-            snapshots::unneeded(status, &local.snapshots).map(Action::DestroySnapshot).collect()
+            let unneeded = snapshots::unneeded(status, &local.snapshots).map(Action::DestroySnapshot);
+            snapshots::destroy_asked(me, Some(local), asked).into_iter().chain(unneeded).collect()
         }
         (_, _, Some(local)) if local.mounted => {
             vec![Action::Wait(format!("the replica on node {} is mounted there", handoff.to))]

@@ -75,6 +75,11 @@ pub(super) fn take_asked(local: &Local, asked: &[Asked]) -> Vec<Action> {
     open.flat_map(steps).collect()
 }
 
+/// Whether a copy has any snapshot that was asked for.
+pub(super) fn has_asked(local: &Local, asked: &[Asked]) -> bool {
+    asked.iter().any(|asked| local.snapshots.iter().any(|snapshot| asked.is(snapshot)))
+}
+
 /// Comes before a group's snapshot is recorded or destroyed: nobody comes back to it after.
 fn clean_up(asked: &Asked) -> Option<Action> {
     (asked.group.is_some() && asked.guid.is_none()).then(|| Action::CleanUp(Box::new(asked.clone())))

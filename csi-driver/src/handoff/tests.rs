@@ -143,6 +143,34 @@ fn a_dataset_that_is_not_ours_is_left_alone() {
 }
 
 #[test]
+fn a_copy_that_has_only_begun_to_come_is_known_by_a_snapshot_that_was_asked_for() {
+    let begun = Local { uid: None, epoch: None, ..copy(0, &["daily"]) };
+    let moving = moving(HandoffPhase::FinalSync);
+    assert_eq!(reason(&plan("b", &moving, Some(&begun), &[])), Some("DatasetConflict"), "anybody's");
+    let asked = [Asked { short: "daily".into(), guid: Some("g-daily".into()), ..Asked::default() }];
+    assert_eq!(plan("b", &moving, Some(&begun), &asked), [Action::Fetch(known("portolan-4"))]);
+    let another = [Asked { guid: Some("g-weekly".into()), ..asked[0].clone() }];
+    assert_eq!(reason(&plan("b", &moving, Some(&begun), &another)), Some("DatasetConflict"));
+}
+
+#[test]
+fn a_copy_of_an_aborted_move_says_what_it_has_though_it_is_a_persons() {
+    let aborted = owned(|status| status.replicas.push(replica("b", None)));
+    let local = copy(0, &["daily"]);
+    assert_eq!(plan("b", &aborted, Some(&local), &[]), [Action::RecordSnapshot(known("daily"))]);
+    let recorded = owned(|status| status.replicas.push(replica("b", Some("daily"))));
+    assert_eq!(plan("b", &recorded, Some(&local), &[]), []);
+}
+
+#[test]
+fn a_warm_target_lets_go_of_what_is_deleted() {
+    let warm = copying(Some("portolan-4"), Some("portolan-4"), true);
+    let deleted = [Asked { object: "o".into(), guid: Some("g-daily".into()), deleting: true, ..Asked::default() }];
+    let wanted = [Action::DestroyTaken(known("daily")), Action::RecordDestroyed { object: "o".into() }];
+    assert_eq!(plan("b", &warm, Some(&copy(0, &["daily", "portolan-4"])), &deleted), wanted);
+}
+
+#[test]
 fn an_owner_keeps_its_copy_in_order() {
     assert_eq!(plan("a", &owned(|_| {}), Some(&copy(3, &["portolan-3"])), &[]), []);
     assert_eq!(reason(&plan("a", &owned(|_| {}), None, &[])), Some("DatasetMissing"));
@@ -155,6 +183,24 @@ fn an_owner_keeps_its_copy_in_order() {
     assert_eq!(plan("a", &owned(|_| {}), Some(&grown), &[]), [Action::RecordUsed(1 << 20)]);
     let barely = Local { used: 100, ..copy(3, &["portolan-3"]) };
     assert_eq!(plan("a", &owned(|_| {}), Some(&barely), &[]), []);
+}
+
+#[test]
+fn a_snapshot_has_what_a_failed_node_has_in_its_log() {
+    let wanted = [Asked { object: "o".into(), short: "daily".into(), ..Asked::default() }];
+    let take = || Action::Take(Box::new(wanted[0].clone()));
+    let planned = |change: fn(&mut Local)| {
+        let mut local = Local { open: true, ..copy(3, &["portolan-3"]) };
+        change(&mut local);
+        plan("a", &owned(|_| {}), Some(&local), &wanted)
+    };
+    let played = [Action::SetReadonly(true), Action::Replay, Action::SetReadonly(false), take()];
+    assert_eq!(planned(|_| {}), played);
+    assert_eq!(planned(|local| local.mounted = true), [take()], "in use: ZFS has played it");
+    assert_eq!(planned(|local| (local.mounted, local.readonly) = (true, true)), played[1..], "cut short");
+    assert_eq!(planned(|local| local.sealed = true), [], "its key comes with the next mount");
+    let nobody_asks = Local { open: true, ..copy(3, &["portolan-3"]) };
+    assert_eq!(plan("a", &owned(|_| {}), Some(&nobody_asks), &[]), []);
 }
 
 #[test]

@@ -72,6 +72,11 @@ pub enum StepError {
         /// What is the matter, and what is allowed.
         why: String,
     },
+    /// What was acknowledged may be in the dataset's log only, which is behind its key.
+    #[error(
+        "{0} was in use when this node failed, and what was written last is behind its key: let a pod that uses it start here once"
+    )]
+    NeedsKey(DatasetName),
     /// A group's snapshots can't be of one moment.
     #[error("group {group}: {why}")]
     Group {
@@ -156,7 +161,7 @@ impl<Z: Zfs> Steps<'_, Z> {
             }
             Action::RecordDestroyed { object } => take::record_destroyed(self.node, &object).await?,
             Action::SetReadonly(on) => zfs.set_readonly(&self.dataset, on).await?,
-            Action::Replay => self.replay().await?,
+            Action::Replay => replay(self.node, &self.dataset).await?,
             Action::CheckQuiet => self.check_quiet().await?,
             Action::PublishRound(name) => self.publish_round(&name).await?,
             Action::PublishFinal(name) => self.publish(&name).await?,
@@ -254,18 +259,6 @@ impl<Z: Zfs> Steps<'_, Z> {
         Ok(())
     }
 
-    /// Has ZFS play a dataset's log, which it does when it mounts it, read-only too.
-    async fn replay(&self) -> Result<(), StepError> {
-        let (node, dataset) = (self.node, &self.dataset);
-        let mountpoint = volume::mountpoint(&node.kubelet_dir, &self.volume.name_any());
-        node.mounts.make_directory(&mountpoint)?;
-        node.zfs.mount(dataset).await?;
-        node.zfs.unmount(dataset).await?;
-        node.mounts.remove_directory(&mountpoint)?;
-        tracing::info!(%dataset, "played the log of a dataset that was in use when its node failed");
-        Ok(node.zfs.set_property(dataset, &volume::open_property(false)?).await?)
-    }
-
     /// Makes sure that nothing can write to the dataset, which has been made read-only: nothing has it mounted, and a zvol's device is
     /// open nowhere since before.
     async fn check_quiet(&self) -> Result<(), StepError> {
@@ -360,6 +353,17 @@ impl<Z: Zfs> Steps<'_, Z> {
         }
         Ok(())
     }
+}
+
+/// Has ZFS play the log of a dataset that is read-only, which it does when it mounts it, read-only too.
+pub(super) async fn replay<Z: Zfs>(node: &Node<Z>, dataset: &DatasetName) -> Result<(), StepError> {
+    let mountpoint = volume::mountpoint(&node.kubelet_dir, dataset.short());
+    node.mounts.make_directory(&mountpoint)?;
+    node.zfs.mount(dataset).await?;
+    node.zfs.unmount(dataset).await?;
+    node.mounts.remove_directory(&mountpoint)?;
+    tracing::info!(%dataset, "played the log of a dataset that was in use when its node failed");
+    Ok(node.zfs.set_property(dataset, &volume::open_property(false)?).await?)
 }
 
 pub(super) fn ignore_missing(result: Result<(), ZfsError>) -> Result<(), ZfsError> {

@@ -5,11 +5,11 @@ use kube::api::{ListParams, PostParams};
 use kube::{Api, ResourceExt};
 use portolan_crds::{PortableSnapshot, PortableSnapshotStatus, SnapshotGroup, VolumePhase, condition};
 use portolan_runtime::conditions;
-use portolan_zfs::{Guid, Zfs};
+use portolan_zfs::{DatasetName, Guid, Zfs};
 
-use super::Node;
-use super::steps::{StepError, Steps};
+use super::steps::{self, StepError, Steps};
 use super::write::is_conflict;
+use super::{Node, disk};
 use crate::handoff::{Asked, Known};
 use crate::quantity::Human;
 use crate::volume;
@@ -58,11 +58,28 @@ async fn take_group<Z: Zfs>(steps: &mut Steps<'_, Z>, group: &SnapshotGroup, ask
         }
         datasets.push(volume::dataset(&node.pool, name)?);
     }
+    for dataset in &datasets {
+        play_log(node, dataset).await?;
+    }
     node.zfs.snapshot_all(&node.pool, &datasets, &asked.short).await?;
     for dataset in &datasets {
         node.nudge(dataset.short());
     }
     Ok(())
+}
+
+/// What was acknowledged before the node failed is in the snapshot, too: see the plan's own step for a single one.
+async fn play_log<Z: Zfs>(node: &Node<Z>, dataset: &DatasetName) -> Result<(), StepError> {
+    let found = disk::read(node.zfs.as_ref(), &node.mounts, dataset).await?;
+    match found.filter(|local| local.open && !local.mounted) {
+        Some(local) if local.sealed => Err(StepError::NeedsKey(dataset.clone())),
+        Some(_) => {
+            node.zfs.set_readonly(dataset, true).await?;
+            steps::replay(node, dataset).await?;
+            Ok(node.zfs.set_readonly(dataset, false).await?)
+        }
+        None => Ok(()),
+    }
 }
 
 /// Destroys what taking the group's snapshots has left on the datasets of other volumes, if it was cut short.

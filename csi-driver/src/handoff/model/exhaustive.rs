@@ -5,13 +5,16 @@ use stateright::{Checker, HasDiscoveries, Model, Property};
 use super::{Happening, NODES, Weakness, World};
 
 /// How often the things happen that need not.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 struct Budget {
     wants: u8,
     kills: u8,
     aborts: u8,
     mounts: u8,
     writes: u8,
+    cuts: u8,
+    deletes: u8,
+    snapshots: u8,
 }
 
 struct Cluster {
@@ -37,6 +40,9 @@ impl Cluster {
             if left.wants > 0 {
                 all.extend([Happening::Want(node), Happening::WantWarm(node)]);
             }
+            if left.cuts > 0 {
+                all.push(Happening::PowerCut(node));
+            }
             if left.mounts > 0 {
                 all.push(Happening::Mount(node));
                 if left.kills > 0 {
@@ -59,6 +65,12 @@ impl Cluster {
         if left.writes > 0 {
             all.push(Happening::Write);
         }
+        if left.deletes > 0 {
+            all.push(Happening::Delete);
+        }
+        if left.snapshots > 0 {
+            all.extend([Happening::WantSnapshot, Happening::DropSnapshot]);
+        }
         all
     }
 }
@@ -72,6 +84,9 @@ impl Budget {
             Happening::MountLate(_) => (self.mounts, self.kills) = (self.mounts - 1, self.kills - 1),
             Happening::Abort => self.aborts -= 1,
             Happening::Write => self.writes -= 1,
+            Happening::PowerCut(_) => self.cuts -= 1,
+            Happening::Delete => self.deletes -= 1,
+            Happening::WantSnapshot | Happening::DropSnapshot => self.snapshots -= 1,
             Happening::Step(_) | Happening::Arrive | Happening::MountComes | Happening::Unmount(_) => {}
         }
     }
@@ -125,24 +140,35 @@ fn check(nodes: usize, budget: Budget, weakness: Weakness) -> (usize, Vec<String
     (checker.unique_state_count(), told)
 }
 
+/// What a volume goes through, each kind of trouble with those that it can meet: all of them at once are too many histories.
 #[test]
 fn every_short_history_of_two_nodes_ends_well() {
-    let budget = Budget { wants: 2, kills: 1, aborts: 1, mounts: 1, writes: 1 };
-    let (states, found) = check(2, budget, Weakness::None);
-    println!("the handoff's model: {states} states");
-    assert_eq!(found, Vec::<String>::new());
+    let moves = Budget { wants: 2, kills: 1, aborts: 1, mounts: 1, writes: 1, ..Budget::default() };
+    let cuts = Budget { wants: 1, cuts: 1, mounts: 2, writes: 2, kills: 1, ..Budget::default() };
+    let deletion = Budget { wants: 1, deletes: 1, kills: 1, mounts: 1, aborts: 1, ..Budget::default() };
+    let snapshots = Budget { wants: 1, snapshots: 2, kills: 1, mounts: 1, writes: 1, ..Budget::default() };
+    let all = Budget { wants: 1, snapshots: 1, deletes: 1, cuts: 1, mounts: 1, writes: 1, ..Budget::default() };
+    for budget in [moves, cuts, deletion, snapshots, all] {
+        let (states, found) = check(2, budget, Weakness::None);
+        println!("the handoff's model: {states} states with {budget:?}");
+        assert_eq!(found, Vec::<String>::new(), "{budget:?}");
+    }
 }
 
 /// Each guard, taken out, is missed.
 #[test]
 fn no_guard_is_there_for_nothing() {
-    let budget = Budget { wants: 2, kills: 1, aborts: 1, mounts: 2, writes: 2 };
-    for weakness in [
-        Weakness::StaleWrites,
-        Weakness::BlindToMounts,
-        Weakness::StaysWritable,
-        Weakness::KeepsCutStreams,
-        Weakness::MountsAnywhere,
+    let moves = Budget { wants: 2, kills: 1, aborts: 1, mounts: 2, writes: 2, ..Budget::default() };
+    let cut = Budget { wants: 1, cuts: 1, mounts: 1, writes: 1, ..Budget::default() };
+    let deletion = Budget { wants: 1, deletes: 1, kills: 1, ..Budget::default() };
+    for (weakness, budget) in [
+        (Weakness::StaleWrites, moves),
+        (Weakness::BlindToMounts, moves),
+        (Weakness::StaysWritable, moves),
+        (Weakness::KeepsCutStreams, moves),
+        (Weakness::MountsAnywhere, moves),
+        (Weakness::ForgetsLogs, cut),
+        (Weakness::ForgetsFirst, deletion),
     ] {
         let (states, found) = check(2, budget, weakness);
         println!("{weakness:?}: {states} states, {found:?}");

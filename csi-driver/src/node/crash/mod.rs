@@ -21,6 +21,8 @@ use kube::api::{DeleteParams, Patch, PatchParams};
 use kubelet::{END, START};
 use world::{World, name};
 
+use crate::volume::open_property;
+
 /// What somebody asks for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Verb {
@@ -34,6 +36,12 @@ enum Verb {
     Copy,
     Snapshot,
     Group,
+    /// Of a volume that was in use when its node failed.
+    SnapshotAfterFailure,
+    /// The same, of two.
+    GroupAfterFailure,
+    /// The same, to a node that never had it.
+    MoveAfterFailure,
     Modify,
     ModifyZvol,
     Import,
@@ -92,7 +100,7 @@ impl Verb {
                 world.settle().await;
                 world.write("db", "second").await;
             }
-            Self::Group => {
+            Self::Group | Self::GroupAfterFailure => {
                 for (other, data) in [("log", "third"), ("bystander", "fourth")] {
                     world.ask_volume(other, "a", |_| ()).await;
                     world.settle().await;
@@ -108,6 +116,8 @@ impl Verb {
                 world.write("db", "on b").await;
             }
             Self::Unmount | Self::Relocate => world.ask_kubelet("a", START),
+            Self::SnapshotAfterFailure | Self::MoveAfterFailure => fail_in_use(world, &["db"]).await,
+            Self::GroupAfterFailure => fail_in_use(world, &["db", "log"]).await,
             Self::DeleteOrigin => begin_as_snapshot(world, "a").await,
             Self::Follow => begin_as_snapshot(world, "b").await,
             _ => {}
@@ -135,8 +145,8 @@ impl Verb {
             Self::CreateZvol => world.ask_volume("db", "a", |spec| spec.filesystem = Filesystem::Ext4).await,
             Self::Clone => begin_as_snapshot(world, "a").await,
             Self::Copy => begin_as_snapshot(world, "b").await,
-            Self::Snapshot => world.ask_snapshot("s", "db", |_| ()).await,
-            Self::Group => {
+            Self::Snapshot | Self::SnapshotAfterFailure => world.ask_snapshot("s", "db", |_| ()).await,
+            Self::Group | Self::GroupAfterFailure => {
                 for (snapshot, volume) in [("s1", "db"), ("s2", "log")] {
                     let group = Some(SnapshotGroup { name: "g".into(), members: 2 });
                     let ask = |spec: &mut portolan_crds::PortableSnapshotSpec| {
@@ -150,7 +160,7 @@ impl Verb {
                 let import = Some(VolumeImport { dataset: "tank/old".into() });
                 world.ask_volume("db", "a", |spec| spec.import = import).await;
             }
-            Self::Move => world.ask_move("db", "b").await,
+            Self::Move | Self::MoveAfterFailure => world.ask_move("db", "b").await,
             Self::Return => world.ask_move("db", "a").await,
             Self::Follow => world.ask_move("new", "a").await,
             Self::DeleteSnapshot => _ = world.snapshots().delete("s", &DeleteParams::default()).await.unwrap(),
@@ -180,6 +190,14 @@ async fn grow(world: &World, volume: &str) {
     let change = serde_json::json!({ "sizeBytes": 2 << 20, "parameters": { "compression": "gzip" } });
     let patch = Patch::Merge(serde_json::json!({ "spec": change }));
     world.volumes().patch(volume, &PatchParams::default(), &patch).await.unwrap();
+}
+
+/// Node a has lost its power while pods there had these volumes.
+async fn fail_in_use(world: &World, volumes: &[&str]) {
+    for volume in volumes {
+        let dataset = name("tank/portolan").child(volume).unwrap();
+        world.pools["a"].set_property(&dataset, &open_property(true).unwrap()).await.unwrap();
+    }
 }
 
 /// Asks for a volume that begins as the snapshot.
@@ -295,6 +313,9 @@ verbs! {
     copy: Copy;
     snapshot: Snapshot;
     group: Group;
+    snapshot_after_a_failure: SnapshotAfterFailure;
+    group_after_a_failure: GroupAfterFailure;
+    move_after_a_failure: MoveAfterFailure;
     modify: Modify;
     modify_zvol: ModifyZvol;
     import: Import;
