@@ -152,6 +152,9 @@ fn foreign(me: &str, volume: &PortableVolume, local: &Local) -> Vec<Action> {
 fn delete(me: &str, volume: &PortableVolume, recorded: bool, local: Option<&Local>, asked: &[Asked]) -> Vec<Action> {
     let local = local.filter(|local| is_ours(volume, local, asked));
     if let Some(local) = local.filter(|local| local.mounted) {
+        if is_cut_short(local) {
+            return vec![Action::Replay];
+        }
         return vec![Action::Wait(format!(
             "the volume is being deleted and dataset is still mounted ({} bytes)",
             local.used
@@ -257,12 +260,16 @@ fn has_log(local: &Local) -> bool {
     local.open && !local.mounted
 }
 
+/// Whether it is mounted because an agent was killed while it had its log played: nobody else would unmount it.
+fn is_cut_short(local: &Local) -> bool {
+    local.open && local.mounted && local.readonly
+}
+
 /// Has the log played before a snapshot is taken: it shall have all that was acknowledged. Read-only meanwhile, which tells a mount that was left
 /// by an agent that was killed there from the kubelet's.
 fn play_log(local: &Local, taken: &[Action]) -> Vec<Action> {
     let wanted = has_log(local) && !local.sealed && taken.iter().any(|action| matches!(action, Action::Take(_)));
-    let cut_short = local.open && local.mounted && local.readonly;
-    match (wanted, cut_short) {
+    match (wanted, is_cut_short(local)) {
         (true, _) => vec![Action::SetReadonly(true), Action::Replay],
         (false, true) => vec![Action::Replay],
         (false, false) => Vec::new(),
@@ -349,8 +356,7 @@ fn source(status: &PortableVolumeStatus, handoff: &Handoff, local: Option<&Local
     }
     match at_epoch(local, status.epoch) {
         Err(report) => vec![report],
-        // Mounted read-only it is our own doing, cut short.
-        Ok(local) if local.mounted && !(local.open && local.readonly) => {
+        Ok(local) if local.mounted && !is_cut_short(local) => {
             vec![Action::Wait(format!("still mounted on node {}", handoff.from))]
         }
         Ok(local) if local.open && local.sealed => {

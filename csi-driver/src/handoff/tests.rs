@@ -291,6 +291,8 @@ fn deletion_waits_for_the_mount_and_ends_with_the_entry() {
     volume.metadata.deletion_timestamp = Some(Time(jiff::Timestamp::UNIX_EPOCH));
     let mounted = Local { mounted: true, ..copy(3, &[]) };
     assert!(waits(&plan("a", &volume, Some(&mounted), &[])));
+    let cut_short = Local { open: true, readonly: true, ..mounted };
+    assert_eq!(plan("a", &volume, Some(&cut_short), &[]), [Action::Replay], "only we would unmount it");
     assert_eq!(plan("a", &volume, Some(&copy(3, &[])), &[]), [Action::Destroy, Action::ForgetReplica]);
     assert_eq!(plan("a", &volume, None, &[]), [Action::ForgetReplica]);
     assert_eq!(plan("b", &volume, None, &[]), []);
