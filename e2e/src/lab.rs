@@ -169,8 +169,8 @@ impl Lab {
     /// # Errors
     /// When it isn't in time; the message has what was waited for and the newest reason.
     pub fn wait<T>(&self, what: &str, seconds: u32, mut ask: impl FnMut() -> Result<T>) -> Result<T> {
-        // Guests are emulated: what a native node does in one second takes them four.
-        let seconds = if self.openzfs { seconds * 4 } else { seconds };
+        // Guests are emulated: what a native node does in one second takes them four, and ten while something else wants the processors.
+        let seconds = if self.openzfs { seconds * 10 } else { seconds };
         let deadline = Instant::now() + Duration::from_secs(u64::from(seconds));
         loop {
             match ask() {

@@ -44,10 +44,11 @@ pub fn install(lab: &Lab) -> Result<()> {
     let chart = repository().join("charts/portolan").canonicalize()?;
     let chart = chart.to_string_lossy();
     let mut command = vec!["upgrade", "--install", "portolan", &chart, "--namespace", RELEASE_NAMESPACE];
-    command.extend(["--create-namespace", "--wait", "--timeout", "5m"]);
-    if lab.has_zvols() {
+    command.extend(["--create-namespace", "--wait", "--timeout"]);
+    match lab.has_zvols() {
         // Emulated nodes need minutes to start what stands by.
-        command.extend(["--set", "replicas=1"]);
+        true => command.extend(["15m", "--set", "replicas=1"]),
+        false => command.push("5m"),
     }
     lab.helm(&command)?;
     lab.show(lab.kubectl(&["-n", RELEASE_NAMESPACE, "get", "pods", "-o", "wide"])?);

@@ -18,6 +18,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
 
+use super::fetch::Progress;
 use super::steps::{StepError, Steps};
 use super::{Node, disk, write};
 use crate::handoff::{self, Action, Asked};
@@ -57,6 +58,8 @@ pub(super) struct Agent<Z> {
     node: Arc<Node<Z>>,
     /// Of each volume, until a look ends well.
     failures: Mutex<HashMap<String, Failures>>,
+    /// Of each volume, what a round of PreCopy has brought that came too late to be written as one.
+    received: Mutex<HashMap<String, Progress>>,
 }
 
 /// Failures in a row.
@@ -94,10 +97,11 @@ pub(super) async fn reconcile<Z: Zfs>(
     agent: Arc<Agent<Z>>,
 ) -> Result<Requeue, Infallible> {
     let node = &agent.node;
+    let name = volume.name_any();
     if !handoff::concerns(&node.name, &volume) {
+        agent.received().remove(&name);
         return Ok(Requeue::await_change());
     }
-    let name = volume.name_any();
     let _lock = node.locks.lock(&name).await;
     let dataset = match volume::dataset(&node.pool, &name) {
         Ok(dataset) => dataset,
@@ -106,8 +110,13 @@ pub(super) async fn reconcile<Z: Zfs>(
             return Ok(Requeue::await_change());
         }
     };
-    let mut steps = Steps { node, dataset, volume: volume.as_ref().clone(), progress: None };
-    Ok(match drive(&mut steps).await {
+    let progress = agent.received().remove(&name);
+    let mut steps = Steps { node, dataset, volume: volume.as_ref().clone(), progress };
+    let driven = drive(&mut steps).await;
+    if let Some(progress) = steps.progress.take() {
+        agent.received().insert(name.clone(), progress);
+    }
+    Ok(match driven {
         Ok(pause) => {
             agent.failures().remove(&name);
             Requeue::requeue(pause)
@@ -236,11 +245,15 @@ async fn condition<Z: Zfs>(
 
 impl<Z: Zfs> Agent<Z> {
     pub(super) fn new(node: Arc<Node<Z>>) -> Self {
-        Self { node, failures: Mutex::default() }
+        Self { node, failures: Mutex::default(), received: Mutex::default() }
     }
 
     fn failures(&self) -> std::sync::MutexGuard<'_, HashMap<String, Failures>> {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn received(&self) -> std::sync::MutexGuard<'_, HashMap<String, Progress>> {
+        self.received.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the newest attempt has ended at the same.

@@ -23,15 +23,29 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// How long a fetch waits for this node's certificate before it counts as failed.
 const CERTIFICATE_WITHIN: Duration = Duration::from_secs(5);
 
-/// What an attempt has received.
+/// What a handoff's target has received and not yet written down.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Progress {
+    /// The handoff's.
+    epoch: i64,
     bytes: u64,
     base: Option<String>,
     took: Duration,
 }
 
 impl Progress {
+    /// With what has come after it. What an earlier handoff has left is nothing to this one.
+    fn and(self, more: Self) -> Self {
+        if self.epoch != more.epoch || self.bytes == 0 {
+            return more;
+        }
+        Self { bytes: self.bytes + more.bytes, took: self.took + more.took, ..self }
+    }
+
+    pub(super) fn is_of(&self, epoch: i64) -> bool {
+        self.epoch == epoch
+    }
+
     /// Bytes of ZFS stream, and the snapshot that they started from.
     pub(super) fn total(self) -> (i64, Option<String>) {
         (i64::try_from(self.bytes).unwrap_or(i64::MAX), self.base)
@@ -53,7 +67,8 @@ pub(super) async fn run<Z: Zfs>(steps: &mut Steps<'_, Z>, snapshot: Known) -> Re
     let began = Instant::now();
     let Received { bytes, base, .. } = transfer(steps, &handoff.from, request, properties).await?;
     let base = base.map(|base| base.short().to_owned());
-    steps.progress = Some(Progress { bytes, base, took: began.elapsed() });
+    let received = Progress { epoch: handoff.epoch, bytes, base, took: began.elapsed() };
+    steps.progress = Some(steps.progress.take().unwrap_or_default().and(received));
     tracing::info!(volume = name, snapshot = snapshot.name, bytes, from = handoff.from, "received");
     Ok(())
 }
@@ -176,6 +191,25 @@ mod tests {
         assert_eq!(limit(HandoffPhase::PreCopy, None), None);
         assert_eq!(limit(HandoffPhase::Quiescing, Some(50)), None, "the newest round is what the pod waits for");
         assert_eq!(limit(HandoffPhase::FinalSync, Some(50)), None);
+    }
+
+    #[test]
+    fn a_round_that_came_too_late_counts_for_the_final_snapshot() {
+        let came = |epoch, bytes, base: Option<&str>| Progress {
+            epoch,
+            bytes,
+            base: base.map(str::to_owned),
+            took: Duration::from_secs(1),
+        };
+        let round = came(4, 1000, None);
+        assert_eq!(round.clone().and(came(4, 10, Some("portolan-4"))).total(), (1010, None));
+        assert_eq!(round.clone().and(came(4, 10, Some("portolan-4"))).round().milliseconds, 2000);
+        assert_eq!(
+            round.and(came(5, 10, Some("portolan-4"))).total(),
+            (10, Some("portolan-4".into())),
+            "another handoff"
+        );
+        assert_eq!(Progress::default().and(came(4, 10, Some("portolan-3"))).total(), (10, Some("portolan-3".into())));
     }
 
     #[test]

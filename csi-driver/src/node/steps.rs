@@ -121,7 +121,7 @@ pub(super) struct Steps<'a, Z> {
     pub(super) dataset: DatasetName,
     /// As it was read, or as our last write left it.
     pub(super) volume: PortableVolume,
-    /// What has been received since the handoff's owner changed last, not yet in the status.
+    /// What has been received and is not yet in the status.
     pub(super) progress: Option<Progress>,
 }
 
@@ -166,16 +166,19 @@ impl<Z: Zfs> Steps<'_, Z> {
             Action::PublishRound(name) => self.publish_round(&name).await?,
             Action::PublishFinal(name) => self.publish(&name).await?,
             Action::RecordRound(guid) => {
-                let round = self.progress.take().map(|progress| progress.round());
                 let epoch = self.epoch();
+                let round = self.progress.as_ref().filter(|progress| progress.is_of(epoch)).map(Progress::round);
                 self.happen_still(Event::RoundReceived { node: me, epoch, guid, round }).await?;
+                self.progress = None;
             }
             Action::Fetch(snapshot) => fetch::run(self, snapshot).await?,
             Action::Adopt => self.adopt().await?,
             Action::TakeOver(guid) => {
-                let (progress, epoch) = (self.progress.take().unwrap_or_default(), self.epoch());
-                let (bytes, base) = progress.total();
+                let epoch = self.epoch();
+                let received = self.progress.clone().filter(|progress| progress.is_of(epoch));
+                let (bytes, base) = received.unwrap_or_default().total();
                 self.happen_still(Event::TookOver { node: me, epoch, guid, bytes, base }).await?;
+                self.progress = None;
             }
             Action::Stamp(epoch) => zfs.set_property(&self.dataset, &volume::epoch_property(epoch)?).await?,
             Action::Finish => self.finish().await?,
