@@ -185,11 +185,11 @@ fn returned_as_a_delta(lab: &Lab, there: &Database, back: &Database) -> Result<(
 /// Deletes everything of the scene but the release, and checks that no node holds anything of it.
 pub(crate) fn clean_up(lab: &Lab) -> Result<()> {
     lab.step("kubectl delete: claim, pods and network; then look for what is left");
-    lab.kubectl(&["-n", NAMESPACE, "delete", "statefulset/db", "daemonset/probe", "pod/client", "--timeout=4m"])?;
-    lab.kubectl(&["-n", NAMESPACE, "delete", "pvc", "--all", "--timeout=4m"])?;
-    lab.kubectl(&["delete", "namespace", NAMESPACE, "--timeout=4m"])?;
+    lab.kubectl(&["-n", NAMESPACE, "delete", "statefulset/db", "daemonset/probe", "pod/client", "--timeout=15m"])?;
+    lab.kubectl(&["-n", NAMESPACE, "delete", "pvc", "--all", "--timeout=15m"])?;
+    lab.kubectl(&["delete", "namespace", NAMESPACE, "--timeout=15m"])?;
     nothing_left(lab)?;
-    lab.kubectl(&["delete", "containernetwork", NETWORK, "--timeout=60s"])?;
+    lab.kubectl(&["delete", "containernetwork", NETWORK, "--timeout=15m"])?;
     lab.wait("no blocks", 20, || empty(lab, "ipblocks"))?;
     lab.show("no dataset, mount, link, namespace, address or object is left");
     Ok(())
@@ -271,7 +271,9 @@ pub(crate) fn database(lab: &Lab) -> Result<Database> {
     let claim = lab.json(&["-n", NAMESPACE, "get", "pvc", "data-db-0"])?;
     let volume = text(&claim, "/spec/volumeName")?.to_string();
     let last = &lab.json(&["get", "portablevolume", &volume])?["status"]["lastHandoff"];
-    let addresses = lab.kubectl(&["-n", NAMESPACE, "exec", "db-0", "--", "hostname", "-I"])?;
+    let addresses = lab.wait("db-0 tells its addresses", 10, || {
+        lab.kubectl(&["-n", NAMESPACE, "exec", "db-0", "--", "hostname", "-I"])
+    })?;
     let address = addresses.split_whitespace().find(|address| address.starts_with("10.32."));
     Ok(Database {
         node: text(&pod(lab, "db-0")?, "/spec/nodeName")?.to_string(),
@@ -306,7 +308,9 @@ fn name_resolves_everywhere(lab: &Lab, address: &str) -> Result<()> {
 pub(crate) fn every_acknowledged_row_is_there(lab: &Lab) -> Result<()> {
     let acknowledged = Acknowledged::read(lab)?;
     let query = "select n from rows order by n";
-    let stored = lab.kubectl(&["-n", NAMESPACE, "exec", "db-0", "--", "psql", "-U", "postgres", "-qAtc", query])?;
+    let stored = lab.wait("the table is read", 10, || {
+        lab.kubectl(&["-n", NAMESPACE, "exec", "db-0", "--", "psql", "-U", "postgres", "-qAtc", query])
+    })?;
     let stored: BTreeSet<u64> = stored.lines().filter_map(|line| line.parse().ok()).collect();
     let lost: Vec<&u64> = acknowledged.rows.iter().filter(|row| !stored.contains(row)).collect();
     ensure!(lost.is_empty(), "acknowledged, but not in the table: {lost:?}");
