@@ -38,6 +38,8 @@ enum Verb {
     Group,
     /// Of a volume that was in use when its node failed.
     SnapshotAfterFailure,
+    /// The same, and a pod that uses it starts at that moment.
+    MountAfterFailure,
     /// The same, of two.
     GroupAfterFailure,
     /// The same, to a node that never had it.
@@ -116,7 +118,9 @@ impl Verb {
                 world.write("db", "on b").await;
             }
             Self::Unmount | Self::Relocate => world.ask_kubelet("a", START),
-            Self::SnapshotAfterFailure | Self::MoveAfterFailure => fail_in_use(world, &["db"]).await,
+            Self::SnapshotAfterFailure | Self::MountAfterFailure | Self::MoveAfterFailure => {
+                fail_in_use(world, &["db"]).await
+            }
             Self::GroupAfterFailure => fail_in_use(world, &["db", "log"]).await,
             Self::DeleteOrigin => begin_as_snapshot(world, "a").await,
             Self::Follow => begin_as_snapshot(world, "b").await,
@@ -136,6 +140,10 @@ impl Verb {
                 world.volumes().patch("db", &PatchParams::default(), &patch).await.unwrap();
             }
             Self::Mount => world.ask_kubelet("a", START),
+            Self::MountAfterFailure => {
+                world.ask_snapshot("s", "db", |_| ()).await;
+                world.ask_kubelet("a", START);
+            }
             Self::Unmount => world.ask_kubelet("a", END),
             Self::Relocate => {
                 world.ask_kubelet("a", END);
@@ -181,7 +189,7 @@ impl Verb {
     }
 
     fn has_pod(self) -> bool {
-        matches!(self, Self::Mount | Self::Unmount | Self::Relocate)
+        matches!(self, Self::Mount | Self::MountAfterFailure | Self::Unmount | Self::Relocate)
     }
 }
 
@@ -314,6 +322,7 @@ verbs! {
     snapshot: Snapshot;
     group: Group;
     snapshot_after_a_failure: SnapshotAfterFailure;
+    mount_after_a_failure: MountAfterFailure;
     group_after_a_failure: GroupAfterFailure;
     move_after_a_failure: MoveAfterFailure;
     modify: Modify;

@@ -57,6 +57,8 @@ pub(super) struct World {
     agents: BTreeMap<&'static str, Process>,
     /// What kubelets still have to ask for, in this order.
     calls: VecDeque<(&'static str, Call)>,
+    /// Whether an agent has started anew, and nobody has done anything since.
+    restarted: bool,
     hub: Arc<Hub>,
     _root: TempDir,
 }
@@ -96,6 +98,7 @@ impl World {
             written: Written::default(),
             agents: BTreeMap::new(),
             calls: VecDeque::new(),
+            restarted: false,
             hub,
             _root: root,
             api,
@@ -214,6 +217,10 @@ impl World {
         let mut quiet = 0;
         for _ in 0..ROUNDS {
             let before = self.changes();
+            // A kubelet may come before an agent that has started anew has looked at anything.
+            if std::mem::take(&mut self.restarted) && self.kubelets().await {
+                return true;
+            }
             for node in NODES {
                 for volume in self.api.all::<PortableVolume>() {
                     if self.look(node, volume).await {
@@ -221,15 +228,8 @@ impl World {
                     }
                 }
             }
-            while let Some((node, call)) = self.calls.front().copied() {
-                let driver = self.agents[node].node.clone();
-                let done = self.unless_killed(node, kubelet::call(driver, call)).await;
-                match done {
-                    None => return true,
-                    Some(Ok(())) => _ = self.calls.pop_front(),
-                    // Called again in the next round.
-                    Some(Err(_)) => break,
-                }
+            if self.kubelets().await {
+                return true;
             }
             self.control().await;
             quiet = if self.changes() == before { quiet + 1 } else { 0 };
@@ -239,6 +239,20 @@ impl World {
             }
         }
         panic!("it never comes to rest: {}\n{:#?}", self.picture(), self.fate.effects());
+    }
+
+    /// The kubelets' calls, as far as they are answered well; whether an agent was killed by one.
+    async fn kubelets(&mut self) -> bool {
+        while let Some((node, call)) = self.calls.front().copied() {
+            let driver = self.agents[node].node.clone();
+            match self.unless_killed(node, kubelet::call(driver, call)).await {
+                None => return true,
+                Some(Ok(())) => _ = self.calls.pop_front(),
+                // Called again in the next round.
+                Some(Err(_)) => return false,
+            }
+        }
+        false
     }
 
     pub(super) fn agent(&self, node: &str) -> Arc<Agent<Memory>> {
@@ -281,6 +295,7 @@ impl World {
         }
         for node in NODES {
             if !self.agents.contains_key(node) {
+                self.restarted = true;
                 self.start(node).await;
             }
         }

@@ -91,6 +91,11 @@ async fn check_owner<Z: Zfs>(node: &Node<Z>, volume: &PortableVolume, dataset: &
     if !handoff::is_copy(volume, &local) {
         return Err(refused(format!("dataset {dataset} is not this volume's")));
     }
+    // Its own agent makes it writable again: a mount that came before would be taken for what an agent has left that was killed.
+    if local.readonly {
+        let why = format!("dataset {dataset} is read-only still: its agent has not looked at it since it was started");
+        return Err(Status::unavailable(why));
+    }
     if local.epoch != Some(status.epoch) {
         return Err(refused(format!(
             "dataset {dataset} is at epoch {:?}, the volume at {}",
