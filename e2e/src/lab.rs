@@ -38,6 +38,11 @@ impl Lab {
         self.openzfs
     }
 
+    /// Whether there is a node beside those with pools, on which Portolan's controllers belong.
+    pub fn has_control_node(&self) -> bool {
+        self.openzfs
+    }
+
     /// Prints what happens next, with the seconds since the start.
     pub fn step(&self, what: impl Display) {
         println!("\n== [{:6.1} s] {what}", self.started.elapsed().as_secs_f64());
@@ -50,7 +55,7 @@ impl Lab {
         }
     }
 
-    /// The names of the lab's nodes.
+    /// The names of the lab's nodes that have a pool.
     ///
     /// # Errors
     /// When the lab does not answer.
@@ -170,7 +175,8 @@ impl Lab {
     /// When it isn't in time; the message has what was waited for and the newest reason.
     pub fn wait<T>(&self, what: &str, seconds: u32, mut ask: impl FnMut() -> Result<T>) -> Result<T> {
         // Guests are emulated: what a native node does in one second takes them four, and ten while something else wants the processors.
-        let seconds = if self.openzfs { seconds * 10 } else { seconds };
+        // Each question costs them, too.
+        let (seconds, pause) = if self.openzfs { (seconds * 10, 2000) } else { (seconds, 200) };
         let deadline = Instant::now() + Duration::from_secs(u64::from(seconds));
         loop {
             match ask() {
@@ -178,7 +184,7 @@ impl Lab {
                 Err(reason) if Instant::now() >= deadline => {
                     return Err(reason).with_context(|| format!("waited {seconds} s for: {what}"));
                 }
-                Err(_) => std::thread::sleep(Duration::from_millis(200)),
+                Err(_) => std::thread::sleep(Duration::from_millis(pause)),
             }
         }
     }

@@ -67,3 +67,12 @@ affinity:
           topologyKey: kubernetes.io/hostname
           labelSelector: { matchLabels: { app.kubernetes.io/name: {{ . }} } }
 {{- end }}
+
+{{- define "portolan.placement" -}}
+{{- with .Values.controllers.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.controllers.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}

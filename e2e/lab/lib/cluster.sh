@@ -1,11 +1,12 @@
 # shellcheck shell=bash
 # What both lanes share: the control plane (always native), node objects, a node's files.
 # A lane gives: lane_packages, lane_prepare, lane_name K, lane_start NODE K, lane_kill NODE, lane_alive NODE, lane_exec NODE CMD..., lane_cut NODE,
-# lane_mend NODE, lane_down, lane_logs NODE, lane_import TARS...
+# lane_mend NODE, lane_down, lane_logs NODE, lane_import TARS...; and control_node, if it has a node for what needs no pool.
 
 built() { cat "$KIT/current" 2> /dev/null; }
 need_up() { box_alive control-plane || die "the cluster $CLUSTER is not up: e2e/lab/lab up"; }
 nodes() { cat "$STATE/nodes"; }
+workers() { grep -vxF "${control_node:-/}" "$STATE/nodes"; }
 need_node() { need_up; grep -qxF "$1" "$STATE/nodes" || die "no node $1; there are: $(nodes | tr '\n' ' ')"; }
 number() { grep -nxF "$1" "$STATE/nodes" | cut -d: -f1; }
 
@@ -41,11 +42,13 @@ control_plane_start() {
 
 # node_object NODE: kubelet makes it too; whoever comes second changes what the first made.
 node_object() {
-  local cidr
+  local cidr role=node-role.kubernetes.io/control-plane
   cidr=$(pod_cidr "$(number "$1")")
-  printf '{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "%s"}, "spec": {"podCIDR": "%s", "podCIDRs": ["%s"]}}' "$1" "$cidr" "$cidr" |
-    kubectl create -f - > /dev/null 2>&1 ||
-    kubectl patch node "$1" -p "{\"spec\": {\"podCIDR\": \"$cidr\", \"podCIDRs\": [\"$cidr\"]}}" > /dev/null
+  kubectl create -f - <<< "{\"apiVersion\": \"v1\", \"kind\": \"Node\", \"metadata\": {\"name\": \"$1\"}}" > /dev/null 2>&1 || true
+  kubectl patch node "$1" -p "{\"spec\": {\"podCIDR\": \"$cidr\", \"podCIDRs\": [\"$cidr\"]}}" > /dev/null
+  [ "$1" = "${control_node:-}" ] || return 0
+  kubectl label node "$1" "$role=" > /dev/null
+  kubectl taint node "$1" --overwrite "$role=:NoSchedule" > /dev/null
 }
 
 # renewed NODE SINCE: its kubelet has said after SINCE that it lives. A node that just crashed is still "Ready" for a while.
@@ -76,7 +79,7 @@ cluster_up() {
   [ ! -e "$STATE" ] || lane_down   # what a dead one left
   lane_prepare
   mkdir -p "$STATE"
-  for k in $(seq "$1"); do lane_name "$k"; done > "$STATE/nodes"
+  { for k in $(seq "$1"); do lane_name "$k"; done; echo "${control_node:-}"; } | sed '/^$/d' > "$STATE/nodes"
   control_plane_start
   say "control plane started"
   for node in $(nodes); do lane_start "$node" "$(number "$node")"; done
@@ -84,7 +87,7 @@ cluster_up() {
   eventually 120 api_ready || die "the API does not become ready: $STATE/control-plane/logs/kube-apiserver.log"
   say "API ready"
   for node in $(nodes); do node_object "$node"; done
-  sed "s#@BIN@#$(lane_bin)#" "$LAB/addons/coredns.yaml" | kubectl apply -f - > /dev/null
+  sed "s#@BIN@#$(built)#; s#@SELECTOR@#${control_node:+node-role.kubernetes.io/control-plane: \"\"}#" "$LAB/addons/coredns.yaml" | kubectl apply -f - > /dev/null
   for node in $(nodes); do wait_for_node "$node"; done
   kubectl -n kube-system rollout status deployment/coredns --timeout=600s > /dev/null || die "the cluster's DNS does not start"
   say "cluster DNS runs"

@@ -3,35 +3,14 @@
 
 lane_packages=(nftables zfs-fuse e2fsprogs xfsprogs iproute2 util-linux openssl curl jq)
 
-# Each node's kubelet, containerd and kube-proxy watch files; many distributions allow a user 128 watchers.
-watchers=fs/inotify/max_user_instances
-
 lane_prepare() {
-  [ "$(cat "/proc/sys/$watchers")" -ge 1024 ] || echo 1024 > "/proc/sys/$watchers"
+  allow_watchers
   "$LAB/lab" build
 }
-lane_bin() { built; }
 lane_name() { echo "node$1"; }
 lane_alive() { box_alive "$1"; }
-lane_exec() { local node=$1; shift; in_box "$node" env PATH="$(built):$PATH" "$@"; }
-
-lane_start() {
-  local node=$1 k=$2 link=$1
-  seed "$node" "$k" "$STATE/$node/seed" "$(built)" "$STATE/$node/logs"
-  lane_images > "$STATE/$node/images"
-  box_start "$node" "$LAB/boot/native-node" "$STATE/$node"
-  nsenter -t "$(box_pid control-plane)" -n ip link add "$link" type veth peer name eth0 netns "$(box_pid "$node")"
-  in_net control-plane ip link set "$link" master br0 up
-  in_net control-plane ip route replace "$(pod_cidr "$k")" via "$(node_ip "$k")"
-}
-
-# lane_images: archives that every node imports at its start: the lab's own, and those in LAB_IMAGES
-lane_images() {
-  local tar
-  cat "$KIT/current-images"
-  for tar in ${LAB_IMAGES:-}; do realpath -e "$tar"; done
-}
-
+lane_exec() { node_box_exec "$@"; }
+lane_start() { node_box_start "$@"; }
 lane_kill() { box_kill "$1"; }
 lane_cut() { in_net control-plane ip link set "$1" down; }
 lane_mend() { in_net control-plane ip link set "$1" up; }

@@ -1,19 +1,25 @@
 # shellcheck shell=bash
 # Lane openzfs: a node is an emulated machine (qemu without hardware help: it runs anywhere) with Debian's kernel and OpenZFS in it.
-# The control plane is a box on this machine, as in the other lane.
+# The control plane is a box on this machine, as in the other lane, and so is one more node, for what needs no pool: the cluster's DNS and
+# Portolan's controllers. An emulated processor is a tenth of a real one: it has enough to do with what only a node can.
 
 # shellcheck source=guest.sh
 . "$LAB/lib/guest.sh"
 MANAGEMENT=10.88.0   # a second network, by which commands get into a guest
 
+control_node=control
+
 lane_packages=(nftables iproute2 util-linux openssl curl jq openssh-client)
 
-lane_prepare() { "$LAB/lab" build; }
+lane_prepare() {
+  allow_watchers
+  "$LAB/lab" build
+}
 
 # Called by lab build.
 lane_build() {
   local archives
-  mapfile -t archives < <(cat "$KIT/current-images"; for tar in ${LAB_IMAGES:-}; do realpath -e "$tar"; done)
+  mapfile -t archives < <(node_images)
   mkdir -p "$OZ"
   "$LAB/build/guest" > "$OZ/current-guest.new"
   "$LAB/build/kit" "$(built)" "${archives[@]}" > "$OZ/current-kit.new"
@@ -21,13 +27,13 @@ lane_build() {
   mv "$OZ/current-kit.new" "$OZ/current-kit"
 }
 
-lane_bin() { echo /kit; }
 lane_name() { echo "z$1"; }
 
 guest_pid() { cat "$STATE/$1/qemu.pid" 2> /dev/null; }
 # The pid may be another process' by now: ours names its pid file.
 lane_alive() {
   local pid
+  [ "$1" != $control_node ] || { box_alive "$1"; return; }
   pid=$(guest_pid "$1") && tr '\0' '\n' < "/proc/$pid/cmdline" 2> /dev/null | grep -qxF "$STATE/$1/qemu.pid"
 }
 
@@ -62,6 +68,7 @@ disks_of() {
 
 lane_start() {
   local node=$1 k=$2 own=$STATE/$1 name disks=()
+  [ "$node" != $control_node ] || { POOL='' node_box_start "$node" "$k"; return; }
   mkdir -p "$own/logs"
   network_of "$node" "$k"
   disks_of "$node"
@@ -74,8 +81,8 @@ lane_start() {
     disks+=(-drive "if=none,id=$name,file=$own/$name.img,format=raw,cache=unsafe,discard=unmap$([[ $name != @(kit|seed) ]] || echo ,readonly=on)"
       -device "virtio-blk-pci,drive=$name,serial=$name")
   done
-  # One processor each: emulating two costs more than it gives. The missing CPU features crash Debian's kernel when emulated.
-  in_net control-plane qemu-system-x86_64 -accel tcg,thread=multi,tb-size=512 -M q35 -cpu max,-erms,-fsrm -smp 1 -m "${LAB_GUEST_MEMORY:-2048}" \
+  # Behind the control plane, so that its answers, which the guests wait for, don't wait for the guests. One processor each: emulating two costs more than it gives. The missing CPU features crash Debian's kernel when emulated.
+  in_net control-plane nice -n 5 qemu-system-x86_64 -accel tcg,thread=multi,tb-size=512 -M q35 -cpu max,-erms,-fsrm -smp 1 -m "${LAB_GUEST_MEMORY:-2048}" \
     -nodefaults -display none -monitor none -serial "file:$own/logs/console.log" -no-reboot -daemonize -pidfile "$own/qemu.pid" \
     -kernel "$own/vmlinuz" -initrd "$own/initrd" -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr net.ifnames=0" \
     "${disks[@]}" -device virtio-rng-pci \
@@ -102,6 +109,7 @@ guest_connect() {   # NODE ADDRESS: one connection for all commands, made from i
 
 lane_exec() {
   local node=$1 address
+  [ "$node" != $control_node ] || { node_box_exec "$@"; return; }
   shift
   lane_alive "$node" || die "$node is off"
   address=root@$MANAGEMENT.$((10 + $(number "$node")))
@@ -111,6 +119,7 @@ lane_exec() {
 
 lane_kill() {
   local node=$1 pid
+  [ "$node" != $control_node ] || { box_kill "$node"; return; }
   [ ! -S "$STATE/$node/ssh" ] || guest_ssh "$node" -O exit node 2> /dev/null || true
   rm -f "$STATE/$node/ssh"
   lane_alive "$node" || return 0
@@ -136,7 +145,9 @@ lane_import() {
 import_one() { lane_exec "$1" ctr -n k8s.io images import - < "$2"; }
 
 lane_logs() {
-  if lane_alive "$1"; then
+  if [ "$1" = $control_node ]; then
+    tail -n "${2:-30}" "$STATE/$1"/logs/*.log
+  elif lane_alive "$1"; then
     lane_exec "$1" sh -c "tail -n ${2:-30} /var/log/*.log"
   else
     tail -n "${2:-30}" "$STATE/$1/logs/console.log"
