@@ -1,24 +1,33 @@
 //! What the container runtime gives: environment and configuration. Parsed into types, or refused by the field's name.
+//!
+//! Each verb asks only for what it needs: what is wrong with the rest is no reason to keep a pod from being deleted.
 
-use std::{collections::BTreeMap, io::Read, path::Path};
+use std::{
+    collections::BTreeMap,
+    ffi::{OsStr, OsString},
+    io::Read,
+    path::{Path, PathBuf},
+};
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, value::RawValue};
 
 use crate::{Attachment, Command, Failure, PodName, Request};
 
-/// The versions of the specification that this executable speaks.
+/// The versions of the specification that this executable speaks, in their order.
 pub const SUPPORTED_VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 /// The version of results when the configuration names none.
 pub(crate) const NEWEST_VERSION: &str = "1.1.0";
 /// Where the agent listens, as the host sees it.
 pub const DEFAULT_SOCKET: &str = "/run/portolan/cni.sock";
-/// More than any configuration needs.
+/// In bytes. More than any configuration needs.
 const CONFIG_LIMIT: u64 = 4 << 20;
+/// The kernel's IFNAMSIZ without the final zero.
+const LONGEST_INTERFACE: usize = 15;
 
 /// The `CNI_*` environment variables.
 #[derive(Clone, Debug, Default)]
-pub struct Environment(BTreeMap<String, String>);
+pub struct Environment(BTreeMap<String, OsString>);
 
 /// The plugin's configuration: only the keys that matter here.
 #[derive(Debug, Deserialize)]
@@ -27,55 +36,61 @@ pub(crate) struct Config {
     #[serde(default)]
     pub cni_version: Option<String>,
     #[serde(default)]
-    prev_result: Option<Value>,
+    prev_result: Option<Box<RawValue>>,
     #[serde(default)]
-    agent_socket: Option<String>,
+    agent_socket: Value,
     #[serde(default, rename = "cni.dev/valid-attachments")]
-    valid_attachments: Option<Vec<Attachment>>,
+    valid_attachments: Value,
 }
 
 impl Environment {
     /// This process's own.
     pub fn from_process() -> Self {
-        std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect()
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value))).collect()
     }
 
-    fn get(&self, name: &str) -> Option<&str> {
-        self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    /// A variable's value; an empty one is as good as none.
+    fn get(&self, name: &str, allowed: &str) -> Result<Option<&str>, Failure> {
+        let Some(value) = self.0.get(name).filter(|value| !value.is_empty()) else { return Ok(None) };
+        let refused = || refused_variable(name, &value.to_string_lossy(), allowed);
+        value.to_str().map(Some).ok_or_else(refused)
     }
 
     fn need(&self, name: &str, allowed: &str) -> Result<&str, Failure> {
-        self.get(name).ok_or_else(|| Failure::input(Failure::INVALID_ENVIRONMENT, name, "", allowed))
+        self.get(name, allowed)?.ok_or_else(|| refused_variable(name, "", allowed))
     }
 
     pub(crate) fn command(&self) -> Result<Command, Failure> {
         let allowed = "ADD, DEL, CHECK, GC, STATUS, VERSION";
         let given = self.need("CNI_COMMAND", allowed)?;
-        serde_json::from_value(Value::from(given))
-            .map_err(|_| Failure::input(Failure::INVALID_ENVIRONMENT, "CNI_COMMAND", given, allowed))
+        serde_json::from_value(Value::from(given)).map_err(|_| refused_variable("CNI_COMMAND", given, allowed))
     }
 
     pub(crate) fn request(&self, command: Command, config: &Config) -> Result<Request, Failure> {
-        let of_container = matches!(command, Command::Add | Command::Delete | Command::Check);
         let mut request = Request {
             command,
             container: String::new(),
-            netns: self.get("CNI_NETNS").map(str::to_owned),
+            netns: None,
             interface: String::new(),
-            pod: self.pod()?,
-            attachments: config.valid_attachments.clone(),
+            pod: None,
+            attachments: None,
         };
-        if of_container {
+        if matches!(command, Command::Add | Command::Delete | Command::Check) {
             request.container = self.container()?;
-            request.interface = self.need("CNI_IFNAME", "the name of an interface, such as eth0")?.to_owned();
+            request.interface = self.interface()?;
+            request.netns = self.get("CNI_NETNS", NETNS)?.map(str::to_owned);
+            request.pod = self.pod().or_else(|e| if command == Command::Add { Err(e) } else { Ok(None) })?;
         }
-        if matches!(command, Command::Add | Command::Check) {
-            self.need("CNI_NETNS", "the path of a network namespace")?;
-        }
-        if command == Command::Add && request.pod.is_none() {
-            let allowed = "K8S_POD_NAMESPACE=…;K8S_POD_NAME=…, as Kubernetes' container runtimes give it";
-            let given = self.get("CNI_ARGS").unwrap_or_default();
-            return Err(Failure::input(Failure::INVALID_ENVIRONMENT, "CNI_ARGS", given, allowed));
+        match command {
+            Command::Add if request.pod.is_none() => {
+                let allowed = "K8S_POD_NAMESPACE=…;K8S_POD_NAME=…, as Kubernetes' container runtimes give it";
+                return Err(refused_variable("CNI_ARGS", self.get("CNI_ARGS", ARGS)?.unwrap_or_default(), allowed));
+            }
+            Command::Add | Command::Check if request.netns.is_none() => {
+                return Err(refused_variable("CNI_NETNS", "", NETNS));
+            }
+            Command::Collect => request.attachments = config.attachments()?,
+            _ => {}
         }
         Ok(request)
     }
@@ -85,16 +100,22 @@ impl Environment {
         let given = self.need("CNI_CONTAINERID", allowed)?;
         let fine = given.starts_with(|c: char| c.is_ascii_alphanumeric())
             && given.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-'));
-        fine.then(|| given.to_owned())
-            .ok_or_else(|| Failure::input(Failure::INVALID_ENVIRONMENT, "CNI_CONTAINERID", given, allowed))
+        fine.then(|| given.to_owned()).ok_or_else(|| refused_variable("CNI_CONTAINERID", given, allowed))
+    }
+
+    fn interface(&self) -> Result<String, Failure> {
+        let allowed = "the name of an interface, such as eth0: at most 15 bytes, without '/', ':' and spaces";
+        let given = self.need("CNI_IFNAME", allowed)?;
+        let fine = given.len() <= LONGEST_INTERFACE
+            && !matches!(given, "." | "..")
+            && !given.contains(|c: char| matches!(c, '/' | ':') || c.is_whitespace());
+        fine.then(|| given.to_owned()).ok_or_else(|| refused_variable("CNI_IFNAME", given, allowed))
     }
 
     fn pod(&self) -> Result<Option<PodName>, Failure> {
         let mut arguments = BTreeMap::new();
-        for pair in self.get("CNI_ARGS").unwrap_or_default().split(';').filter(|p| !p.is_empty()) {
-            let (key, value) = pair.split_once('=').ok_or_else(|| {
-                Failure::input(Failure::INVALID_ENVIRONMENT, "CNI_ARGS", pair, "KEY=VALUE pairs, separated by ';'")
-            })?;
+        for pair in self.get("CNI_ARGS", ARGS)?.unwrap_or_default().split(';').filter(|p| !p.is_empty()) {
+            let (key, value) = pair.split_once('=').ok_or_else(|| refused_variable("CNI_ARGS", pair, ARGS))?;
             arguments.insert(key, value);
         }
         let get = |key: &str| arguments.get(key).filter(|v| !v.is_empty()).map(|v| (*v).to_owned());
@@ -103,42 +124,77 @@ impl Environment {
     }
 }
 
-impl FromIterator<(String, String)> for Environment {
-    fn from_iter<T: IntoIterator<Item = (String, String)>>(variables: T) -> Self {
-        Self(variables.into_iter().filter(|(name, _)| name.starts_with("CNI_")).collect())
+const NETNS: &str = "the path of a network namespace";
+const ARGS: &str = "KEY=VALUE pairs, separated by ';'";
+
+fn refused_variable(name: &str, given: &str, allowed: &str) -> Failure {
+    Failure::input(Failure::INVALID_ENVIRONMENT, name, given, allowed)
+}
+
+impl<V: AsRef<OsStr>> FromIterator<(String, V)> for Environment {
+    fn from_iter<T: IntoIterator<Item = (String, V)>>(variables: T) -> Self {
+        let ours = variables.into_iter().filter(|(name, _)| name.starts_with("CNI_"));
+        Self(ours.map(|(name, value)| (name, value.as_ref().to_owned())).collect())
     }
 }
 
 impl Config {
     pub(crate) fn read(stdin: &mut dyn Read) -> Result<Self, Failure> {
-        let mut text = String::new();
+        let mut text = Vec::new();
         stdin
-            .take(CONFIG_LIMIT)
-            .read_to_string(&mut text)
+            .take(CONFIG_LIMIT + 1)
+            .read_to_end(&mut text)
             .map_err(|e| Failure::new(Failure::INPUT, format!("standard input can't be read: {e}"), ""))?;
-        serde_json::from_str(&text).map_err(|e| {
-            let msg = format!("standard input is not a network configuration: {e}");
-            Failure::new(Failure::DECODE, msg, "allowed: a JSON object with cniVersion, name and type")
+        let allowed = "allowed: a JSON object with cniVersion, name and type, of at most 4 MiB";
+        if text.len() as u64 > CONFIG_LIMIT {
+            return Err(Failure::new(Failure::DECODE, "standard input has more than 4 MiB", allowed));
+        }
+        serde_json::from_slice(&text).map_err(|e| {
+            Failure::new(Failure::DECODE, format!("standard input is not a network configuration: {e}"), allowed)
         })
     }
 
-    pub(crate) fn check_version(&self) -> Result<(), Failure> {
+    /// Whether the configuration's version is one of ours, and has the verb.
+    pub(crate) fn check_version(&self, command: Command) -> Result<(), Failure> {
+        let since = match command {
+            Command::Add | Command::Delete | Command::Version => "0.3.0",
+            Command::Check => "0.4.0",
+            Command::Collect | Command::Status => "1.1.0",
+        };
+        let allowed: Vec<&str> = SUPPORTED_VERSIONS.into_iter().skip_while(|version| *version != since).collect();
         let given = self.cni_version.as_deref().unwrap_or_default();
-        if SUPPORTED_VERSIONS.contains(&given) {
+        if allowed.contains(&given) {
             return Ok(());
         }
-        Err(Failure::input(Failure::INCOMPATIBLE_VERSION, "cniVersion", given, &SUPPORTED_VERSIONS.join(", ")))
+        Err(Failure::input(Failure::INCOMPATIBLE_VERSION, "cniVersion", given, &allowed.join(", ")))
     }
 
-    pub(crate) fn previous_result(&self) -> Result<Value, Failure> {
+    /// The result of the plugin before this one, byte for byte.
+    pub(crate) fn previous_result(&self) -> Result<Box<RawValue>, Failure> {
         let allowed = "the result of the plugin before this one: portolan is chained after the node's own plugin";
-        self.prev_result
-            .clone()
-            .filter(Value::is_object)
-            .ok_or_else(|| Failure::input(Failure::INVALID_CONFIG, "prevResult", "", allowed))
+        let given = self.prev_result.as_deref();
+        given.filter(|result| result.get().starts_with('{')).map(ToOwned::to_owned).ok_or_else(|| {
+            let given = given.map(RawValue::get).unwrap_or_default();
+            Failure::input(Failure::INVALID_CONFIG, "prevResult", given, allowed)
+        })
     }
 
-    pub(crate) fn socket(&self) -> &Path {
-        Path::new(self.agent_socket.as_deref().unwrap_or(DEFAULT_SOCKET))
+    pub(crate) fn socket(&self) -> Result<PathBuf, Failure> {
+        match &self.agent_socket {
+            Value::Null => Ok(PathBuf::from(DEFAULT_SOCKET)),
+            Value::String(path) if Path::new(path).is_absolute() => Ok(PathBuf::from(path)),
+            given => {
+                let allowed = format!("an absolute path, such as {DEFAULT_SOCKET}");
+                Err(Failure::input(Failure::INVALID_CONFIG, "agentSocket", &given.to_string(), &allowed))
+            }
+        }
+    }
+
+    fn attachments(&self) -> Result<Option<Vec<Attachment>>, Failure> {
+        serde_json::from_value(self.valid_attachments.clone()).map_err(|_| {
+            let allowed = "a list of objects with containerID and ifname";
+            let given = self.valid_attachments.to_string();
+            Failure::input(Failure::INVALID_CONFIG, "cni.dev/valid-attachments", &given, allowed)
+        })
     }
 }

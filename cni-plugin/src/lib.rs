@@ -15,7 +15,7 @@ pub use protocol::{Answer, Attachment, Command, PodName, Request};
 
 use std::io::{Read, Write};
 
-use serde_json::{Value, json};
+use serde_json::{json, value::RawValue};
 
 use input::Config;
 
@@ -26,35 +26,46 @@ pub fn run(environment: &Environment, stdin: &mut dyn Read, stdout: &mut dyn Wri
     let mut version = input::NEWEST_VERSION.to_owned();
     let (output, code) = match answer(environment, stdin, &mut version) {
         Ok(output) => (output, 0),
-        Err(failure) => (Some(failure.to_json(&version)), 1),
+        Err(failure) => (Some(failure.to_json(&version).to_string()), 1),
     };
     match output {
         // Nobody is left to tell when even this can't be written.
-        Some(value) if writeln!(stdout, "{value}").is_err() => 1,
+        Some(text) if writeln!(stdout, "{text}").is_err() => 1,
         _ => code,
     }
 }
 
-fn answer(environment: &Environment, stdin: &mut dyn Read, version: &mut String) -> Result<Option<Value>, Failure> {
+fn answer(environment: &Environment, stdin: &mut dyn Read, version: &mut String) -> Result<Option<String>, Failure> {
     let command = environment.command()?;
     let config = Config::read(stdin)?;
     if let Some(given) = &config.cni_version {
         version.clone_from(given);
     }
     if command == Command::Version {
-        return Ok(Some(json!({ "cniVersion": version, "supportedVersions": SUPPORTED_VERSIONS })));
+        let versions = json!({ "cniVersion": version, "supportedVersions": SUPPORTED_VERSIONS });
+        return Ok(Some(versions.to_string()));
     }
-    config.check_version()?;
+    config.check_version(command)?;
     let request = environment.request(command, &config)?;
     let passed_on = match command {
         Command::Add => Some(config.previous_result()?),
         Command::Check => config.previous_result().map(|_| None)?,
         _ => None,
     };
-    match (command, agent::ask(config.socket(), &request)) {
-        (_, Ok(Answer { error: None })) => Ok(passed_on),
+    ask(&config, &request)?;
+    Ok(passed_on.map(|result: Box<RawValue>| result.get().to_owned()))
+}
+
+fn ask(config: &Config, request: &Request) -> Result<(), Failure> {
+    let socket = match config.socket() {
+        // Nothing can have been plugged in by such a configuration.
+        Err(_) if request.command == Command::Delete => return Ok(()),
+        socket => socket?,
+    };
+    match (request.command, agent::ask(&socket, request)) {
+        (_, Ok(Answer { error: None })) => Ok(()),
         (_, Ok(Answer { error: Some(failure) })) => Err(failure),
-        (Command::Delete | Command::Collect, Err(_)) => Ok(None),
+        (Command::Delete | Command::Collect, Err(_)) => Ok(()),
         (Command::Status, Err(e)) => Err(Failure::new(Failure::NOT_AVAILABLE, e.to_string(), agent::HINT)),
         (_, Err(e)) => Err(Failure::new(Failure::TRY_AGAIN, e.to_string(), agent::HINT)),
     }

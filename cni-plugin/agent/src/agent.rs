@@ -114,7 +114,12 @@ pub async fn run(settings: Settings, shutdown: CancellationToken) -> Result<(), 
         tokio::spawn(keep_conflist(settings.clone(), shutdown.clone())),
     ];
     // Names don't wait for the API server.
-    let mut resolvers = Resolvers::resume(&agent.dataplane, &agent.journal, Snapshot::read(&settings.names()));
+    let mut resolvers = Resolvers::resume(
+        &agent.dataplane,
+        &agent.journal,
+        Snapshot::read(&settings.names()),
+        agent.metrics.dns.clone(),
+    );
     tokio::select! {
         synced = agent.cluster.wait_until_synced() => synced.map_err(|_| AgentError::Watch)?,
         () = shutdown.cancelled() => return Ok(()),

@@ -1,6 +1,6 @@
 //! What the agent counts.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::sync::Arc;
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -17,26 +17,44 @@ struct NetworkLabel {
 #[derive(Clone)]
 pub(crate) struct Metrics {
     pub cni_add: Histogram,
+    pub dns: portolan_dns::Metrics,
     endpoints: Family<NetworkLabel, Gauge>,
+    names: Family<NetworkLabel, Gauge>,
 }
 
 impl Metrics {
     pub fn new() -> (Self, Arc<Registry>) {
         let buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
-        let metrics = Self { cni_add: Histogram::new(buckets), endpoints: Family::default() };
+        let metrics = Self {
+            cni_add: Histogram::new(buckets),
+            dns: portolan_dns::Metrics::default(),
+            endpoints: Family::default(),
+            names: Family::default(),
+        };
         let mut registry = Registry::with_prefix("portolan");
         let help = "Time to plug a pod in, those without networks included";
         registry.register_with_unit("cni_add", help, Unit::Seconds, metrics.cni_add.clone());
         registry.register("network_endpoints", "Pods of this node on a network", metrics.endpoints.clone());
+        let help = "Pods of all nodes whose names this node's DNS servers answer";
+        registry.register("dns_pods", help, metrics.names.clone());
+        metrics.dns.register(&mut registry);
         (metrics, Arc::new(registry))
     }
 
     /// Tells how many pods of this node are on each network; networks that aren't named are gone.
-    pub fn set_endpoints(&self, counts: &BTreeMap<String, usize>) {
-        self.endpoints.clear();
-        for (network, count) in counts {
-            let label = NetworkLabel { network: network.clone() };
-            self.endpoints.get_or_create(&label).set(i64::try_from(*count).unwrap_or(i64::MAX));
-        }
+    pub fn set_endpoints(&self, counts: impl Iterator<Item = (String, usize)>) {
+        set(&self.endpoints, counts);
+    }
+
+    /// Tells how many pods are named on each network; networks that aren't named are gone.
+    pub fn set_names(&self, counts: impl Iterator<Item = (String, usize)>) {
+        set(&self.names, counts);
+    }
+}
+
+fn set(gauges: &Family<NetworkLabel, Gauge>, counts: impl Iterator<Item = (String, usize)>) {
+    gauges.clear();
+    for (network, count) in counts {
+        gauges.get_or_create(&NetworkLabel { network }).set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 }

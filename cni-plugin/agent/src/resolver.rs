@@ -5,7 +5,7 @@ use std::{
     net::{SocketAddr, TcpListener, UdpSocket},
 };
 
-use portolan_dns::{Upstream, Zone, ZoneHandle};
+use portolan_dns::{Metrics, Upstream, Zone, ZoneHandle};
 use portolan_net::{BRIDGE_ADDRESS, Dataplane};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -19,6 +19,7 @@ const PORT: u16 = 53;
 pub struct Resolvers {
     zone: ZoneHandle,
     upstream: Vec<SocketAddr>,
+    metrics: Metrics,
     running: BTreeMap<u32, Running>,
 }
 
@@ -29,9 +30,9 @@ struct Running {
 
 impl Resolvers {
     /// Goes on where an agent has ended: the servers of the journal's networks answer from the snapshot.
-    pub fn resume(dataplane: &Dataplane, journal: &Journal, snapshot: Snapshot) -> Self {
+    pub fn resume(dataplane: &Dataplane, journal: &Journal, snapshot: Snapshot, metrics: Metrics) -> Self {
         let zone = ZoneHandle::new(Zone::new(snapshot.zones));
-        let mut resolvers = Self { zone, upstream: snapshot.upstream, running: BTreeMap::new() };
+        let mut resolvers = Self { zone, upstream: snapshot.upstream, metrics, running: BTreeMap::new() };
         for endpoint in journal.select(|_| true) {
             // After the node has started anew there is no such namespace yet.
             if let Err(error) = resolvers.ensure(dataplane, &endpoint.network, endpoint.vni) {
@@ -76,8 +77,9 @@ impl Resolvers {
         let stop = CancellationToken::new();
         let (name, zone) = (network.to_owned(), self.zone.clone());
         let (upstream, stopped) = (Upstream { servers: self.upstream.clone() }, stop.clone().cancelled_owned());
+        let metrics = self.metrics.clone();
         let task = tokio::spawn(async move {
-            if let Err(error) = portolan_dns::run(udp, tcp, name.clone(), zone, upstream, stopped).await {
+            if let Err(error) = portolan_dns::run(udp, tcp, name.clone(), zone, upstream, metrics, stopped).await {
                 tracing::error!(network = name, error = %error, "DNS server ended");
             }
         });

@@ -123,7 +123,7 @@ impl Sync<'_> {
         let mut applied = self.agent.applied.lock().await;
         // Read under the lock: a pod that is being plugged in is in the journal before its network is touched.
         let by_network = self.by_network();
-        self.agent.metrics.set_endpoints(&by_network.iter().map(|(n, e)| (n.clone(), e.len())).collect());
+        self.agent.metrics.set_endpoints(by_network.iter().map(|(n, e)| (n.clone(), e.len())));
         for (network, endpoints) in &by_network {
             let local = self.agent.local(endpoints);
             let view = View::new(&self.agent.cluster.node, &local, of_network(&slices, network));
@@ -136,6 +136,7 @@ impl Sync<'_> {
                 endpoints: local.into_iter().map(|l| l.endpoint).collect(),
             });
         }
+        self.agent.metrics.set_names(zones.iter().map(|z| (z.name.clone(), z.hosts.len())));
         self.resolvers.set_zone(Zone::new(zones.clone()));
         note("networks without pods not removed", "", self.remove_others(&mut applied, &by_network).await);
         drop(applied);

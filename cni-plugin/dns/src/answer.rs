@@ -117,11 +117,6 @@ impl Forward {
     }
 }
 
-/// True if the reply was cut to fit a datagram.
-pub(crate) fn is_truncated(answer: &[u8]) -> bool {
-    header(answer).is_some_and(|header| header.metadata.truncation)
-}
-
 /// True if the server says that it can't tell.
 pub(crate) fn is_failure(answer: &[u8]) -> bool {
     header(answer).is_some_and(|header| {

@@ -48,6 +48,14 @@ struct Entry {
     unasked_until: Option<Instant>,
 }
 
+/// An answer from the cache.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) message: Vec<u8>,
+    /// It stands in for one that can't be had.
+    pub(crate) is_stale: bool,
+}
+
 /// A query by what its answer depends on: all of it but id and case.
 pub(crate) fn key(query: &[u8]) -> Option<Vec<u8>> {
     let mut key = query.to_vec();
@@ -56,15 +64,18 @@ pub(crate) fn key(query: &[u8]) -> Option<Vec<u8>> {
 }
 
 impl Cache {
-    /// The answer to `key`, if it holds still.
-    pub(crate) fn get(&self, key: &[u8], now: Instant) -> Option<Vec<u8>> {
+    /// The answer to `key`, if it holds still, or if nobody should be asked for a better one yet.
+    pub(crate) fn get(&self, key: &[u8], now: Instant) -> Option<Kept> {
         let entries = self.lock();
         let entry = entries.by_key.get(key)?;
         let age = now.saturating_duration_since(entry.put);
-        if age < entry.lifetime {
-            return entry.aged(|ttl| ttl.saturating_sub(u32::try_from(age.as_secs()).unwrap_or(u32::MAX)));
+        let is_stale = age >= entry.lifetime;
+        if is_stale && entry.unasked_until.is_none_or(|until| now >= until) {
+            return None;
         }
-        entry.unasked_until.filter(|until| now < *until).and_then(|_| entry.aged(|_| STALE_TTL))
+        let age = u32::try_from(age.as_secs()).unwrap_or(u32::MAX);
+        let message = entry.aged(|ttl| if is_stale { STALE_TTL } else { ttl.saturating_sub(age) })?;
+        Some(Kept { message, is_stale })
     }
 
     /// The answer to `key` when no upstream has one.
@@ -177,16 +188,20 @@ mod tests {
         answer.map(|answer| Message::from_vec(&answer).unwrap().answers[0].ttl)
     }
 
+    fn kept(cache: &Cache, key: &[u8], now: Instant) -> Option<(u32, bool)> {
+        cache.get(key, now).map(|kept| (ttl(Some(kept.message)).unwrap(), kept.is_stale))
+    }
+
     #[test]
     fn an_answer_is_kept_for_its_lifetime_whatever_the_case() {
         let (cache, start) = (Cache::default(), Instant::now());
         let after = |seconds| start + Duration::from_secs(seconds);
         cache.put(key_of("db.example."), &answer("db.example.", 20), start);
-        assert_eq!(ttl(cache.get(&key_of("DB.example."), after(5))), Some(15));
-        assert_eq!(ttl(cache.get(&key_of("db.example."), after(20))), None);
-        assert_eq!(ttl(cache.get(&key_of("other.example."), start)), None);
+        assert_eq!(kept(&cache, &key_of("DB.example."), after(5)), Some((15, false)));
+        assert_eq!(kept(&cache, &key_of("db.example."), after(20)), None);
+        assert_eq!(kept(&cache, &key_of("other.example."), start), None);
         cache.put(key_of("long.example."), &answer("long.example.", 3600), start);
-        assert_eq!(ttl(cache.get(&key_of("long.example."), after(31))), None, "changes are heard of");
+        assert_eq!(kept(&cache, &key_of("long.example."), after(31)), None, "changes are heard of");
     }
 
     #[test]
@@ -195,8 +210,8 @@ mod tests {
         let (name, after) = (key_of("db.example."), |seconds| start + Duration::from_secs(seconds));
         cache.put(name.clone(), &answer("db.example.", 10), start);
         assert_eq!(ttl(cache.get_stale(&name, after(100))), Some(30));
-        assert_eq!(ttl(cache.get(&name, after(104))), Some(30));
-        assert_eq!(ttl(cache.get(&name, after(105))), None);
+        assert_eq!(kept(&cache, &name, after(104)), Some((30, true)));
+        assert_eq!(kept(&cache, &name, after(105)), None);
         assert_eq!(ttl(cache.get_stale(&name, after(24 * 3600 + 11))), None);
     }
 

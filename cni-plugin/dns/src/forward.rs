@@ -8,9 +8,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
 
-use crate::answer::{Forward, Transport, has_question, is_failure, is_truncated};
+use crate::answer::{Forward, Transport, has_question, is_failure};
 use crate::cache::{Cache, key};
-use crate::wire::question_name;
+use crate::metrics::{Look, Metrics, Outcome};
+use crate::wire::{is_truncated, question_name};
 
 /// For how long one server is waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -29,11 +30,12 @@ pub struct Upstream {
 pub(crate) struct Forwarder {
     upstream: Upstream,
     cache: Cache,
+    metrics: Metrics,
 }
 
 impl Forwarder {
-    pub(crate) fn new(upstream: Upstream) -> Self {
-        Self { upstream, cache: Cache::default() }
+    pub(crate) fn new(upstream: Upstream, metrics: Metrics) -> Self {
+        Self { upstream, cache: Cache::default(), metrics }
     }
 
     /// The answer to a query, with the asker's id; none when all servers have failed and nothing older can stand in.
@@ -42,34 +44,51 @@ impl Forwarder {
     pub(crate) async fn answer(&self, query: &Forward, transport: Transport) -> Option<Vec<u8>> {
         let key = key(&query.packet);
         let cached = key.as_ref().and_then(|key| self.cache.get(key, Instant::now()));
-        let answer = match cached {
-            Some(answer) => answer,
-            None => match (ask(&self.upstream, query, transport).await, key) {
-                (Some(answer), Some(key)) => {
+        if let Some(answer) = cached {
+            self.metrics.looked(if answer.is_stale { Look::stale } else { Look::hit });
+            return query.pass_on(answer.message, transport);
+        }
+        let answer = match (self.ask(query, transport).await, key) {
+            (Some(answer), key) => {
+                self.metrics.looked(Look::miss);
+                if let Some(key) = key {
                     self.cache.put(key, &answer, Instant::now());
-                    answer
                 }
-                (Some(answer), None) => answer,
-                (None, key) => self.cache.get_stale(&key?, Instant::now())?,
-            },
+                answer
+            }
+            (None, key) => {
+                let old = key.and_then(|key| self.cache.get_stale(&key, Instant::now()));
+                self.metrics.looked(if old.is_some() { Look::stale } else { Look::miss });
+                old?
+            }
         };
         query.pass_on(answer, transport)
     }
-}
 
-/// Asks each server in turn; none when all have failed.
-async fn ask(upstream: &Upstream, query: &Forward, transport: Transport) -> Option<Vec<u8>> {
-    let mut failure = None;
-    for &server in &upstream.servers {
-        match timeout(PATIENCE, ask_one(server, query, transport)).await {
-            Ok(Ok(answer)) if !is_failure(&answer) => return Some(answer),
-            // The next one may know better.
-            Ok(Ok(answer)) => failure = Some(answer),
-            Ok(Err(error)) => tracing::debug!(%server, %error, "forwarding failed"),
-            Err(_) => tracing::debug!(%server, "no answer in time"),
+    /// Asks each server in turn; none when all have failed.
+    async fn ask(&self, query: &Forward, transport: Transport) -> Option<Vec<u8>> {
+        let mut failure = None;
+        for &server in &self.upstream.servers {
+            let outcome = match timeout(PATIENCE, ask_one(server, query, transport)).await {
+                Ok(Ok(answer)) if !is_failure(&answer) => {
+                    self.metrics.asked(server, Outcome::answered);
+                    return Some(answer);
+                }
+                // The next one may know better.
+                Ok(Ok(answer)) => {
+                    failure = Some(answer);
+                    Outcome::refused
+                }
+                Ok(Err(error)) => {
+                    tracing::debug!(%server, %error, "forwarding failed");
+                    Outcome::failed
+                }
+                Err(_) => Outcome::timeout,
+            };
+            self.metrics.asked(server, outcome);
         }
+        failure
     }
-    failure
 }
 
 async fn ask_one(server: SocketAddr, query: &Forward, transport: Transport) -> io::Result<Vec<u8>> {

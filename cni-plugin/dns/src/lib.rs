@@ -7,6 +7,7 @@ mod answer;
 mod cache;
 mod forward;
 mod limit;
+mod metrics;
 mod records;
 mod reverse;
 mod server;
@@ -14,6 +15,7 @@ mod wire;
 mod zone;
 
 pub use forward::Upstream;
+pub use metrics::Metrics;
 pub use server::{ServeError, run};
 pub use zone::{Host, Member, NetworkZone, Port, Zone, ZoneHandle};
 

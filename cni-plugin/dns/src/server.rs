@@ -13,14 +13,16 @@ use tokio::time::timeout;
 use crate::answer::{Decision, Forward, Transport, decide};
 use crate::forward::{Forwarder, Upstream, read_message, write_message};
 use crate::limit::{Places, Rates};
+use crate::metrics::{self, Metrics, Reason, Source};
+use crate::wire;
 use crate::zone::ZoneHandle;
 
 /// Forwards that may be under way at once, and for one pod; more are refused (SERVFAIL).
 const FORWARDS: (usize, usize) = (512, 64);
 /// TCP connections that may be open at once, and for one pod; more are closed at once.
 const CONNECTIONS: (usize, usize) = (256, 16);
-/// How long a TCP connection may be silent, or take to accept an answer.
-const IDLE: Duration = Duration::from_secs(10);
+/// How long a TCP connection may take for a query, from the end of the one before, or to accept an answer. Tests don't wait as long.
+const IDLE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 10 });
 /// How long to wait after a socket failed (`EMFILE`, `ENOBUFS`), so that the loop doesn't spin.
 const AFTER_FAILURE: Duration = Duration::from_millis(100);
 /// The largest datagram that is read; a longer query is malformed anyway.
@@ -53,6 +55,7 @@ struct Server {
     forwarder: Forwarder,
     forwards: Arc<Places>,
     rates: Rates,
+    metrics: Metrics,
 }
 
 /// Answers queries that come by `udp` and `tcp` until `shutdown` resolves.
@@ -68,6 +71,7 @@ pub async fn run(
     network: String,
     zone: ZoneHandle,
     upstream: Upstream,
+    metrics: Metrics,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
     let udp_failed = |source| ServeError::Udp { network: network.clone(), source };
@@ -79,8 +83,8 @@ pub async fn run(
 
     let network = network.to_ascii_lowercase();
     let forwards = Places::new(FORWARDS.0, FORWARDS.1);
-    let server =
-        Arc::new(Server { network, zone, forwarder: Forwarder::new(upstream), forwards, rates: Rates::default() });
+    let forwarder = Forwarder::new(upstream, metrics.clone());
+    let server = Arc::new(Server { network, zone, forwarder, forwards, rates: Rates::default(), metrics });
     tokio::select! {
         () = shutdown => {}
         () = serve_udp(Arc::clone(&server), udp) => {}
@@ -103,13 +107,17 @@ async fn serve_udp(server: Arc<Server>, socket: Arc<UdpSocket>) {
                 continue;
             }
         };
+        let begun = Instant::now();
         match server.decide(peer, Transport::Udp, buffer.get(..length).unwrap_or_default()) {
             Decision::Drop => {}
-            Decision::Reply(packet) => send(&socket, &packet, peer).await,
+            Decision::Reply(packet) => {
+                server.answered(peer, Source::own, &packet, begun);
+                send(&socket, &packet, peer).await;
+            }
             Decision::Forward(query) => {
                 let (server, socket) = (Arc::clone(&server), Arc::clone(&socket));
                 forwarding.spawn(async move {
-                    if let Some(packet) = server.forward(&query, peer, Transport::Udp).await {
+                    if let Some(packet) = server.forward(&query, peer, Transport::Udp, begun).await {
                         send(&socket, &packet, peer).await;
                     }
                 });
@@ -138,7 +146,7 @@ async fn serve_tcp(server: Arc<Server>, listener: TcpListener) {
             }
         };
         let Some(place) = connections.take(peer.ip().to_canonical()) else {
-            tracing::debug!(network = server.network, %peer, "too many connections");
+            server.metrics.dropped(&server.network, Reason::connections);
             continue;
         };
         let server = Arc::clone(&server);
@@ -155,28 +163,64 @@ impl Server {
     fn decide(&self, peer: SocketAddr, transport: Transport, packet: &[u8]) -> Decision {
         let source = peer.ip().to_canonical();
         if !self.rates.admit(source, Instant::now()) {
+            self.metrics.dropped(&self.network, Reason::rate);
             return Decision::Drop;
         }
-        decide(&self.zone.current(), &self.network, source, transport, packet)
+        let decision = decide(&self.zone.current(), &self.network, source, transport, packet);
+        if matches!(decision, Decision::Drop) {
+            self.metrics.dropped(&self.network, Reason::malformed);
+        }
+        decision
     }
 
-    async fn forward(&self, query: &Forward, peer: SocketAddr, transport: Transport) -> Option<Vec<u8>> {
-        let Some(_place) = self.forwards.take(peer.ip().to_canonical()) else { return query.failed() };
-        match self.forwarder.answer(query, transport).await {
-            Some(answer) => Some(answer),
-            None => query.failed(),
-        }
+    async fn forward(
+        &self,
+        query: &Forward,
+        peer: SocketAddr,
+        transport: Transport,
+        begun: Instant,
+    ) -> Option<Vec<u8>> {
+        let answer = match self.forwards.take(peer.ip().to_canonical()) {
+            Some(_place) => self.forwarder.answer(query, transport).await,
+            None => None,
+        };
+        let answer = answer.or_else(|| query.failed())?;
+        self.answered(peer, Source::forwarded, &answer, begun);
+        Some(answer)
+    }
+
+    /// Counts an answer, and logs it at level debug under the target `portolan_dns::query`.
+    fn answered(&self, peer: SocketAddr, source: Source, answer: &[u8], begun: Instant) {
+        let took = begun.elapsed();
+        self.metrics.answered(&self.network, source, answer, took);
+        tracing::debug!(
+            target: "portolan_dns::query",
+            network = self.network,
+            pod = %peer.ip().to_canonical(),
+            name = wire::question_text(answer),
+            r#type = metrics::type_of(answer),
+            result = metrics::result_of(answer),
+            ?source,
+            microseconds = took.as_micros(),
+            "answered"
+        );
     }
 
     /// Answers one connection's queries, one after the other, until the peer closes it or is silent.
     async fn converse(&self, mut stream: TcpStream, peer: SocketAddr) -> io::Result<()> {
         while let Ok(message) = timeout(IDLE, read_message(&mut stream)).await {
+            let begun = Instant::now();
             let reply = match self.decide(peer, Transport::Tcp, &message?) {
                 Decision::Drop => return Ok(()),
-                Decision::Reply(packet) => Some(packet),
-                Decision::Forward(query) => self.forward(&query, peer, Transport::Tcp).await,
+                Decision::Reply(packet) => {
+                    self.answered(peer, Source::own, &packet, begun);
+                    packet
+                }
+                Decision::Forward(query) => match self.forward(&query, peer, Transport::Tcp, begun).await {
+                    Some(packet) => packet,
+                    None => return Ok(()),
+                },
             };
-            let Some(reply) = reply else { return Ok(()) };
             timeout(IDLE, write_message(&mut stream, &reply)).await??;
         }
         Ok(())

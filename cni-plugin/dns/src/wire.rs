@@ -17,6 +17,42 @@ pub(crate) fn question_name(packet: &[u8]) -> Option<Range<usize>> {
     (!is_compressed).then_some(HEADER..end)
 }
 
+/// The name of the first question with dots, for a person; bytes that are no printable ASCII as `?`.
+pub(crate) fn question_text(packet: &[u8]) -> String {
+    let mut text = String::new();
+    let mut rest = question_name(packet).and_then(|name| packet.get(name)).unwrap_or_default();
+    while let Some((length, after)) = rest.split_first().filter(|(length, _)| **length > 0) {
+        let (label, next) = after.split_at_checked(usize::from(*length)).unwrap_or((after, &[]));
+        text.extend(label.iter().map(|byte| if byte.is_ascii_graphic() { char::from(*byte) } else { '?' }));
+        text.push('.');
+        rest = next;
+    }
+    text
+}
+
+/// The type of the first question; none if its name is cut or compressed.
+pub(crate) fn question_type(packet: &[u8]) -> Option<u16> {
+    if number16(packet, 4)? == 0 {
+        return None;
+    }
+    number16(packet, question_name(packet)?.end)
+}
+
+/// The four bits in the header (RFC 1035, 4.1.1), without what EDNS adds.
+pub(crate) fn response_code(packet: &[u8]) -> Option<u8> {
+    packet.get(3).map(|byte| byte & 0x0f)
+}
+
+/// How many records the answer has.
+pub(crate) fn answers(packet: &[u8]) -> Option<u16> {
+    number16(packet, 6)
+}
+
+/// Whether the reply was cut to fit a datagram.
+pub(crate) fn is_truncated(packet: &[u8]) -> bool {
+    packet.get(2).is_some_and(|byte| byte & 0x02 != 0)
+}
+
 /// Replaces each record's TTL; none, and nothing more is changed, where the message can't be read on.
 pub(crate) fn map_ttls(packet: &mut [u8], new: impl Fn(u32) -> u32) -> Option<()> {
     let count = |packet: &[u8], at| number16(packet, at).map(usize::from);
@@ -77,7 +113,9 @@ mod tests {
 
     #[test]
     fn the_name_of_the_question() {
-        assert_eq!(question_name(MESSAGE), Some(12..16));
+        assert_eq!(question_text(MESSAGE), "ab.");
+        assert_eq!((question_name(MESSAGE), question_type(MESSAGE)), (Some(12..16), Some(1)));
+        assert_eq!((response_code(MESSAGE), answers(MESSAGE), is_truncated(MESSAGE)), (Some(0), Some(1), false));
         assert_eq!(question_name(&MESSAGE[..15]), None);
         assert_eq!(question_name(b"\0\0\0\0\0\x01\0\0\0\0\0\0\xc0\x0c"), None);
     }

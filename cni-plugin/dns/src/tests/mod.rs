@@ -1,6 +1,7 @@
 //! The server as a pod sees it, over loopback: its source address stands for the pod's.
 
 mod forwarding;
+mod metrics;
 mod names;
 mod packets;
 
@@ -14,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, UdpSocket};
 use tokio::time::timeout;
 
-use crate::{Host, Member, NetworkZone, Port, Upstream, Zone, ZoneHandle, run};
+use crate::{Host, Member, Metrics, NetworkZone, Port, Upstream, Zone, ZoneHandle, run};
 
 /// A pod on networks a and b, asking on a.
 pub(crate) const POD_ON_BOTH: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
@@ -94,6 +95,7 @@ fn texts(message: &Message) -> Vec<String> {
 struct Fixture {
     address: SocketAddr,
     zone: ZoneHandle,
+    metrics: Metrics,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -117,8 +119,9 @@ async fn start(upstream: Vec<SocketAddr>) -> Fixture {
     let (udp, tcp) = sockets();
     let address = udp.local_addr().unwrap();
     let zone = ZoneHandle::new(zone());
-    let server = run(udp, tcp, "a".to_owned(), zone.clone(), Upstream { servers: upstream }, std::future::pending());
-    Fixture { address, zone, task: tokio::spawn(async move { server.await.unwrap() }) }
+    let (upstream, metrics) = (Upstream { servers: upstream }, Metrics::default());
+    let server = run(udp, tcp, "a".to_owned(), zone.clone(), upstream, metrics.clone(), std::future::pending());
+    Fixture { address, zone, metrics, task: tokio::spawn(async move { server.await.unwrap() }) }
 }
 
 /// Answers everything with [`ELSEWHERE`]; `large.*` is truncated by UDP. Sends a forged reply first.

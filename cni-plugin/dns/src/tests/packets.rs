@@ -90,6 +90,22 @@ async fn connections_beyond_the_limit_are_closed_and_make_room_again() {
     timeout(Duration::from_secs(10), again).await.expect("room again");
 }
 
+/// A connection that never sends the rest of its query is closed, although it is never silent for long.
+#[tokio::test]
+async fn a_query_that_comes_too_slowly_is_not_waited_for() {
+    let server = start(vec![]).await;
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind((POD_ON_A, 0).into()).unwrap();
+    let mut stream = socket.connect(server.address).await.unwrap();
+    stream.write_u16(60_000).await.unwrap();
+    let drip = async {
+        while stream.write_all(b"x").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    timeout(Duration::from_secs(60), drip).await.expect("closed");
+}
+
 proptest! {
     #[test]
     fn no_packet_panics(bytes in prop::collection::vec(any::<u8>(), 0..700)) {
