@@ -14,6 +14,7 @@ use portolan_net::{
 };
 
 mod leaks;
+mod ping;
 mod spoofing;
 mod switch;
 mod wire;

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{
     lab::{Lab, same, text},
+    names,
     scene::{self, Database, NAMESPACE, RELEASE_NAMESPACE},
 };
 
@@ -67,6 +68,7 @@ pub fn play_in_use(lab: &Lab) -> Result<()> {
     let db = scene::start(lab)?;
     let fault = Fault { what: "a power cut of the source", phase: IN_USE, inject: cut_in_use };
     under(lab, &db, &fault).with_context(|| fault.what)?;
+    names::with(lab, &db.node)?;
     scene::clean_up(lab)
 }
 
@@ -217,6 +219,7 @@ fn cut(lab: &Lab, node: &str) -> Result<()> {
 /// The pod is to go while its node is down, so that it isn't started there again.
 fn cut_in_use(lab: &Lab, parties: &Parties) -> Result<()> {
     lab.verb("crash", &parties.source)?;
+    names::without(lab, &parties.source)?;
     lab.kubectl(&["cordon", &parties.source])?;
     go(lab)?;
     sleep(OUTAGE);

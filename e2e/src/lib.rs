@@ -8,6 +8,7 @@ pub mod faults;
 pub mod ginkgo;
 pub mod lab;
 pub mod migration;
+mod names;
 pub mod sanity;
 pub mod scene;
 pub mod snapshots;

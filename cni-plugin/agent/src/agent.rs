@@ -27,6 +27,7 @@ use crate::{
     journal::{Journal, JournalError},
     metrics::Metrics,
     network::Underlay,
+    peers::{self, Peers},
     resolver::Resolvers,
     server,
     settings::{SOCKET, Settings},
@@ -79,6 +80,7 @@ pub(crate) struct Agent {
     pub addresses: Addresses,
     pub events: Events,
     pub metrics: Metrics,
+    pub peers: Peers,
     /// Told whenever there may be something to do.
     pub changed: Arc<Notify>,
     /// The right to change networks and ports.
@@ -131,6 +133,7 @@ pub async fn run(settings: Settings, shutdown: CancellationToken) -> Result<(), 
         resolvers.set_upstream(servers).await;
     }
     let keeper = Keeper::new(settings.names());
+    tasks.push(tokio::spawn(peers::run(Arc::clone(&agent), shutdown.clone())));
     tasks.push(tokio::spawn(sync::run(agent, resolvers, keeper, shutdown.clone())));
     let served = web.await;
     shutdown.cancel();
@@ -163,6 +166,7 @@ async fn prepare(
         journal,
         events: Events::new(client, "portolan-agent"),
         metrics,
+        peers: Peers::default(),
         changed,
         applied: Mutex::default(),
         synced: AtomicBool::new(false),

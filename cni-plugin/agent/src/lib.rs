@@ -20,6 +20,7 @@ mod error;
 mod metrics;
 mod names;
 mod network;
+mod peers;
 mod plug;
 mod pod;
 mod server;

@@ -20,6 +20,7 @@ pub(crate) struct Metrics {
     pub dns: portolan_dns::Metrics,
     endpoints: Family<NetworkLabel, Gauge>,
     names: Family<NetworkLabel, Gauge>,
+    pub silent_nodes: Gauge,
 }
 
 impl Metrics {
@@ -30,6 +31,7 @@ impl Metrics {
             dns: portolan_dns::Metrics::default(),
             endpoints: Family::default(),
             names: Family::default(),
+            silent_nodes: Gauge::default(),
         };
         let mut registry = Registry::with_prefix("portolan");
         let help = "Time to plug a pod in, those without networks included";
@@ -37,6 +39,8 @@ impl Metrics {
         registry.register("network_endpoints", "Pods of this node on a network", metrics.endpoints.clone());
         let help = "Pods of all nodes whose names this node's DNS servers answer";
         registry.register("dns_pods", help, metrics.names.clone());
+        let help = "Nodes on this node's networks that answered once and don't any more";
+        registry.register("network_silent_nodes", help, metrics.silent_nodes.clone());
         metrics.dns.register(&mut registry);
         (metrics, Arc::new(registry))
     }

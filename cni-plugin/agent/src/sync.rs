@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -47,6 +48,14 @@ impl Agent {
         applied.forwarding.remove(&spec.vni);
         applied.networks.insert(spec.vni, spec);
         Ok(())
+    }
+
+    /// The tunnel endpoints of the other nodes that have pods on this node's networks.
+    pub(crate) fn peers_of_networks(&self) -> BTreeSet<Ipv4Addr> {
+        let own: BTreeSet<String> = self.journal.select(|_| true).into_iter().map(|e| e.network).collect();
+        let slices = self.cluster.slices.state();
+        let others = slices.iter().filter(|s| s.spec.node != self.cluster.node && own.contains(&s.spec.network));
+        others.filter_map(|s| s.spec.vtep.parse().ok()).collect()
     }
 
     /// The endpoints of this node as the API knows their pods.
@@ -118,6 +127,8 @@ impl Sync<'_> {
             }
         };
         let slices = self.agent.cluster.slices.state();
+        let silent = self.agent.peers.silent();
+        self.agent.metrics.silent_nodes.set(i64::try_from(silent.len()).unwrap_or(i64::MAX));
         let mut zones = Vec::new();
         let mut written = Vec::new();
         let mut applied = self.agent.applied.lock().await;
@@ -128,7 +139,7 @@ impl Sync<'_> {
             let local = self.agent.local(endpoints);
             let view = View::new(&self.agent.cluster.node, &local, of_network(&slices, network));
             note("network not set up", network, self.follow(&mut applied, network, endpoints, &view).await);
-            zones.push(view.zone(network, self.subnets(network), self.members(endpoints)));
+            zones.push(view.zone(network, self.subnets(network), self.members(endpoints), &silent));
             written.push(NetworkNodeSliceSpec {
                 network: network.clone(),
                 node: self.agent.cluster.node.clone(),

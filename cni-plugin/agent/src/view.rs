@@ -1,6 +1,9 @@
 //! From what the nodes say to what this node does: who is where, and who has which name. Pure.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+};
 
 use ipnet::IpNet;
 use portolan_crds::{Endpoint, NamedPort, NetworkNodeSlice};
@@ -81,12 +84,19 @@ impl View {
         Forwarding { local: identities(&self.local), peers: self.remote.iter().map(peer).collect(), suppression }
     }
 
-    /// Who has which name, `members` being the pods of this node that may ask.
-    pub fn zone(&self, network: &str, subnets: Vec<IpNet>, members: Vec<Member>) -> NetworkZone {
+    /// Who has which name, `members` being the pods of this node that may ask, and `silent` the nodes that don't answer.
+    pub fn zone(
+        &self,
+        network: &str,
+        subnets: Vec<IpNet>,
+        members: Vec<Member>,
+        silent: &BTreeSet<Ipv4Addr>,
+    ) -> NetworkZone {
         let local = self.local.iter().map(|endpoint| host(endpoint, &self.node));
         let remote = self.remote.iter().flat_map(|(vtep, endpoints)| {
             let node = self.nodes.get(vtep).map(String::as_str).unwrap_or_default();
-            endpoints.iter().map(move |endpoint| host(endpoint, node))
+            let is_silent = silent.contains(vtep);
+            endpoints.iter().map(move |endpoint| Host { node_is_silent: is_silent, ..host(endpoint, node) })
         });
         let hosts = local.chain(remote).collect();
         NetworkZone { name: network.to_owned(), node: self.node.clone(), subnets, hosts, members }
@@ -111,6 +121,7 @@ fn host(endpoint: &Endpoint, node: &str) -> Host {
         ready: endpoint.ready,
         publish_not_ready: endpoint.publish_not_ready,
         prefer_same_node: endpoint.prefer_same_node,
+        node_is_silent: false,
     }
 }
 
@@ -149,7 +160,7 @@ mod tests {
 
     /// `pod node` of those in answers.
     fn published(view: &View) -> Vec<String> {
-        let hosts = view.zone("backend", vec![], vec![]).hosts;
+        let hosts = view.zone("backend", vec![], vec![], &BTreeSet::new()).hosts;
         let mut names: Vec<String> =
             hosts.iter().filter(|h| h.is_published()).map(|h| format!("{} {}", h.pod, h.node)).collect();
         names.sort();
@@ -167,9 +178,23 @@ mod tests {
         );
         let view = View::new("a", &local, [&there]);
         assert_eq!(published(&view), ["db-0 a", "db-1 b"]);
-        assert_eq!(view.zone("backend", vec![], vec![]).hosts.len(), 3, "the others can be explained");
+        assert_eq!(
+            view.zone("backend", vec![], vec![], &BTreeSet::new()).hosts.len(),
+            3,
+            "the others can be explained"
+        );
         let forwarding = view.forwarding(false);
         assert_eq!((forwarding.local.len(), forwarding.peers[0].endpoints.len()), (1, 2), "unready pods are reachable");
+    }
+
+    #[test]
+    fn pods_of_silent_nodes_are_told_apart() {
+        let (b, c) = (slice("b", 2, "9", vec![endpoint("shop", "db-1", None, 6, true)]), slice("c", 3, "9", vec![]));
+        let local = [Local { endpoint: endpoint("shop", "db-0", None, 5, true), current: true }];
+        let silent = BTreeSet::from([Ipv4Addr::new(192, 0, 2, 2)]);
+        let zone = View::new("a", &local, [&b, &c]).zone("backend", vec![], vec![], &silent);
+        let told: Vec<_> = zone.hosts.iter().map(|h| (h.pod.as_str(), h.node_is_silent)).collect();
+        assert_eq!(told, [("db-0", false), ("db-1", true)]);
     }
 
     #[test]
@@ -180,7 +205,7 @@ mod tests {
         (early.publish_not_ready, early.prefer_same_node) = (true, true);
         let view = View::new("a", &[], [&slice("b", 2, "9", vec![early])]);
         assert_eq!(published(&view), ["db-0 b"]);
-        let host = &view.zone("backend", vec![], vec![]).hosts[0];
+        let host = &view.zone("backend", vec![], vec![], &BTreeSet::new()).hosts[0];
         assert_eq!((&*host.aliases, host.owner.as_deref()), (&["cache".to_owned()][..], Some("db")));
         assert!(host.prefer_same_node);
         assert_eq!(host.ports, [Port { name: "http".into(), protocol: "tcp".into(), number: 80 }]);
@@ -189,7 +214,7 @@ mod tests {
     #[test]
     fn the_own_slice_is_not_asked() {
         let own = slice("a", 1, "9", vec![endpoint("shop", "gone", None, 9, true)]);
-        assert!(View::new("a", &[], [&own]).zone("backend", vec![], vec![]).hosts.is_empty());
+        assert!(View::new("a", &[], [&own]).zone("backend", vec![], vec![], &BTreeSet::new()).hosts.is_empty());
     }
 
     #[test]

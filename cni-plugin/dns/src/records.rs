@@ -96,6 +96,7 @@ fn name_of(host: &Host, network: &str) -> Option<Name> {
 fn explain(host: &Host) -> String {
     let addresses: Vec<String> = host.addresses.iter().map(IpAddr::to_string).collect();
     let why = match (host.ready, host.publish_not_ready) {
+        (true, _) if host.node_is_silent => "ready=true (its node doesn't answer: not answered beside others)",
         (true, _) => "ready=true",
         (false, true) => "ready=false answered=true (it asks for that)",
         (false, false) => "ready=false answered=false",

@@ -55,6 +55,9 @@ pub struct Host {
     pub publish_not_ready: bool,
     /// Whether it is answered without its like on other nodes where it is.
     pub prefer_same_node: bool,
+    /// Whether its node seems to be gone: it is in answers only if all others of its name are on such nodes, too.
+    #[serde(default)]
+    pub node_is_silent: bool,
 }
 
 /// A named port of a pod.
@@ -233,21 +236,24 @@ impl Names {
                 if !ports().any(|(_, port)| is_it(port)) {
                     return Data::Missing;
                 }
-                let all = ports()
-                    .filter(|(host, port)| host.is_published() && is_it(port))
-                    .map(|(host, port)| (host, port.number));
-                let mut found: Vec<_> = all.collect();
-                if found.iter().any(|(host, _)| self.is_preferred(host)) {
-                    found.retain(|(host, _)| self.is_preferred(host));
-                }
-                Data::Services(found)
+                let offered = ports().filter(|(_, port)| is_it(port));
+                Data::Services(self.answered(offered.map(|(host, port)| (host, port.number)), |(host, _)| host))
             }
             Prefix::Protocol(_) => Data::Missing,
         }
     }
 
-    fn is_preferred(&self, host: &Host) -> bool {
-        host.is_published() && host.prefer_same_node && host.node == self.node
+    /// Those that are in answers: of the published ones those of this node that want to be preferred, if there are any; else those
+    /// on nodes that answer; else all, since silence proves nothing.
+    fn answered<'a, T>(&self, all: impl Iterator<Item = T>, host: impl Fn(&T) -> &'a Host) -> Vec<T> {
+        let mut answered: Vec<T> = all.filter(|one| host(one).is_published()).collect();
+        let better =
+            [&|host: &Host| host.prefer_same_node && host.node == self.node, &|host: &Host| !host.node_is_silent]
+                as [&dyn Fn(&Host) -> bool; 2];
+        if let Some(better) = better.into_iter().find(|better| answered.iter().any(|one| better(host(one)))) {
+            answered.retain(|one| better(host(one)));
+        }
+        answered
     }
 
     fn find_hosts(&self, rest: &str, asker: Option<&str>) -> Data<'_> {
@@ -264,9 +270,7 @@ impl Names {
         let positions = self.namespaces.get(namespace).and_then(|names| names.get(name));
         positions.map_or(Data::Missing, |positions| {
             let all: Vec<_> = positions.iter().filter_map(|position| self.hosts.get(*position)).collect();
-            let some_are_preferred = all.iter().any(|host| self.is_preferred(host));
-            let is_answered = |host: &&&Host| host.is_published() && (!some_are_preferred || self.is_preferred(host));
-            Data::Hosts { answered: all.iter().filter(is_answered).copied().collect(), all }
+            Data::Hosts { answered: self.answered(all.iter().copied(), |host| host), all }
         })
     }
 }

@@ -40,6 +40,12 @@ pub enum Error {
         /// Its identifier.
         vni: u32,
     },
+    /// Other nodes can't be asked whether they are there.
+    #[error("ICMP socket: {source}")]
+    Ping {
+        /// Why it can't be opened.
+        source: io::Error,
+    },
     /// A kernel parameter can't be set.
     #[error("sysctl {key} = {value} (in {place}): {source}")]
     Sysctl {

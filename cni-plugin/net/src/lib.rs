@@ -12,6 +12,7 @@ mod mac;
 mod namespace;
 mod netlink;
 mod network;
+mod ping;
 mod port;
 mod sysctl;
 
@@ -22,6 +23,7 @@ pub use ipam::{AddressError, block_prefix, blocks, free_address, free_block};
 pub use mac::{Mac, MacError, endpoint_mac, port_name};
 pub use namespace::Namespace;
 pub use network::NetworkSpec;
+pub use ping::Pinger;
 pub use port::PortSpec;
 
 use std::net::Ipv4Addr;

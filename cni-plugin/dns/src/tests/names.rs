@@ -7,7 +7,7 @@ use hickory_proto::op::ResponseCode;
 use hickory_proto::rr::RecordType;
 
 use super::{ELSEWHERE, POD_ON_A, POD_ON_BOTH, addresses, host, start, texts, upstream};
-use crate::{Host, NetworkZone, Zone};
+use crate::{Host, NetworkZone, Port, Zone};
 
 #[tokio::test]
 async fn a_name_resolves_to_its_address() {
@@ -126,6 +126,35 @@ async fn pods_of_the_same_node_are_preferred_if_they_ask_for_it() {
     let failing = Host { ready: false, ..here.clone() };
     assert_eq!(found(&[&failing, &there, &other]).await.len(), 2, "no Ready one here");
     assert_eq!(found(&[&other, &there]).await.len(), 2, "nobody here asks for it");
+}
+
+#[tokio::test]
+async fn pods_of_silent_nodes_are_answered_only_when_there_is_nobody_else() {
+    let server = start(vec![]).await;
+    let port = Port { name: "http".to_owned(), protocol: "tcp".to_owned(), number: 80 };
+    let gone = |last| Host {
+        node_is_silent: true,
+        ports: vec![port.clone()],
+        ..host("shop", &format!("db-{last}"), Some("db"), last)
+    };
+    let there = Host { node_is_silent: false, ..gone(3) };
+    let failing = Host { ready: false, ..there.clone() };
+    let found = async |hosts: &[Host]| {
+        let network = NetworkZone { name: "a".to_owned(), hosts: hosts.to_vec(), ..NetworkZone::default() };
+        server.zone.replace(Zone::new(vec![network]));
+        let services = server.ask(POD_ON_A, "_http._tcp.db.shop.a", RecordType::SRV).await.answers.len();
+        (addresses(&server.ask(POD_ON_A, "db.shop.a", RecordType::A).await).len(), services)
+    };
+    assert_eq!(found(&[gone(1), gone(2), there.clone()]).await, (1, 1));
+    assert_eq!(found(&[gone(1), gone(2), failing]).await, (2, 2), "silence alone empties no name");
+    assert_eq!(found(&[gone(1)]).await, (1, 1));
+    server.zone.replace(Zone::new(vec![NetworkZone {
+        name: "a".to_owned(),
+        hosts: vec![gone(1), there],
+        ..NetworkZone::default()
+    }]));
+    let why = texts(&server.ask(POD_ON_A, "db.shop.a", RecordType::TXT).await);
+    assert!(why.iter().any(|text| text.contains("db-1") && text.contains("doesn't answer")), "{why:?}");
 }
 
 #[tokio::test]
