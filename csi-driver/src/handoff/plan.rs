@@ -285,9 +285,6 @@ fn keep(
     asked: &[Asked],
 ) -> Vec<Action> {
     match (recorded, local) {
-        // All that an aborted handoff had brought was a snapshot of somebody's, which was deleted since: nobody can say any more what this is,
-        // no delta can go to it, and the node's next move would find a stranger in its place. It was never writable.
-        (true, Some(local)) if is_spent(local) => vec![Action::Destroy, Action::ForgetReplica],
         (true, Some(local)) => {
             // An aborted handoff has left it so.
             let mut actions: Vec<Action> = local.uid.is_none().then_some(Action::Adopt).into_iter().collect();
@@ -303,11 +300,6 @@ fn keep(
         (false, Some(_)) => vec![Action::RecordReplica],
         (false, None) => Vec::new(),
     }
-}
-
-/// Whether a copy was received, never owned, and has no snapshot left.
-fn is_spent(local: &Local) -> bool {
-    local.uid.is_some() && local.epoch.is_none() && local.snapshots.is_empty() && !local.mounted
 }
 
 /// The newest snapshot that this node's copy shares with others, if the status doesn't say so yet.

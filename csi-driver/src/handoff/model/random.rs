@@ -18,8 +18,6 @@ fn happenings() -> impl Strategy<Value = Vec<Happening>> {
         4 => node.clone().prop_map(Happening::Unmount),
         4 => Just(Happening::Write),
         2 => node.prop_map(Happening::PowerCut),
-        2 => Just(Happening::WantSnapshot),
-        2 => Just(Happening::DropSnapshot),
     ];
     proptest::collection::vec(happening, 0..500)
 }
