@@ -1,6 +1,7 @@
-//! `kubectl portable`: what Portolan has, what is wrong with it, and moves of volumes.
+//! `kubectl portable`: what Portolan has, what is wrong with it, moves of volumes, and explanations of names.
 
 mod bytes;
+mod dns;
 mod move_;
 mod problems;
 mod status;
@@ -9,7 +10,7 @@ use std::io::{self, Write};
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-/// Shows what Portolan has and what is wrong with it, and moves volumes.
+/// Shows what Portolan has and what is wrong with it, moves volumes, and explains names.
 #[derive(Parser)]
 #[command(name = "kubectl-portable", bin_name = "kubectl portable", version)]
 struct Arguments {
@@ -27,6 +28,9 @@ enum Command {
     },
     /// Moves a claim's volume, or a pod with all its volumes, to a node, and shows how far it is until it ends.
     Move(move_::Options),
+    /// Names on networks.
+    #[command(subcommand)]
+    Dns(dns::Command),
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -52,6 +56,7 @@ async fn main() -> anyhow::Result<()> {
             print(text.trim_end())?;
         }
         Command::Move(options) => move_::run(options).await?,
+        Command::Dns(dns::Command::Lookup(options)) => dns::run(options).await?,
     }
     Ok(())
 }

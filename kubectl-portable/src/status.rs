@@ -34,7 +34,7 @@ pub async fn read() -> anyhow::Result<Everything> {
     Ok(Everything { volumes, migrations, nodes, networks })
 }
 
-async fn list<K>(client: &Client) -> anyhow::Result<Vec<K>>
+pub(crate) async fn list<K>(client: &Client) -> anyhow::Result<Vec<K>>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned,
 {
@@ -98,7 +98,7 @@ pub fn tables(everything: &Everything) -> String {
     text
 }
 
-fn section(text: &mut String, title: &str, header: &str, rows: impl ExactSizeIterator<Item = Vec<String>>) {
+pub(crate) fn section(text: &mut String, title: &str, header: &str, rows: impl ExactSizeIterator<Item = Vec<String>>) {
     text.push_str(title);
     text.push('\n');
     if rows.len() == 0 {

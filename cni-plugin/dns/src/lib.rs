@@ -5,6 +5,7 @@
 
 mod answer;
 mod cache;
+mod explain;
 mod forward;
 mod limit;
 mod metrics;
@@ -14,6 +15,7 @@ mod server;
 mod wire;
 mod zone;
 
+pub use explain::Explanation;
 pub use forward::Upstream;
 pub use metrics::Metrics;
 pub use server::{ServeError, run};

@@ -1,5 +1,6 @@
 //! The server as a pod sees it, over loopback: its source address stands for the pod's.
 
+mod explanation;
 mod forwarding;
 mod metrics;
 mod names;
