@@ -16,7 +16,7 @@ const BUCKETS: [f64; 12] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.005, 0.01
 #[derive(Clone, Debug)]
 pub struct Metrics {
     queries: Family<Answered, Counter>,
-    duration: Family<From, Histogram, fn() -> Histogram>,
+    duration: Family<Timed, Histogram, fn() -> Histogram>,
     dropped: Family<Dropped, Counter>,
     cache: Family<Looked, Counter>,
     upstream: Family<Asked, Counter>,
@@ -74,7 +74,7 @@ struct Answered {
 }
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
-struct From {
+struct Timed {
     source: Source,
 }
 
@@ -122,7 +122,7 @@ impl Metrics {
     pub(crate) fn answered(&self, network: &str, source: Source, answer: &[u8], took: Duration) {
         let (r#type, result) = (type_of(answer), result_of(answer));
         self.queries.get_or_create(&Answered { network: network.to_owned(), source, r#type, result }).inc();
-        self.duration.get_or_create(&From { source }).observe(took.as_secs_f64());
+        self.duration.get_or_create(&Timed { source }).observe(took.as_secs_f64());
     }
 
     pub(crate) fn dropped(&self, network: &str, reason: Reason) {
