@@ -9,8 +9,9 @@ use crate::{
     scene::{NAMESPACE, ready},
 };
 
-/// A name that a Ready pod of each node has.
-const NAME: &str = "probe.backend";
+/// A name that a Ready pod of each node has. With the last dot it isn't sought below the cluster's domains first, whose DNS server may have
+/// been on the dead node.
+const NAME: &str = "probe.backend.";
 
 /// Waits until a node's pod is left out of the answers that a pod of another node gets, and shows how long that took. The dead
 /// node itself says to its end that its pods are Ready.
