@@ -1,6 +1,8 @@
 //! csi-sanity (csi-test v5, by the makers of CSI) against the driver as it is installed: the sockets of a node's storage agent and of
 //! the controller, the latter as the sidecars see it.
 
+use std::process::Child;
+
 use anyhow::{Context, Result};
 use serde_json::Value;
 
@@ -15,6 +17,8 @@ const WORK: &str = "/run/csi-sanity";
 /// Where the suite stages and publishes; the agent sees what is below the kubelet's folder.
 const MOUNTS: &str = "/var/lib/kubelet/csi-sanity";
 const NODE_SOCKET: &str = "/var/lib/kubelet/plugins/portolan.dev/csi.sock";
+/// Where a controller's socket is reachable that is on another node than the suite.
+const RELAY_PORT: u16 = 7799;
 /// Bytes, before and after growing.
 const SIZE: u64 = 64 << 20;
 const GROWN: u64 = 128 << 20;
@@ -38,8 +42,18 @@ pub fn play(lab: &Lab) -> Result<()> {
     // Of filesystems the native lane says all there is to say, ten times as fast.
     let access = if lab.has_zvols() { "block" } else { "mount" };
     lab.step(format!("csi-sanity, access type {access}"));
-    let (node, controller_socket) = lab.wait("a replica of the controller is Ready", 60, || controller(lab))?;
-    let report = run(lab, access, &node, &controller_socket)?;
+    let (controller_node, socket) = lab.wait("a replica of the controller is Ready", 60, || controller(lab))?;
+    let with_pool = lab.nodes()?;
+    let (node, report) = if with_pool.contains(&controller_node) {
+        let report = run(lab, access, &controller_node, &format!("unix:{socket}"))?;
+        (controller_node, report)
+    } else {
+        let node = with_pool.into_iter().next().context("no node has a pool")?;
+        let relay = Relay::start(lab, &controller_node, &socket)?;
+        let report = run(lab, access, &node, &relay.endpoint)?;
+        relay.stop()?;
+        (node, report)
+    };
     lab.show(report.totals());
     for (reason, count) in report.reasons() {
         let why = SKIPPED.iter().find(|(part, _)| reason.contains(part)).map_or("not expected", |(_, why)| why);
@@ -54,7 +68,7 @@ pub fn play(lab: &Lab) -> Result<()> {
     nothing_left(lab)
 }
 
-fn run(lab: &Lab, access: &str, node: &str, controller_socket: &str) -> Result<Report> {
+fn run(lab: &Lab, access: &str, node: &str, controller: &str) -> Result<Report> {
     lab.on_node(node, &format!("rm -rf {WORK}; mkdir -p {WORK} {MOUNTS}"))?;
     lab.copy_to_node(node, &lab.binaries("csi")?.join("csi-sanity"), &format!("{WORK}/csi-sanity"))?;
     let parameter = if access == "block" { "volblocksize" } else { "recordsize" };
@@ -68,7 +82,7 @@ fn run(lab: &Lab, access: &str, node: &str, controller_socket: &str) -> Result<R
         node,
         &format!(
             "chmod +x {WORK}/csi-sanity; {WORK}/csi-sanity --csi.endpoint=unix:{NODE_SOCKET} \
-             --csi.controllerendpoint=unix:{controller_socket} --csi.stagingdir={MOUNTS}/staging --csi.mountdir={MOUNTS}/mount \
+             --csi.controllerendpoint={controller} --csi.stagingdir={MOUNTS}/staging --csi.mountdir={MOUNTS}/mount \
              --csi.testvolumesize={SIZE} --csi.testvolumeexpandsize={GROWN} --csi.testvolumeaccesstype={access} \
              --csi.testvolumeparameters={WORK}/parameters --csi.testvolumemutableparameters={WORK}/mutable \
              --ginkgo.no-color --ginkgo.timeout=30m --ginkgo.json-report={WORK}/report.json{skip} > {WORK}/log 2>&1 || true"
@@ -77,6 +91,34 @@ fn run(lab: &Lab, access: &str, node: &str, controller_socket: &str) -> Result<R
     let report = lab.on_node(node, &format!("cat {WORK}/report.json || {{ tail -n 60 {WORK}/log >&2; exit 1; }}"))?;
     lab.on_node(node, &format!("rm -rf {WORK}"))?;
     Report::parse(&report)
+}
+
+/// Makes a socket on one node reachable by TCP from the others.
+struct Relay {
+    child: Child,
+    /// As gRPC names it.
+    endpoint: String,
+}
+
+impl Relay {
+    fn start(lab: &Lab, node: &str, socket: &str) -> Result<Self> {
+        let object = lab.json(&["get", "node", node])?;
+        let addresses = object["status"]["addresses"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let internal = addresses.iter().find(|address| address["type"] == "InternalIP");
+        let address = text(internal.context("the node has no InternalIP")?, "/address")?;
+        // It ends with its standard input, so with us, however we end.
+        let command = format!(
+            "socat TCP-LISTEN:{RELAY_PORT},bind={address},fork,reuseaddr UNIX-CONNECT:{socket} <&- & cat > /dev/null; kill $!"
+        );
+        let child = lab.start(&["node", node, "sh", "-c", &command])?;
+        Ok(Self { child, endpoint: format!("dns:///{address}:{RELAY_PORT}") })
+    }
+
+    fn stop(mut self) -> Result<()> {
+        drop(self.child.stdin.take());
+        self.child.wait()?;
+        Ok(())
+    }
 }
 
 /// A node that has a Ready replica of the controller, and the path of that replica's socket there: a file of an emptyDir, whose

@@ -9,7 +9,7 @@ MANAGEMENT=10.88.0   # a second network, by which commands get into a guest
 
 control_node=control
 
-lane_packages=(nftables iproute2 util-linux openssl curl jq openssh-client)
+lane_packages=(nftables iproute2 util-linux openssl curl jq openssh-client socat)
 
 lane_prepare() {
   allow_watchers
@@ -81,7 +81,8 @@ lane_start() {
     disks+=(-drive "if=none,id=$name,file=$own/$name.img,format=raw,cache=unsafe,discard=unmap$([[ $name != @(kit|seed) ]] || echo ,readonly=on)"
       -device "virtio-blk-pci,drive=$name,serial=$name")
   done
-  # Behind the control plane, so that its answers, which the guests wait for, don't wait for the guests. One processor each: emulating two costs more than it gives. The missing CPU features crash Debian's kernel when emulated.
+  # Behind the control plane, so that its answers, which the guests wait for, don't wait for the guests. One processor each: emulating
+  # two costs more than it gives. The missing CPU features crash Debian's kernel when emulated.
   in_net control-plane nice -n 5 qemu-system-x86_64 -accel tcg,thread=multi,tb-size=512 -M q35 -cpu max,-erms,-fsrm -smp 1 -m "${LAB_GUEST_MEMORY:-2048}" \
     -nodefaults -display none -monitor none -serial "file:$own/logs/console.log" -no-reboot -daemonize -pidfile "$own/qemu.pid" \
     -kernel "$own/vmlinuz" -initrd "$own/initrd" -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr net.ifnames=0" \
