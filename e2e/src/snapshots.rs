@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::{
+    bad_input::event,
     lab::{Lab, same, text},
     scene::{nothing_left, ready},
 };
@@ -39,6 +40,7 @@ pub fn play(lab: &Lab) -> Result<()> {
     lab.step("a volume of a volume; the source goes, and its snapshot stays");
     start(lab, "second", there, "{kind: PersistentVolumeClaim, name: source}", "together")?;
     same("what a copy of a volume begins with", read(lab, "second")?, "two".to_owned())?;
+    refused(lab, there)?;
     let source = volume(lab, "source")?;
     lab.kubectl(&["-n", NAMESPACE, "delete", "pod/source", "pvc/source", "--timeout=120s"])?;
     lab.wait("the PersistentVolume is gone, and the volume is kept", 60, || {
@@ -68,12 +70,29 @@ pub fn play(lab: &Lab) -> Result<()> {
     nothing_left(lab)
 }
 
+/// A claim that can't be made of the source goes with the snapshot that was taken for it.
+fn refused(lab: &Lab, node: &str) -> Result<()> {
+    let small = manifest("small", node, "{kind: PersistentVolumeClaim, name: source}", "none").replace("64Mi", "32Mi");
+    lab.apply(&small)?;
+    event(lab, NAMESPACE, "PersistentVolumeClaim", "small", &["32Mi", "64Mi"])?;
+    lab.kubectl(&["-n", NAMESPACE, "delete", "pod/small", "pvc/small", "--timeout=60s"])?;
+    lab.wait("the snapshot that was taken for it is gone", 60, || {
+        let left = lab.kubectl(&["get", "portablesnapshots", "-o", "name"])?;
+        ensure!(!left.contains("/clone-"), "{left}");
+        Ok(())
+    })
+}
+
 /// A claim and the pod that uses it, on a node.
 fn start(lab: &Lab, name: &str, node: &str, source: &str, group: &str) -> Result<()> {
+    lab.apply(&manifest(name, node, source, group))?;
+    lab.wait(&format!("pod {name} is Ready"), 90, || ready(&lab.json(&["-n", NAMESPACE, "get", "pod", name])?))
+}
+
+fn manifest(name: &str, node: &str, source: &str, group: &str) -> String {
     let manifest = include_str!("../manifests/snapshot-pod.yaml");
     let manifest = manifest.replace("@NAME@", name).replace("@NODE@", node).replace("@SOURCE@", source);
-    lab.apply(&manifest.replace("@GROUP@", group))?;
-    lab.wait(&format!("pod {name} is Ready"), 90, || ready(&lab.json(&["-n", NAMESPACE, "get", "pod", name])?))
+    manifest.replace("@GROUP@", group)
 }
 
 fn write(lab: &Lab, pod: &str, words: &str) -> Result<()> {

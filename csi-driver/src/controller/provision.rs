@@ -171,7 +171,7 @@ async fn provision(
     };
     if let Some(import) = wish.import.as_ref().filter(|import| import.node != node) {
         let message = format!(
-            "annotation {IMPORT_ANNOTATION} names node {}, and the scheduler has chosen node {node} for the pod: give the pod a              nodeSelector for node {} until it runs",
+            "annotation {IMPORT_ANNOTATION} names node {}, and the scheduler has chosen node {node} for the pod: give the pod a nodeSelector for node {} until it runs",
             import.node, import.node
         );
         failed(hub, claim, &message).await;
@@ -186,7 +186,7 @@ async fn provision(
     match present {
         None => {
             if let Some(source) = source {
-                match source::resolve(hub, &source, &name).await? {
+                match source::resolve(hub, &source, &name, Some(&wish.claim)).await? {
                     Resolved::Ready(_, least) if wish.size_bytes < least => {
                         let message = format!(
                             "spec.resources.requests.storage is {}: the source has {}",

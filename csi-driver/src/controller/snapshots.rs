@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use kube::ResourceExt;
 use kube::api::{DeleteParams, PostParams};
 use kube::runtime::controller::Action;
@@ -11,13 +12,15 @@ use kube::runtime::{Controller, watcher};
 use portolan_crds::{HandoffPhase, PortableSnapshot, PortableVolume, SNAPSHOT_FINALIZER, condition};
 use portolan_runtime::conditions;
 
-use super::source::CLONE_FOR;
+use super::source::{CLONE_CLAIM, CLONE_FOR};
+use super::volumes::name_of;
 use super::{Hub, RESYNC, exhaust, retry, set_finalizer, unless_gone};
 use crate::volume;
 
 /// How soon a snapshot is looked at again that waits for nodes.
 const WAITING: Duration = Duration::from_secs(10);
-/// How long a snapshot is kept for a volume that isn't there: its claim is being provisioned, or is gone.
+/// How long a snapshot is kept for a volume that isn't there and that no claim is known to want: a call of CSI's is making it, or has
+/// given up.
 const UNCLAIMED: Duration = Duration::from_secs(3600);
 
 pub(super) async fn run(hub: Arc<Hub>) {
@@ -65,19 +68,27 @@ pub(crate) fn is_nowhere(snapshot: &PortableSnapshot, of: Option<&PortableVolume
     quiet && status.replicas.iter().all(|replica| said.contains(&replica.node))
 }
 
-/// A snapshot that was taken to make a volume from goes when that is made, or when nobody makes it any more.
+/// A snapshot that was taken to make a volume from goes when that is made, or when nobody wants it any more.
 async fn collect_clone(hub: &Hub, snapshot: &PortableSnapshot, new: &str) -> kube::Result<Action> {
-    let made = match hub.volumes.get_opt(new).await? {
-        Some(volume) => volume::status(&volume).owner.is_some() || volume.metadata.deletion_timestamp.is_some(),
-        None => {
+    let claim = snapshot.annotations().get(CLONE_CLAIM).and_then(|claim| claim.split_once('/'));
+    let is_done = match (hub.volumes.get_opt(new).await?, claim) {
+        (Some(volume), _) => volume::status(&volume).owner.is_some() || volume.metadata.deletion_timestamp.is_some(),
+        (None, Some((namespace, name))) => !wants(hub.claims(namespace).get_opt(name).await?.as_ref(), new),
+        (None, None) => {
             let since = snapshot.metadata.creation_timestamp.as_ref().map_or(Timestamp::UNIX_EPOCH, |since| since.0);
             Timestamp::now().duration_since(since).unsigned_abs() > UNCLAIMED
         }
     };
-    if made {
+    if is_done {
         unless_gone(hub.snapshots.delete(&snapshot.name_any(), &DeleteParams::default()).await)?;
     }
     Ok(Action::requeue(WAITING))
+}
+
+/// Whether a claim still wants volume `new`: another one of the same name doesn't.
+fn wants(claim: Option<&PersistentVolumeClaim>, new: &str) -> bool {
+    let current = claim.filter(|claim| claim.metadata.deletion_timestamp.is_none());
+    current.and_then(name_of).is_some_and(|volume| volume == new)
 }
 
 async fn not_ready(hub: &Hub, snapshot: &PortableSnapshot, reason: &str, message: &str) -> kube::Result<Action> {
@@ -96,6 +107,17 @@ mod tests {
     };
 
     use super::*;
+
+    #[test]
+    fn only_the_claim_itself_wants_its_volume() {
+        let mut claim = PersistentVolumeClaim::default();
+        claim.metadata.uid = Some("one".into());
+        assert!(wants(Some(&claim), "pvc-one"));
+        assert!(!wants(None, "pvc-one"));
+        assert!(!wants(Some(&claim), "pvc-other"), "one that had its name");
+        claim.metadata.deletion_timestamp = Some(Timestamp::UNIX_EPOCH.into());
+        assert!(!wants(Some(&claim), "pvc-one"));
+    }
 
     #[test]
     fn a_snapshot_is_gone_when_every_copy_has_said_so() {

@@ -14,6 +14,8 @@ use crate::parameters::Refusal;
 
 /// Annotation of a PortableSnapshot that was taken to make a volume from: that volume.
 pub(super) const CLONE_FOR: &str = "portolan.dev/clone-for";
+/// Annotation of such a PortableSnapshot: the claim that wants the volume, as namespace/name, if a claim does.
+pub(super) const CLONE_CLAIM: &str = "portolan.dev/clone-claim";
 /// The API group of VolumeSnapshots.
 const SNAPSHOT_GROUP: &str = "snapshot.storage.k8s.io";
 
@@ -37,8 +39,8 @@ pub(super) enum Resolved {
     Missing(String),
 }
 
-/// Finds the snapshot that volume `new` begins as; has one taken of a volume.
-pub(super) async fn resolve(hub: &Hub, source: &Source, new: &str) -> kube::Result<Resolved> {
+/// Finds the snapshot that volume `new` begins as; has one taken of a volume. `claim`, as namespace/name, is who wants the new volume.
+pub(super) async fn resolve(hub: &Hub, source: &Source, new: &str, claim: Option<&str>) -> kube::Result<Resolved> {
     match source {
         Source::Snapshot(name) => match hub.snapshots.get_opt(name).await? {
             None => Ok(Resolved::Missing(format!("there is no PortableSnapshot {name}"))),
@@ -54,7 +56,9 @@ pub(super) async fn resolve(hub: &Hub, source: &Source, new: &str) -> kube::Resu
                 _ => return Ok(Resolved::Missing(format!("there is no PortableVolume {volume}"))),
             }
             let mut snapshot = snapshot(&name, volume);
-            snapshot.metadata.annotations = Some(BTreeMap::from([(CLONE_FOR.to_owned(), new.to_owned())]));
+            let mut annotations = BTreeMap::from([(CLONE_FOR.to_owned(), new.to_owned())]);
+            annotations.extend(claim.map(|claim| (CLONE_CLAIM.to_owned(), claim.to_owned())));
+            snapshot.metadata.annotations = Some(annotations);
             match hub.snapshots.create(&PostParams::default(), &snapshot).await {
                 Err(kube::Error::Api(status)) if status.is_already_exists() => {}
                 result => _ = result?,

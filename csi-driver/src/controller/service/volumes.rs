@@ -139,7 +139,7 @@ fn named(from: Option<&VolumeContentSource>) -> Result<Option<Source>, Status> {
 async fn resolve(service: &Service, from: &Source, id: &str) -> Result<(portolan_crds::VolumeSource, i64), Status> {
     let hub = &service.hub;
     loop {
-        match source::resolve(hub, from, id).await.map_err(api_failed)? {
+        match source::resolve(hub, from, id, None).await.map_err(api_failed)? {
             Resolved::Ready(found, size) => return Ok((found, size)),
             Resolved::Missing(why) => return Err(Status::not_found(why)),
             Resolved::Waiting(why) => {
