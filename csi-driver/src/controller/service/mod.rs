@@ -39,8 +39,8 @@ use crate::proto::csi::{
 };
 use crate::socket;
 
-/// How long a call waits for what it asked for: less than the sidecars' own patience.
-const PATIENCE: Duration = Duration::from_secs(25);
+/// How long a call waits for what it asked for: less than the sidecars' own patience (`--timeout=60s` in the chart).
+const PATIENCE: Duration = Duration::from_secs(50);
 /// The longest name that becomes an object's as it is: it must fit a label and a ZFS name, with what we put before it.
 const LONGEST_ID: usize = 63;
 
