@@ -45,12 +45,12 @@ impl Forwarder {
         let key = key(&query.packet);
         let cached = key.as_ref().and_then(|key| self.cache.get(key, Instant::now()));
         if let Some(answer) = cached {
-            self.metrics.looked(if answer.is_stale { Look::stale } else { Look::hit });
+            self.metrics.looked(if answer.is_stale { Look::Stale } else { Look::Hit });
             return query.pass_on(answer.message, transport);
         }
         let answer = match (self.ask(query, transport).await, key) {
             (Some(answer), key) => {
-                self.metrics.looked(Look::miss);
+                self.metrics.looked(Look::Miss);
                 if let Some(key) = key {
                     self.cache.put(key, &answer, Instant::now());
                 }
@@ -58,7 +58,7 @@ impl Forwarder {
             }
             (None, key) => {
                 let old = key.and_then(|key| self.cache.get_stale(&key, Instant::now()));
-                self.metrics.looked(if old.is_some() { Look::stale } else { Look::miss });
+                self.metrics.looked(if old.is_some() { Look::Stale } else { Look::Miss });
                 old?
             }
         };
@@ -71,19 +71,22 @@ impl Forwarder {
         for &server in &self.upstream.servers {
             let outcome = match timeout(PATIENCE, ask_one(server, query, transport)).await {
                 Ok(Ok(answer)) if !is_failure(&answer) => {
-                    self.metrics.asked(server, Outcome::answered);
+                    self.metrics.asked(server, Outcome::Answered);
                     return Some(answer);
                 }
                 // The next one may know better.
                 Ok(Ok(answer)) => {
                     failure = Some(answer);
-                    Outcome::refused
+                    Outcome::Refused
                 }
                 Ok(Err(error)) => {
                     tracing::debug!(%server, %error, "forwarding failed");
-                    Outcome::failed
+                    Outcome::Failed
                 }
-                Err(_) => Outcome::timeout,
+                Err(_) => {
+                    tracing::debug!(%server, "no answer in time");
+                    Outcome::Timeout
+                }
             };
             self.metrics.asked(server, outcome);
         }

@@ -1,9 +1,10 @@
 //! What the servers of a node count, in the names of Prometheus.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::{counter::Counter, family::Family, histogram::Histogram};
 use prometheus_client::registry::{Registry, Unit};
 
@@ -23,47 +24,62 @@ pub struct Metrics {
 }
 
 /// Where an answer came from.
-#[derive(Clone, Copy, Debug, EncodeLabelValue, Eq, Hash, PartialEq)]
-#[allow(non_camel_case_types, reason = "labels' values are lower case")]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(crate) enum Source {
     /// The zone.
-    own,
+    Own,
     /// The cache or an upstream.
-    forwarded,
+    Forwarded,
 }
 
 /// Why a packet got no answer.
-#[derive(Clone, Copy, Debug, EncodeLabelValue, Eq, Hash, PartialEq)]
-#[allow(non_camel_case_types, reason = "labels' values are lower case")]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(crate) enum Reason {
     /// Its pod sends too many.
-    rate,
+    Rate,
     /// It is no query.
-    malformed,
+    Malformed,
     /// Its pod has too many connections open.
-    connections,
+    Connections,
 }
 
 /// What the cache had.
-#[derive(Clone, Copy, Debug, EncodeLabelValue, Eq, Hash, PartialEq)]
-#[allow(non_camel_case_types, reason = "labels' values are lower case")]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(crate) enum Look {
-    hit,
-    stale,
-    miss,
+    Hit,
+    Stale,
+    Miss,
 }
 
 /// How an upstream did.
-#[derive(Clone, Copy, Debug, EncodeLabelValue, Eq, Hash, PartialEq)]
-#[allow(non_camel_case_types, reason = "labels' values are lower case")]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(crate) enum Outcome {
-    answered,
+    Answered,
     /// It said that it can't tell.
-    refused,
+    Refused,
     /// It could not be asked.
-    failed,
-    timeout,
+    Failed,
+    Timeout,
 }
+
+/// Labels' values, and what the log says, are the variants' names in lower case.
+macro_rules! in_lower_case {
+    ($($label:ty),+) => {$(
+        impl fmt::Display for $label {
+            fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str(&format!("{self:?}").to_ascii_lowercase())
+            }
+        }
+
+        impl EncodeLabelValue for $label {
+            fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+                self.to_string().encode(encoder)
+            }
+        }
+    )+};
+}
+
+in_lower_case!(Source, Reason, Look, Outcome);
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
 struct Answered {

@@ -111,7 +111,7 @@ async fn serve_udp(server: Arc<Server>, socket: Arc<UdpSocket>) {
         match server.decide(peer, Transport::Udp, buffer.get(..length).unwrap_or_default()) {
             Decision::Drop => {}
             Decision::Reply(packet) => {
-                server.answered(peer, Source::own, &packet, begun);
+                server.answered(peer, Source::Own, &packet, begun);
                 send(&socket, &packet, peer).await;
             }
             Decision::Forward(query) => {
@@ -146,7 +146,7 @@ async fn serve_tcp(server: Arc<Server>, listener: TcpListener) {
             }
         };
         let Some(place) = connections.take(peer.ip().to_canonical()) else {
-            server.metrics.dropped(&server.network, Reason::connections);
+            server.metrics.dropped(&server.network, Reason::Connections);
             continue;
         };
         let server = Arc::clone(&server);
@@ -163,12 +163,12 @@ impl Server {
     fn decide(&self, peer: SocketAddr, transport: Transport, packet: &[u8]) -> Decision {
         let source = peer.ip().to_canonical();
         if !self.rates.admit(source, Instant::now()) {
-            self.metrics.dropped(&self.network, Reason::rate);
+            self.metrics.dropped(&self.network, Reason::Rate);
             return Decision::Drop;
         }
         let decision = decide(&self.zone.current(), &self.network, source, transport, packet);
         if matches!(decision, Decision::Drop) {
-            self.metrics.dropped(&self.network, Reason::malformed);
+            self.metrics.dropped(&self.network, Reason::Malformed);
         }
         decision
     }
@@ -185,7 +185,7 @@ impl Server {
             None => None,
         };
         let answer = answer.or_else(|| query.failed())?;
-        self.answered(peer, Source::forwarded, &answer, begun);
+        self.answered(peer, Source::Forwarded, &answer, begun);
         Some(answer)
     }
 
@@ -200,7 +200,7 @@ impl Server {
             name = wire::question_text(answer),
             r#type = metrics::type_of(answer),
             result = metrics::result_of(answer),
-            ?source,
+            %source,
             microseconds = took.as_micros(),
             "answered"
         );
@@ -213,7 +213,7 @@ impl Server {
             let reply = match self.decide(peer, Transport::Tcp, &message?) {
                 Decision::Drop => return Ok(()),
                 Decision::Reply(packet) => {
-                    self.answered(peer, Source::own, &packet, begun);
+                    self.answered(peer, Source::Own, &packet, begun);
                     packet
                 }
                 Decision::Forward(query) => match self.forward(&query, peer, Transport::Tcp, begun).await {
