@@ -10,6 +10,7 @@ use tokio::time::timeout;
 
 use crate::answer::{Forward, Transport, has_question, is_failure};
 use crate::cache::{Cache, key};
+use crate::flight::Flights;
 use crate::metrics::{Look, Metrics, Outcome};
 use crate::wire::{is_truncated, question_name};
 
@@ -25,44 +26,59 @@ pub struct Upstream {
     pub servers: Vec<SocketAddr>,
 }
 
-/// The way to the upstreams, with what they said lately.
+/// The way to the upstreams, with what they said lately and what they are being asked.
 #[derive(Debug, Default)]
 pub(crate) struct Forwarder {
     upstream: Upstream,
     cache: Cache,
+    flights: Flights,
     metrics: Metrics,
 }
 
 impl Forwarder {
     pub(crate) fn new(upstream: Upstream, metrics: Metrics) -> Self {
-        Self { upstream, cache: Cache::default(), metrics }
+        Self { upstream, metrics, ..Self::default() }
     }
 
     /// The answer to a query, with the asker's id; none when all servers have failed and nothing older can stand in.
     ///
     /// Sockets are opened in the namespace of the calling thread.
     pub(crate) async fn answer(&self, query: &Forward, transport: Transport) -> Option<Vec<u8>> {
-        let key = key(&query.packet);
-        let cached = key.as_ref().and_then(|key| self.cache.get(key, Instant::now()));
-        if let Some(answer) = cached {
-            self.metrics.looked(if answer.is_stale { Look::Stale } else { Look::Hit });
-            return query.pass_on(answer.message, transport);
-        }
-        let answer = match (self.ask(query, transport).await, key) {
-            (Some(answer), key) => {
-                self.metrics.looked(Look::Miss);
-                if let Some(key) = key {
-                    self.cache.put(key, &answer, Instant::now());
-                }
-                answer
-            }
-            (None, key) => {
-                let old = key.and_then(|key| self.cache.get_stale(&key, Instant::now()));
-                self.metrics.looked(if old.is_some() { Look::Stale } else { Look::Miss });
-                old?
-            }
+        let Some(key) = key(&query.packet) else {
+            self.metrics.looked(Look::Miss);
+            return query.pass_on(self.ask(query, transport).await?, transport);
         };
-        query.pass_on(answer, transport)
+        if let Some(kept) = self.kept(&key) {
+            return query.pass_on(kept, transport);
+        }
+        let (told, is_own) = self.flights.join(key.clone(), self.fetch(&key, query, transport)).await;
+        if !is_own {
+            self.metrics.looked(Look::Merged);
+        }
+        query.pass_on(told?, transport)
+    }
+
+    /// What the cache has.
+    fn kept(&self, key: &[u8]) -> Option<Vec<u8>> {
+        let kept = self.cache.get(key, Instant::now())?;
+        self.metrics.looked(if kept.is_stale { Look::Stale } else { Look::Hit });
+        Some(kept.message)
+    }
+
+    /// What the servers say, which is kept; what they said before, if they say nothing.
+    async fn fetch(&self, key: &[u8], query: &Forward, transport: Transport) -> Option<Vec<u8>> {
+        // Another asker's answer may have come since this one looked.
+        if let Some(kept) = self.kept(key) {
+            return Some(kept);
+        }
+        let Some(answer) = self.ask(query, transport).await else {
+            let old = self.cache.get_stale(key, Instant::now());
+            self.metrics.looked(if old.is_some() { Look::Stale } else { Look::Miss });
+            return old;
+        };
+        self.metrics.looked(Look::Miss);
+        self.cache.put(key.to_vec(), &answer, Instant::now());
+        Some(answer)
     }
 
     /// Asks each server in turn; none when all have failed.

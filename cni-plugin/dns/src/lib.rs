@@ -6,6 +6,7 @@
 mod answer;
 mod cache;
 mod explain;
+mod flight;
 mod forward;
 mod limit;
 mod metrics;

@@ -43,12 +43,14 @@ pub(crate) enum Reason {
     Connections,
 }
 
-/// What the cache had.
+/// What was there for a query that isn't ours to answer.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(crate) enum Look {
     Hit,
     Stale,
     Miss,
+    /// The same was being asked upstream already.
+    Merged,
 }
 
 /// How an upstream did.

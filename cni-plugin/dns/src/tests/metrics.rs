@@ -9,7 +9,7 @@ use tokio::net::UdpSocket;
 use super::{Fixture, Manual, POD_ON_A, POD_ON_BOTH, start, upstream};
 
 /// The lines of the exposition that begin with `name`.
-fn exposed(server: &Fixture, name: &str) -> Vec<String> {
+pub(super) fn exposed(server: &Fixture, name: &str) -> Vec<String> {
     let mut registry = Registry::default();
     server.metrics.register(&mut registry);
     let mut text = String::new();

@@ -2,6 +2,7 @@
 
 mod explanation;
 mod forwarding;
+mod merging;
 mod metrics;
 mod names;
 mod packets;
