@@ -169,8 +169,8 @@ async fn names_are_answered_before_the_api_server_is() {
     let zone = NetworkZone { name: "backend".into(), hosts: vec![there], ..NetworkZone::default() };
     Snapshot { upstream: vec![], zones: vec![zone] }.write(&file).unwrap();
 
-    let mut resolvers =
-        Resolvers::resume(&node.dataplane, &node.journal(), Snapshot::read(&file), portolan_dns::Metrics::default());
+    let (snapshot, metrics) = (Snapshot::read(&file), portolan_dns::Metrics::default());
+    let mut resolvers = Resolvers::resume(&node.dataplane, &node.journal(), snapshot, None, metrics);
     let pod = Namespace::open(node.root.path(), Path::new("/run/netns/pod")).unwrap();
     let answer = pod.run(|| {
         let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;

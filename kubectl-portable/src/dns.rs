@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client, ResourceExt};
 use portolan_crds::{ContainerNetwork, Endpoint, NETWORKS_ANNOTATION, NetworkNodeSlice};
-use portolan_dns::{Explanation, Host, Member, NetworkZone, Port, Zone};
+use portolan_dns::{Domain, Explanation, Host, Member, NetworkZone, Port, Zone};
 
 use crate::{print, status};
 
@@ -32,6 +32,9 @@ pub struct Options {
     /// The pod's namespace; kubectl's own if not given.
     #[arg(short, long)]
     namespace: Option<String>,
+    /// The domain of full names: the chart's value dns.domain.
+    #[arg(long, default_value = "portolan.internal")]
+    domain: Domain,
 }
 
 /// Reads what is needed, and prints the explanation.
@@ -45,7 +48,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let found = api.get_opt(pod).await.with_context(|| format!("can't read pod {namespace}/{pod}"))?;
     let Some(found) = found else { bail!("there is no pod {pod} in namespace {namespace}") };
     let asker = Asker::new(&namespace, pod, &slices)?;
-    print(explained(&options.name, &asker, &slices, &networks).trim_end())?;
+    print(explained(&options.name, &options.domain, &asker, &slices, &networks).trim_end())?;
     if let Some(note) = note_on_settings(&found) {
         print(&note)?;
     }
@@ -77,10 +80,16 @@ impl<'a> Asker<'a> {
     }
 }
 
-fn explained(name: &str, asker: &Asker<'_>, slices: &[NetworkNodeSlice], networks: &[ContainerNetwork]) -> String {
+fn explained(
+    name: &str,
+    domain: &Domain,
+    asker: &Asker<'_>,
+    slices: &[NetworkNodeSlice],
+    networks: &[ContainerNetwork],
+) -> String {
     let on: Vec<String> = asker.on.keys().map(|network| (*network).to_owned()).collect();
     let zones = on.iter().map(|network| zone(network, &on, asker, slices, networks));
-    let zone = Zone::new(zones.collect());
+    let zone = Zone::new(zones.collect()).within(Some(domain.clone()));
     let asked = asker.on.iter().find_map(|(network, it)| Some((*network, it.address.parse().ok()?)));
     let mut text =
         format!("{name}, asked by pod {} on node {} (networks: {})\n\n", asker.name, asker.node, on.join(", "));
@@ -218,7 +227,8 @@ mod tests {
         let slices = slices();
         let spec = json!({"metadata": {"name": "backend"}, "spec": {"subnets": ["10.32.0.0/16"]}});
         let networks = [serde_json::from_value(spec).unwrap()];
-        explained(name, &Asker::new("shop", "web", &slices).unwrap(), &slices, &networks)
+        let domain = "portolan.internal".parse().unwrap();
+        explained(name, &domain, &Asker::new("shop", "web", &slices).unwrap(), &slices, &networks)
     }
 
     #[test]
@@ -238,6 +248,14 @@ mod tests {
         assert!(ask("nobody.backend").contains("NXDOMAIN"));
         assert!(ask("db.default").contains("Forwarded to the cluster's DNS"));
         assert!(ask("10.32.0.3").contains("db-1.shop.backend"));
+    }
+
+    #[test]
+    fn full_names() {
+        assert!(ask("db.backend.portolan.internal").contains("10.32.0.2"));
+        assert!(ask("nobody.backend.portolan.internal.").contains("NXDOMAIN"));
+        assert!(ask("db.frontend.portolan.internal").contains("Forwarded to the cluster's DNS"));
+        assert!(ask("portolan.internal").contains("only longer names end in this one"));
     }
 
     #[test]

@@ -120,6 +120,7 @@ pub async fn run(settings: Settings, shutdown: CancellationToken) -> Result<(), 
         &agent.dataplane,
         &agent.journal,
         Snapshot::read(&settings.names()),
+        settings.dns_domain.clone(),
         agent.metrics.dns.clone(),
     );
     tokio::select! {

@@ -5,7 +5,7 @@ use std::{
     net::{SocketAddr, TcpListener, UdpSocket},
 };
 
-use portolan_dns::{Metrics, Upstream, Zone, ZoneHandle};
+use portolan_dns::{Domain, Metrics, Upstream, Zone, ZoneHandle};
 use portolan_net::{BRIDGE_ADDRESS, Dataplane};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -18,6 +18,7 @@ const PORT: u16 = 53;
 /// This node's DNS servers.
 pub struct Resolvers {
     zone: ZoneHandle,
+    domain: Option<Domain>,
     upstream: Vec<SocketAddr>,
     metrics: Metrics,
     running: BTreeMap<u32, Running>,
@@ -30,9 +31,16 @@ struct Running {
 
 impl Resolvers {
     /// Goes on where an agent has ended: the servers of the journal's networks answer from the snapshot.
-    pub fn resume(dataplane: &Dataplane, journal: &Journal, snapshot: Snapshot, metrics: Metrics) -> Self {
-        let zone = ZoneHandle::new(Zone::new(snapshot.zones));
-        let mut resolvers = Self { zone, upstream: snapshot.upstream, metrics, running: BTreeMap::new() };
+    /// Full names are in `domain`; without it there are none.
+    pub fn resume(
+        dataplane: &Dataplane,
+        journal: &Journal,
+        snapshot: Snapshot,
+        domain: Option<Domain>,
+        metrics: Metrics,
+    ) -> Self {
+        let zone = ZoneHandle::new(Zone::new(snapshot.zones).within(domain.clone()));
+        let mut resolvers = Self { zone, domain, upstream: snapshot.upstream, metrics, running: BTreeMap::new() };
         for endpoint in journal.select(|_| true) {
             // After the node has started anew there is no such namespace yet.
             if let Err(error) = resolvers.ensure(dataplane, &endpoint.network, endpoint.vni) {
@@ -61,7 +69,7 @@ impl Resolvers {
 
     /// What all servers answer from.
     pub fn set_zone(&self, zone: Zone) {
-        self.zone.replace(zone);
+        self.zone.replace(zone.within(self.domain.clone()));
     }
 
     /// Sees to it that a network's server runs.

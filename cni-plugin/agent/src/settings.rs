@@ -5,6 +5,8 @@ use std::{
     path::PathBuf,
 };
 
+use portolan_dns::Domain;
+
 use crate::conflist::{self, ConflistError};
 
 /// Where the CNI plugin finds the agent, as the host sees it.
@@ -44,6 +46,9 @@ pub struct Settings {
     /// The cluster's DNS server; that of Service kube-system/kube-dns if not given.
     #[arg(long)]
     pub cluster_dns: Option<IpAddr>,
+    /// The domain in which all networks' names are full ones (portolan.internal); none if not given.
+    #[arg(long)]
+    pub dns_domain: Option<Domain>,
 }
 
 impl Settings {
@@ -88,4 +93,32 @@ pub struct UninstallSettings {
 pub fn uninstall(settings: &UninstallSettings) -> Result<(), ConflistError> {
     let on_host = |path: &PathBuf| settings.host_root.join(path.strip_prefix("/").unwrap_or(path));
     conflist::uninstall(&on_host(&settings.cni_conf_dir), &on_host(&settings.cni_bin_dir))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Arguments {
+        #[command(flatten)]
+        settings: Settings,
+    }
+
+    fn parse(arguments: &[&str]) -> Result<Settings, String> {
+        let needed = ["agent", "--node-name=a", "--host-ip=192.0.2.1"];
+        let parsed = Arguments::try_parse_from(needed.iter().chain(arguments));
+        parsed.map(|arguments| arguments.settings).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_domain_is_one_or_refused_by_name() {
+        assert_eq!(parse(&[]).unwrap().dns_domain, None);
+        let given = parse(&["--dns-domain=Portolan.internal."]).unwrap().dns_domain;
+        assert_eq!(given.unwrap().to_string(), "portolan.internal");
+        let error = parse(&["--dns-domain=no_domain"]).unwrap_err();
+        assert!(error.contains("--dns-domain") && error.contains("\"no_domain\" was given; allowed: "), "{error}");
+    }
 }

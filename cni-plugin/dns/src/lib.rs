@@ -5,6 +5,7 @@
 
 mod answer;
 mod cache;
+mod domain;
 mod explain;
 mod flight;
 mod forward;
@@ -16,6 +17,7 @@ mod server;
 mod wire;
 mod zone;
 
+pub use domain::{Domain, DomainError};
 pub use explain::Explanation;
 pub use forward::Upstream;
 pub use metrics::Metrics;

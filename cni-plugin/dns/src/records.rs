@@ -31,8 +31,8 @@ pub(crate) fn fill(message: &mut Message, question: &Query, found: &Found<'_>) -
             message.answers.shuffle(&mut rand::rng());
         }
         Data::Services(services) if is_asked(RecordType::SRV) => {
-            let targets =
-                services.iter().filter_map(|(host, port)| Some((name_of(host, found.network)?, *host, *port)));
+            // Whoever asks by a full name may know no others.
+            let targets = services.iter().filter_map(|(host, port)| Some((name_of(host, &found.apex)?, *host, *port)));
             let mut targets: Vec<_> = targets.collect();
             targets.shuffle(&mut rand::rng());
             for (target, host, port) in targets {
@@ -87,9 +87,9 @@ fn of_address(address: IpAddr) -> RData {
     }
 }
 
-/// A pod's own name; none if it is longer than a name may be (RFC 1035, 3.1).
-fn name_of(host: &Host, network: &str) -> Option<Name> {
-    Name::from_ascii(format!("{}.{}.{network}.", host.pod, host.namespace)).ok()
+/// A pod's own name below a network's domain; none if it is longer than a name may be (RFC 1035, 3.1).
+fn name_of(host: &Host, domain: &str) -> Option<Name> {
+    Name::from_ascii(format!("{}.{}.{domain}.", host.pod, host.namespace)).ok()
 }
 
 /// What a person wants to know of a pod that has a name.

@@ -9,18 +9,20 @@ use arc_swap::ArcSwap;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::domain::Domain;
 use crate::reverse;
 
 /// The names of all networks that a node takes part in. Built once, then only read.
 #[derive(Debug, Default)]
 pub struct Zone {
+    domain: Option<Domain>,
     networks: HashMap<String, Names>,
 }
 
 /// One network, as given to [`Zone::new`].
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct NetworkZone {
-    /// The network's name, which is also the domain its names are in.
+    /// The network's name, which is also the domain of its short names.
     pub name: String,
     /// The node that answers.
     pub node: String,
@@ -129,6 +131,15 @@ impl Data<'_> {
     }
 }
 
+/// A name of one network.
+struct Match<'a, 'n> {
+    network: &'a str,
+    /// The domain that the network's names are in, be they short or full.
+    apex: Cow<'a, str>,
+    /// What stands before.
+    rest: &'n str,
+}
+
 /// What stands before a name: `_http._tcp.` or, with nothing at it, `_tcp.` (RFC 2782).
 enum Prefix<'a> {
     None,
@@ -157,7 +168,15 @@ impl Zone {
     /// would look like a name with a namespace.
     pub fn new(networks: Vec<NetworkZone>) -> Self {
         let networks = networks.into_iter().map(|network| (network.name.to_ascii_lowercase(), Names::new(network)));
-        Self { networks: networks.collect() }
+        Self { domain: None, networks: networks.collect() }
+    }
+
+    /// The same with full names: what is `<name>.<network>` is `<name>.<network>.<domain>`, too.
+    ///
+    /// A name that could be both, as a network may be called like the end of the domain, is what the longest match of network, or
+    /// network and domain, makes it; of two that are as long, that of the network that is called so.
+    pub fn within(self, domain: Option<Domain>) -> Self {
+        Self { domain, ..self }
     }
 
     /// Looks `name` (lower case, without trailing dot) up for the pod that asked from `source` on `network`. None if it is in
@@ -168,16 +187,41 @@ impl Zone {
         if let Some(address) = reverse::address(name) {
             return own.into_iter().find_map(|network| self.find_address(network, address));
         }
-        // The longest match: one network's name may end in another's.
-        let (network, rest) =
-            own.filter_map(|domain| Some((domain, below(name, domain)?))).max_by_key(|(domain, _)| domain.len())?;
-        let data = match self.networks.get(network) {
-            // The network itself is always there, empty or not.
-            _ if rest.is_empty() => Data::empty(),
-            Some(names) => names.find(rest, asker.map(|asker| asker.namespace.as_str())),
-            None => Data::Missing,
-        };
-        Some(Found { network, apex: network.into(), data })
+        let matches = own.clone().filter_map(|network| self.below_network(name, network));
+        let found = matches.max_by_key(|it| (it.apex.len(), it.apex == it.network)).map(|it| {
+            let data = match self.networks.get(it.network) {
+                // The network itself is always there, empty or not.
+                _ if it.rest.is_empty() => Data::empty(),
+                Some(names) => names.find(it.rest, asker.map(|asker| asker.namespace.as_str())),
+                None => Data::Missing,
+            };
+            Found { network: it.network, apex: it.apex, data }
+        });
+        match found {
+            None | Some(Found { data: Data::Missing, .. }) if self.is_above(name, own.clone()) => {
+                Some(Found { network, apex: self.domain()?.into(), data: Data::empty() })
+            }
+            found => found,
+        }
+    }
+
+    fn domain(&self) -> Option<&str> {
+        self.domain.as_ref().map(Domain::as_str)
+    }
+
+    /// What `name` is below a network: by a full name, else by a short one.
+    fn below_network<'a, 'n>(&self, name: &'n str, network: &'a str) -> Option<Match<'a, 'n>> {
+        let full = self.domain().and_then(|domain| {
+            let rest = below(below(name, domain)?, network)?;
+            Some(Match { network, apex: format!("{network}.{domain}").into(), rest })
+        });
+        full.or_else(|| Some(Match { network, apex: network.into(), rest: below(name, network)? }))
+    }
+
+    /// Whether full names of these networks end in `name`: then it exists (RFC 8020), though it may be nobody's.
+    fn is_above<'a>(&self, name: &str, mut networks: impl Iterator<Item = &'a str>) -> bool {
+        let in_domain = self.domain().and_then(|domain| below(name, domain));
+        in_domain.is_some_and(|rest| networks.any(|network| rest.is_empty() || is_below(network, rest)))
     }
 
     fn find_address<'a>(&'a self, network: &'a str, address: IpAddr) -> Option<Found<'a>> {
@@ -301,6 +345,10 @@ fn prefix(rest: &str) -> (Prefix<'_>, &str) {
 fn below<'a>(name: &'a str, domain: &str) -> Option<&'a str> {
     let rest = name.strip_suffix(domain)?;
     if rest.is_empty() { Some(rest) } else { rest.strip_suffix('.') }
+}
+
+fn is_below(name: &str, domain: &str) -> bool {
+    below(name, domain).is_some_and(|rest| !rest.is_empty())
 }
 
 /// The current snapshot, shared with the servers. Replacing it never makes a reader wait.

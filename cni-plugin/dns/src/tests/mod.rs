@@ -2,6 +2,7 @@
 
 mod explanation;
 mod forwarding;
+mod full;
 mod merging;
 mod metrics;
 mod names;
@@ -72,6 +73,7 @@ pub(crate) fn zone() -> Zone {
             members: vec![],
         },
     ])
+    .within(Some("portolan.internal".parse().unwrap()))
 }
 
 fn question(name: &str, type_: RecordType) -> Message {
