@@ -24,6 +24,7 @@ use crate::{
     cluster::Cluster,
     collect,
     conflist::{self, ConflistError},
+    everyone::Everyone,
     journal::{Journal, JournalError},
     metrics::Metrics,
     network::Underlay,
@@ -135,7 +136,8 @@ pub async fn run(settings: Settings, shutdown: CancellationToken) -> Result<(), 
     }
     let keeper = Keeper::new(settings.names());
     tasks.push(tokio::spawn(peers::run(Arc::clone(&agent), shutdown.clone())));
-    tasks.push(tokio::spawn(sync::run(agent, resolvers, keeper, shutdown.clone())));
+    let everyone = everyone(&settings, &agent.metrics, &shutdown);
+    tasks.push(tokio::spawn(sync::run(agent, resolvers, everyone, keeper, shutdown.clone())));
     let served = web.await;
     shutdown.cancel();
     for task in tasks {
@@ -172,6 +174,12 @@ async fn prepare(
         applied: Mutex::default(),
         synced: AtomicBool::new(false),
     })
+}
+
+/// The DNS server for everyone, if there shall be one.
+fn everyone(settings: &Settings, metrics: &Metrics, shutdown: &CancellationToken) -> Option<Everyone> {
+    let at = SocketAddr::from((settings.host_ip, settings.dns_everyone_port?));
+    Some(Everyone::new(at, settings.dns_domain.clone()?, metrics.dns.clone(), shutdown.clone()))
 }
 
 /// Where names go that aren't ours; none if the API server doesn't tell.

@@ -17,6 +17,7 @@ mod addresses;
 mod agent;
 mod cluster;
 mod error;
+mod everyone;
 mod metrics;
 mod names;
 mod network;

@@ -49,6 +49,9 @@ pub struct Settings {
     /// The domain in which all networks' names are full ones (portolan.internal); none if not given.
     #[arg(long)]
     pub dns_domain: Option<Domain>,
+    /// UDP and TCP port, on this node's address, at which full names are answered to everyone; not at all if not given.
+    #[arg(long, requires = "dns_domain")]
+    pub dns_everyone_port: Option<u16>,
 }
 
 impl Settings {
@@ -120,5 +123,7 @@ mod tests {
         assert_eq!(given.unwrap().to_string(), "portolan.internal");
         let error = parse(&["--dns-domain=no_domain"]).unwrap_err();
         assert!(error.contains("--dns-domain") && error.contains("\"no_domain\" was given; allowed: "), "{error}");
+        assert!(parse(&["--dns-everyone-port=7794"]).unwrap_err().contains("--dns-domain"));
+        assert!(parse(&["--dns-everyone-port=7794", "--dns-domain=portolan.internal"]).is_ok());
     }
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use kube::runtime::reflector::ObjectRef;
+use kube::{ResourceExt, runtime::reflector::ObjectRef};
 use portolan_crds::{NetworkNodeSlice, NetworkNodeSliceSpec};
 use portolan_dns::{Member, Zone};
 use portolan_net::{Forwarding, NetworkSpec};
@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::Agent,
+    everyone::Everyone,
     journal::Endpoint,
     names,
     network::Network,
@@ -23,7 +24,7 @@ use crate::{
     resolver::Resolvers,
     slices::Slices,
     snapshot::{Keeper, Snapshot},
-    view::{Local, View},
+    view::{Local, View, zones_for_everyone},
 };
 
 /// How often everything is looked at without a cause, and the kernel is asked what it really has.
@@ -86,6 +87,7 @@ impl Agent {
 struct Sync<'a> {
     agent: &'a Agent,
     resolvers: Resolvers,
+    everyone: Option<Everyone>,
     keeper: Keeper,
     slices: Slices,
     /// What the journal had when the agent started, as far as the kernel wasn't asked about it yet.
@@ -96,10 +98,17 @@ struct Sync<'a> {
 }
 
 /// Follows all changes until the agent ends.
-pub(crate) async fn run(agent: Arc<Agent>, resolvers: Resolvers, keeper: Keeper, shutdown: CancellationToken) {
+pub(crate) async fn run(
+    agent: Arc<Agent>,
+    resolvers: Resolvers,
+    everyone: Option<Everyone>,
+    keeper: Keeper,
+    shutdown: CancellationToken,
+) {
     let mut sync = Sync {
         agent: &agent,
         resolvers,
+        everyone,
         keeper,
         slices: Slices::default(),
         unchecked: agent.journal.select(|_| true).iter().map(Endpoint::id).collect(),
@@ -130,6 +139,7 @@ impl Sync<'_> {
         let silent = self.agent.peers.silent();
         self.agent.metrics.silent_nodes.set(i64::try_from(silent.len()).unwrap_or(i64::MAX));
         let mut zones = Vec::new();
+        let mut views = BTreeMap::new();
         let mut written = Vec::new();
         let mut applied = self.agent.applied.lock().await;
         // Read under the lock: a pod that is being plugged in is in the journal before its network is touched.
@@ -146,11 +156,13 @@ impl Sync<'_> {
                 vtep: self.agent.underlay.vtep.to_string(),
                 endpoints: local.into_iter().map(|l| l.endpoint).collect(),
             });
+            views.insert(network.clone(), view);
         }
         self.agent.metrics.set_names(zones.iter().map(|z| (z.name.clone(), z.hosts.len())));
         self.resolvers.set_zone(Zone::new(zones.clone()));
         note("networks without pods not removed", "", self.remove_others(&mut applied, &by_network).await);
         drop(applied);
+        note("full names not answered to everyone", "", self.tell_everyone(&views, &slices, &silent));
         let snapshot = Snapshot { upstream: self.resolvers.upstream().to_vec(), zones };
         let kept = self.keeper.keep(&snapshot);
         let is_unfinished = kept.as_ref().is_ok_and(|is_left| *is_left);
@@ -166,6 +178,20 @@ impl Sync<'_> {
         note("slices not removed", "", result.map_err(|e| e.to_string()));
         note("blocks not given back", "", self.release_blocks(&present).await);
         failed || is_unfinished
+    }
+
+    /// All networks' names, whether there are pods of theirs on this node or not.
+    fn tell_everyone(
+        &mut self,
+        views: &BTreeMap<String, View>,
+        slices: &[Arc<NetworkNodeSlice>],
+        silent: &BTreeSet<Ipv4Addr>,
+    ) -> Result<(), String> {
+        let Some(everyone) = &mut self.everyone else { return Ok(()) };
+        let known = self.agent.cluster.networks.state().into_iter().map(|network| network.name_any());
+        let present = slices.iter().map(AsRef::as_ref).filter(|s| s.metadata.deletion_timestamp.is_none());
+        let zones = zones_for_everyone(known, views, present, silent);
+        everyone.set_zone(Zone::new(zones)).map_err(|e| e.to_string())
     }
 
     fn by_network(&self) -> BTreeMap<String, Vec<Endpoint>> {

@@ -103,6 +103,29 @@ impl View {
     }
 }
 
+/// All networks as a server for everyone knows them: `known` by name, those in `views` as this node sees them, the others from
+/// their slices. No pod is preferred for its node: it isn't known where the asking one is.
+pub fn zones_for_everyone<'a>(
+    known: impl IntoIterator<Item = String>,
+    views: &BTreeMap<String, View>,
+    slices: impl IntoIterator<Item = &'a NetworkNodeSlice>,
+    silent: &BTreeSet<Ipv4Addr>,
+) -> Vec<NetworkZone> {
+    let mut by_network: BTreeMap<String, Vec<&NetworkNodeSlice>> =
+        known.into_iter().map(|network| (network, Vec::new())).collect();
+    for slice in slices {
+        by_network.entry(slice.spec.network.clone()).or_default().push(slice);
+    }
+    let zone = |(network, slices): (String, Vec<&'a NetworkNodeSlice>)| {
+        let zone = match views.get(&network) {
+            Some(view) => view.zone(&network, Vec::new(), Vec::new(), silent),
+            None => View::new("", &[], slices).zone(&network, Vec::new(), Vec::new(), silent),
+        };
+        NetworkZone { node: String::new(), ..zone }
+    };
+    by_network.into_iter().map(zone).collect()
+}
+
 /// An endpoint as the DNS server knows it.
 fn host(endpoint: &Endpoint, node: &str) -> Host {
     let port = |port: &NamedPort| Port {
@@ -209,6 +232,37 @@ mod tests {
         assert_eq!((&*host.aliases, host.owner.as_deref()), (&["cache".to_owned()][..], Some("db")));
         assert!(host.prefer_same_node);
         assert_eq!(host.ports, [Port { name: "http".into(), protocol: "tcp".into(), number: 80 }]);
+    }
+
+    #[test]
+    fn everyone_is_told_of_all_networks() {
+        let local = [Local { endpoint: endpoint("shop", "db-0", None, 5, true), current: true }];
+        let of = |network: &str, node: &str, vtep, endpoints| {
+            let mut slice = slice(node, vtep, "9", endpoints);
+            slice.spec.network = network.into();
+            slice
+        };
+        let slices = [
+            // Older than what this node itself knows.
+            of("backend", "a", 1, vec![endpoint("shop", "gone", None, 9, true)]),
+            of("backend", "b", 2, vec![endpoint("shop", "db-1", None, 6, true)]),
+            of("frontend", "b", 2, vec![endpoint("shop", "web", None, 5, true)]),
+        ];
+        let own = View::new("a", &local, slices.iter().filter(|slice| slice.spec.network == "backend"));
+        let views = BTreeMap::from([("backend".to_owned(), own)]);
+        let silent = BTreeSet::from([Ipv4Addr::new(192, 0, 2, 2)]);
+        let zones = zones_for_everyone(["empty".to_owned(), "backend".to_owned()], &views, &slices, &silent);
+        let told: Vec<_> = zones
+            .iter()
+            .map(|zone| {
+                let pods: Vec<_> = zone.hosts.iter().map(|it| (it.pod.as_str(), it.node_is_silent)).collect();
+                (zone.name.as_str(), pods)
+            })
+            .collect();
+        let expected =
+            [("backend", vec![("db-0", false), ("db-1", true)]), ("empty", vec![]), ("frontend", vec![("web", true)])];
+        assert_eq!(told, expected);
+        assert!(zones.iter().all(|zone| zone.node.is_empty() && zone.members.is_empty()));
     }
 
     #[test]

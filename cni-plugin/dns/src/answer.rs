@@ -42,8 +42,29 @@ pub(crate) enum Transport {
     Tcp,
 }
 
-/// Decides about `packet`, which came from `source` to the server of `network`.
-pub(crate) fn decide(zone: &Zone, network: &str, source: IpAddr, transport: Transport, packet: &[u8]) -> Decision {
+/// Whom a server answers.
+#[derive(Clone, Debug)]
+pub(crate) enum Audience {
+    /// The pods of this network (lower case): their own networks' names, and by the upstreams all others.
+    Network(String),
+    /// Everyone: full names with namespace, and nothing else.
+    Everyone,
+}
+
+impl Audience {
+    fn has_upstreams(&self) -> bool {
+        matches!(self, Self::Network(_))
+    }
+}
+
+/// Decides about `packet`, which came from `source` to the server for `audience`.
+pub(crate) fn decide(
+    zone: &Zone,
+    audience: &Audience,
+    source: IpAddr,
+    transport: Transport,
+    packet: &[u8],
+) -> Decision {
     let Some(header) = header(packet) else { return Decision::Drop };
     if header.metadata.message_type != MessageType::Query {
         return Decision::Drop;
@@ -60,22 +81,30 @@ pub(crate) fn decide(zone: &Zone, network: &str, source: IpAddr, transport: Tran
     let Some(question) = query.queries.first().cloned() else {
         return bare(&header.metadata, ResponseCode::FormErr);
     };
+    let answer = |mut message: Message| {
+        message.metadata.recursion_available = audience.has_upstreams();
+        fit(&mut message, limit(&query, transport).min(own_limit(transport)));
+        reply(&message)
+    };
     if query.version() > 0 {
-        return reply(&refusal(&query, ResponseCode::BADVERS));
+        return answer(refusal(&query, ResponseCode::BADVERS));
     }
     let name = match question.query_class {
         DNSClass::IN | DNSClass::ANY => text_of(&question.name),
         _ => None,
     };
-    match name.and_then(|name| zone.find(network, source, &name)) {
-        None => Decision::Forward(Box::new(Forward { packet: packet.to_vec(), question, query })),
-        Some(found) => match own(&query, &question, &found) {
-            Ok(mut message) => {
-                fit(&mut message, limit(&query, transport).min(own_limit(transport)));
-                reply(&message)
-            }
-            Err(_) => reply(&refusal(&query, ResponseCode::ServFail)),
-        },
+    let found = name.and_then(|name| match audience {
+        Audience::Network(network) => zone.find(network, source, &name),
+        Audience::Everyone => zone.find_for_everyone(&name),
+    });
+    match found {
+        None if audience.has_upstreams() => {
+            Decision::Forward(Box::new(Forward { packet: packet.to_vec(), question, query }))
+        }
+        None => answer(refusal(&query, ResponseCode::Refused)),
+        Some(found) => {
+            answer(own(&query, &question, &found).unwrap_or_else(|_| refusal(&query, ResponseCode::ServFail)))
+        }
     }
 }
 
@@ -156,7 +185,6 @@ fn text_of(name: &Name) -> Option<String> {
 fn own(query: &Message, question: &Query, found: &Found<'_>) -> Result<Message, ProtoError> {
     let mut message = answer_to(query);
     message.metadata.authoritative = true;
-    message.metadata.recursion_available = true;
     message.queries = vec![question.clone()];
     fill(&mut message, question, found)?;
     Ok(message)

@@ -8,7 +8,7 @@ use std::path::Path;
 use hickory_proto::op::{Message, MessageType, ResponseCode};
 use hickory_proto::rr::RData;
 
-use crate::answer::{Decision, Transport, decide};
+use crate::answer::{Audience, Decision, Transport, decide};
 use crate::tests::{POD_ON_A, POD_ON_BOTH, zone};
 use crate::{Zone, cache, wire};
 
@@ -73,14 +73,15 @@ fn mutate(random: &mut Random, corpus: &[Vec<u8>]) -> Vec<u8> {
 }
 
 /// What must be so of each reply, however bad the packet was.
-fn examine(packet: &[u8], transport: Transport, reply: &[u8]) {
+fn examine(packet: &[u8], audience: &Audience, transport: Transport, reply: &[u8]) {
     let answer = Message::from_vec(reply).expect("well formed");
     assert_eq!(reply[..2], packet[..2], "to the query's id");
     assert_eq!(answer.metadata.message_type, MessageType::Response);
     assert_eq!(reply[2] & 0x78, packet[2] & 0x78, "to the query's operation");
     let known = [ResponseCode::NoError, ResponseCode::NXDomain, ResponseCode::FormErr, ResponseCode::NotImp];
     let code = answer.metadata.response_code;
-    assert!(known.contains(&code) || u16::from(code) == 16, "{code}");
+    let is_refused = code == ResponseCode::Refused && matches!(audience, Audience::Everyone);
+    assert!(known.contains(&code) || u16::from(code) == 16 || is_refused, "{code}");
     let is_empty = answer.answers.is_empty() && answer.additionals.is_empty();
     assert!(code == ResponseCode::NoError || is_empty, "no records with an error");
     if transport == Transport::Udp {
@@ -101,10 +102,13 @@ fn examine(packet: &[u8], transport: Transport, reply: &[u8]) {
 fn try_one(zone: &Zone, random: &mut Random, corpus: &[Vec<u8>], packet: &[u8]) {
     let transport = if random.below(4) == 0 { Transport::Tcp } else { Transport::Udp };
     let source = if random.below(2) == 0 { POD_ON_A } else { POD_ON_BOTH };
-    match decide(zone, "a", source.into(), transport, packet) {
-        Decision::Reply(reply) => examine(packet, transport, &reply),
+    let pods = Audience::Network("a".to_owned());
+    let audience = if random.below(4) == 0 { Audience::Everyone } else { pods };
+    match decide(zone, &audience, source.into(), transport, packet) {
+        Decision::Reply(reply) => examine(packet, &audience, transport, &reply),
         Decision::Drop => assert!(packet.len() < wire::HEADER || packet[2] & 0x80 != 0, "a query is owed a reply"),
         Decision::Forward(query) => {
+            assert!(matches!(audience, Audience::Network(_)), "not for everyone");
             let mut answer = mutate(random, corpus);
             let _ = cache::key(packet);
             let _ = wire::map_ttls(&mut answer, |ttl| ttl);

@@ -1,6 +1,7 @@
-//! Names on Portolan's networks: a snapshot of who has which name ([`Zone`]) and the server that answers from it ([`run`]).
+//! Names on Portolan's networks: a snapshot of who has which name ([`Zone`]) and the servers that answer from it: one for the pods of
+//! each network ([`run`]), and one for everyone else ([`run_for_everyone`]).
 //!
-//! One server runs per network and node. What a pod may see follows from the network whose server it asked and from its source
+//! One of the former runs per network and node. What a pod may see follows from the network whose server it asked and from its source
 //! address: its own networks and nothing else. All other names are forwarded. This crate knows nothing of Kubernetes.
 
 mod answer;
@@ -21,7 +22,7 @@ pub use domain::{Domain, DomainError};
 pub use explain::Explanation;
 pub use forward::Upstream;
 pub use metrics::Metrics;
-pub use server::{ServeError, run};
+pub use server::{ServeError, run, run_for_everyone};
 pub use zone::{Host, Member, NetworkZone, Port, Zone, ZoneHandle};
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ pub(crate) fn fill(message: &mut Message, question: &Query, found: &Found<'_>) -
     let is_asked = |kind| type_ == kind || type_ == RecordType::ANY;
     match &found.data {
         Data::Missing => message.metadata.response_code = ResponseCode::NXDomain,
-        Data::Hosts { all, .. } if type_ == RecordType::TXT => {
+        Data::Hosts { all, .. } if type_ == RecordType::TXT && found.is_explained => {
             message.answers = all.iter().map(|host| text(name, &explain(host))).collect();
         }
         Data::Hosts { answered, .. } => {

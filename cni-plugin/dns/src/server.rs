@@ -1,4 +1,4 @@
-//! The sockets of one network's server.
+//! The sockets of one server: of a network's, or of that for everyone.
 
 use std::future::Future;
 use std::io;
@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::answer::{Decision, Forward, Transport, decide};
+use crate::answer::{Audience, Decision, Forward, Transport, decide};
 use crate::forward::{Forwarder, Upstream, read_message, write_message};
 use crate::limit::{Places, Rates};
 use crate::metrics::{self, Metrics, Reason, Source};
@@ -25,6 +25,8 @@ const CONNECTIONS: (usize, usize) = (256, 16);
 const IDLE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 10 });
 /// How long to wait after a socket failed (`EMFILE`, `ENOBUFS`), so that the loop doesn't spin.
 const AFTER_FAILURE: Duration = Duration::from_millis(100);
+/// What the server for everyone is called where a network's is called like the network: nothing that a network could be called.
+const EVERYONE: &str = "*";
 /// The largest datagram that is read; a longer query is malformed anyway.
 const DATAGRAM: usize = 4096;
 
@@ -34,7 +36,7 @@ pub enum ServeError {
     /// The UDP socket can't be used.
     #[error("the DNS server of network {network} can't use its UDP socket")]
     Udp {
-        /// The network.
+        /// The network; `*` for the server for everyone.
         network: String,
         /// Why.
         source: io::Error,
@@ -42,7 +44,7 @@ pub enum ServeError {
     /// The TCP socket can't be used.
     #[error("the DNS server of network {network} can't use its TCP socket")]
     Tcp {
-        /// The network.
+        /// The network; `*` for the server for everyone.
         network: String,
         /// Why.
         source: io::Error,
@@ -50,7 +52,9 @@ pub enum ServeError {
 }
 
 struct Server {
+    /// The network, for logs and metrics.
     network: String,
+    audience: Audience,
     zone: ZoneHandle,
     forwarder: Forwarder,
     forwards: Arc<Places>,
@@ -58,7 +62,7 @@ struct Server {
     metrics: Metrics,
 }
 
-/// Answers queries that come by `udp` and `tcp` until `shutdown` resolves.
+/// Answers pods of `network`: queries that come by `udp` and `tcp`, until `shutdown` resolves.
 ///
 /// The sockets are those of `network`'s namespace. Queries for other names are forwarded by sockets that are opened in the
 /// namespace of the runtime's own threads.
@@ -74,17 +78,41 @@ pub async fn run(
     metrics: Metrics,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
-    let udp_failed = |source| ServeError::Udp { network: network.clone(), source };
+    let network = network.to_ascii_lowercase();
+    let forwarder = Forwarder::new(upstream, metrics.clone());
+    let audience = Audience::Network(network.clone());
+    serve(udp, tcp, Server::new(network, audience, zone, forwarder, metrics), shutdown).await
+}
+
+/// Answers whoever asks: full names with namespace, of all networks in `zone`. Refuses all others, until `shutdown` resolves.
+///
+/// # Errors
+/// When a socket can't be registered with the runtime. What a packet or a peer does wrong is no error.
+pub async fn run_for_everyone(
+    udp: std::net::UdpSocket,
+    tcp: std::net::TcpListener,
+    zone: ZoneHandle,
+    metrics: Metrics,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), ServeError> {
+    let forwarder = Forwarder::new(Upstream::default(), metrics.clone());
+    serve(udp, tcp, Server::new(EVERYONE.to_owned(), Audience::Everyone, zone, forwarder, metrics), shutdown).await
+}
+
+async fn serve(
+    udp: std::net::UdpSocket,
+    tcp: std::net::TcpListener,
+    server: Server,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), ServeError> {
+    let udp_failed = |source| ServeError::Udp { network: server.network.clone(), source };
     udp.set_nonblocking(true).map_err(udp_failed)?;
     let udp = Arc::new(UdpSocket::from_std(udp).map_err(udp_failed)?);
-    let tcp_failed = |source| ServeError::Tcp { network: network.clone(), source };
+    let tcp_failed = |source| ServeError::Tcp { network: server.network.clone(), source };
     tcp.set_nonblocking(true).map_err(tcp_failed)?;
     let tcp = TcpListener::from_std(tcp).map_err(tcp_failed)?;
 
-    let network = network.to_ascii_lowercase();
-    let forwards = Places::new(FORWARDS.0, FORWARDS.1);
-    let forwarder = Forwarder::new(upstream, metrics.clone());
-    let server = Arc::new(Server { network, zone, forwarder, forwards, rates: Rates::default(), metrics });
+    let server = Arc::new(server);
     tokio::select! {
         () = shutdown => {}
         () = serve_udp(Arc::clone(&server), udp) => {}
@@ -160,13 +188,18 @@ async fn serve_tcp(server: Arc<Server>, listener: TcpListener) {
 }
 
 impl Server {
+    fn new(network: String, audience: Audience, zone: ZoneHandle, forwarder: Forwarder, metrics: Metrics) -> Self {
+        let forwards = Places::new(FORWARDS.0, FORWARDS.1);
+        Self { network, audience, zone, forwarder, forwards, rates: Rates::default(), metrics }
+    }
+
     fn decide(&self, peer: SocketAddr, transport: Transport, packet: &[u8]) -> Decision {
         let source = peer.ip().to_canonical();
         if !self.rates.admit(source, Instant::now()) {
             self.metrics.dropped(&self.network, Reason::Rate);
             return Decision::Drop;
         }
-        let decision = decide(&self.zone.current(), &self.network, source, transport, packet);
+        let decision = decide(&self.zone.current(), &self.audience, source, transport, packet);
         if matches!(decision, Decision::Drop) {
             self.metrics.dropped(&self.network, Reason::Malformed);
         }

@@ -24,7 +24,7 @@ pub struct Zone {
 pub struct NetworkZone {
     /// The network's name, which is also the domain of its short names.
     pub name: String,
-    /// The node that answers.
+    /// The node that answers, whose pods may be preferred; empty for a server that is asked from all nodes.
     pub node: String,
     /// Its subnets: no address in them is asked for elsewhere.
     pub subnets: Vec<IpNet>,
@@ -106,6 +106,19 @@ pub(crate) struct Found<'a> {
     /// The top of the zone that the name is in.
     pub(crate) apex: Cow<'a, str>,
     pub(crate) data: Data<'a>,
+    /// Whether pods, nodes and readiness may be told of.
+    pub(crate) is_explained: bool,
+}
+
+/// Who asks for a name.
+#[derive(Clone, Copy, Debug)]
+enum Asker<'a> {
+    /// A pod of this namespace.
+    Of(&'a str),
+    /// Somebody on the network, of no namespace that is known.
+    Stranger,
+    /// Somebody elsewhere.
+    Outsider,
 }
 
 /// What there is of a name.
@@ -192,15 +205,45 @@ impl Zone {
             let data = match self.networks.get(it.network) {
                 // The network itself is always there, empty or not.
                 _ if it.rest.is_empty() => Data::empty(),
-                Some(names) => names.find(it.rest, asker.map(|asker| asker.namespace.as_str())),
+                Some(names) => names.find(it.rest, asker.map_or(Asker::Stranger, |asker| Asker::Of(&asker.namespace))),
                 None => Data::Missing,
             };
-            Found { network: it.network, apex: it.apex, data }
+            Found { network: it.network, apex: it.apex, data, is_explained: true }
         });
         match found {
             None | Some(Found { data: Data::Missing, .. }) if self.is_above(name, own.clone()) => {
-                Some(Found { network, apex: self.domain()?.into(), data: Data::empty() })
+                Some(Found { network, apex: self.domain()?.into(), data: Data::empty(), is_explained: true })
             }
+            found => found,
+        }
+    }
+
+    /// Looks a full name (lower case, without trailing dot) up for whoever asks. None if it isn't in the domain.
+    ///
+    /// Only names with a namespace are known: without an asking pod, whose a name without it is would depend on who else has it.
+    pub(crate) fn find_for_everyone<'a>(&'a self, name: &str) -> Option<Found<'a>> {
+        let domain = self.domain()?;
+        let in_domain = below(name, domain)?;
+        // The longest match: one network's name may end in another's.
+        let ends = std::iter::successors(Some(in_domain), |name| name.split_once('.').map(|(_, rest)| rest));
+        let found = ends.filter_map(|end| self.networks.get_key_value(end)).next().and_then(|(network, names)| {
+            let data = match below(in_domain, network)? {
+                "" => Data::empty(),
+                rest => names.find(rest, Asker::Outsider),
+            };
+            let apex = format!("{network}.{domain}").into();
+            Some(Found { network, apex, data, is_explained: false })
+        });
+        let at_domain = |data| Found { network: "", apex: domain.into(), data, is_explained: false };
+        match found {
+            None | Some(Found { data: Data::Missing, .. })
+                if self.is_above(name, self.networks.keys().map(String::as_str)) =>
+            {
+                Some(at_domain(Data::empty()))
+            }
+            // The domain itself is there, even without networks.
+            None if in_domain.is_empty() => Some(at_domain(Data::empty())),
+            None => Some(at_domain(Data::Missing)),
             found => found,
         }
     }
@@ -229,7 +272,7 @@ impl Zone {
         let subnet = names.subnets.iter().find(|subnet| subnet.contains(&address))?;
         let host = names.addresses.get(&address).and_then(|position| names.hosts.get(*position));
         let data = host.map_or(Data::Missing, Data::Address);
-        Some(Found { network, apex: reverse::apex(subnet).into(), data })
+        Some(Found { network, apex: reverse::apex(subnet).into(), data, is_explained: true })
     }
 }
 
@@ -264,8 +307,8 @@ impl Names {
         names
     }
 
-    /// What `rest`, the name without the network's, is to an asker of that namespace.
-    fn find(&self, rest: &str, asker: Option<&str>) -> Data<'_> {
+    /// What `rest`, the name without the network's, is to that asker.
+    fn find(&self, rest: &str, asker: Asker<'_>) -> Data<'_> {
         let (prefix, rest) = prefix(rest);
         let data = self.find_hosts(rest, asker);
         let Data::Hosts { all: hosts, .. } = &data else {
@@ -300,11 +343,15 @@ impl Names {
         answered
     }
 
-    fn find_hosts(&self, rest: &str, asker: Option<&str>) -> Data<'_> {
+    fn find_hosts(&self, rest: &str, asker: Asker<'_>) -> Data<'_> {
+        let holders = match asker {
+            Asker::Outsider => None,
+            Asker::Of(_) | Asker::Stranger => self.holders.get(rest).map(Vec::as_slice),
+        };
         let (name, namespace) = match rest.rsplit_once('.') {
             Some(both) => both,
-            None => match (self.holders.get(rest).map(Vec::as_slice), asker) {
-                (Some(holders), Some(asker)) if holders.iter().any(|holder| holder == asker) => (rest, asker),
+            None => match (holders, asker) {
+                (Some(holders), Asker::Of(asker)) if holders.iter().any(|holder| holder == asker) => (rest, asker),
                 (Some([only]), _) => (rest, only.as_str()),
                 (Some(several), _) => return Data::Ambiguous(several),
                 (None, _) if self.namespaces.contains_key(rest) => return Data::empty(),

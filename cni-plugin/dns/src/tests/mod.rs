@@ -1,5 +1,6 @@
 //! The server as a pod sees it, over loopback: its source address stands for the pod's.
 
+mod everyone;
 mod explanation;
 mod forwarding;
 mod full;
@@ -18,7 +19,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, UdpSocket};
 use tokio::time::timeout;
 
-use crate::{Host, Member, Metrics, NetworkZone, Port, Upstream, Zone, ZoneHandle, run};
+use crate::{Host, Member, Metrics, NetworkZone, Port, Upstream, Zone, ZoneHandle, run, run_for_everyone};
 
 /// A pod on networks a and b, asking on a.
 pub(crate) const POD_ON_BOTH: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
@@ -125,6 +126,15 @@ async fn start(upstream: Vec<SocketAddr>) -> Fixture {
     let zone = ZoneHandle::new(zone());
     let (upstream, metrics) = (Upstream { servers: upstream }, Metrics::default());
     let server = run(udp, tcp, "a".to_owned(), zone.clone(), upstream, metrics.clone(), std::future::pending());
+    Fixture { address, zone, metrics, task: tokio::spawn(async move { server.await.unwrap() }) }
+}
+
+/// A server for everyone.
+async fn start_for_everyone() -> Fixture {
+    let (udp, tcp) = sockets();
+    let address = udp.local_addr().unwrap();
+    let (zone, metrics) = (ZoneHandle::new(zone()), Metrics::default());
+    let server = run_for_everyone(udp, tcp, zone.clone(), metrics.clone(), std::future::pending());
     Fixture { address, zone, metrics, task: tokio::spawn(async move { server.await.unwrap() }) }
 }
 

@@ -11,7 +11,7 @@ use tokio::net::{TcpSocket, UdpSocket};
 use tokio::time::timeout;
 
 use super::{POD_ON_A, POD_ON_BOTH, addresses, question, start, zone};
-use crate::answer::{Decision, Transport, decide};
+use crate::answer::{Audience, Decision, Transport, decide};
 
 #[tokio::test]
 async fn an_answer_fits_the_datagram_and_is_whole_by_tcp() {
@@ -106,10 +106,14 @@ async fn a_query_that_comes_too_slowly_is_not_waited_for() {
     timeout(Duration::from_secs(60), drip).await.expect("closed");
 }
 
+fn audience() -> Audience {
+    Audience::Network("a".to_owned())
+}
+
 proptest! {
     #[test]
     fn no_packet_panics(bytes in prop::collection::vec(any::<u8>(), 0..700)) {
-        let _ = decide(&zone(), "a", POD_ON_A.into(), Transport::Udp, &bytes);
+        let _ = decide(&zone(), &audience(), POD_ON_A.into(), Transport::Udp, &bytes);
     }
 
     #[test]
@@ -121,7 +125,7 @@ proptest! {
             *byte = value;
         }
         bytes.truncate(bytes.len().saturating_sub(cut / 2));
-        if let Decision::Forward(query) = decide(&zone(), "a", POD_ON_A.into(), Transport::Udp, &bytes) {
+        if let Decision::Forward(query) = decide(&zone(), &audience(), POD_ON_A.into(), Transport::Udp, &bytes) {
             let _ = query.is_answered_by(&bytes, 0);
             let _ = query.pass_on(bytes, Transport::Udp);
         }
