@@ -88,6 +88,8 @@ pub mod condition {
     pub const SPACE_LOW: &str = "SpaceLow";
     /// Of a StorageNode: each dataset, snapshot and mount of ours has its object.
     pub const NO_ORPHANS: &str = "NoOrphans";
+    /// Of a ContainerNetwork: all pods that shall ask Portolan's DNS server do.
+    pub const NAMES_INJECTED: &str = "NamesInjected";
     /// The type every kind here has: all is as the spec wants it.
     pub const READY: &str = "Ready";
 }

@@ -58,7 +58,7 @@ pub struct ContainerNetworkStatus {
     /// Pods plugged in, over all nodes.
     #[serde(default)]
     pub endpoints: i64,
-    /// `Ready`, and what stands in its way.
+    /// `Ready`, and what stands in its way; `NamesInjected`, and which pods don't get the network's names.
     #[serde(default)]
     pub conditions: Vec<Condition>,
 }
@@ -120,6 +120,9 @@ pub struct Endpoint {
     /// Answered alone, with its like, to pods of its own node (annotation `portolan.dev/prefer-same-node`).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub prefer_same_node: bool,
+    /// Doesn't ask Portolan's DNS server, and not by its own choice: it was made while admission could not be reached.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub not_admitted: bool,
 }
 
 /// A port of a pod that has a name.

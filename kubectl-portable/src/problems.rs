@@ -52,7 +52,13 @@ pub fn of_storage_node(node: &StorageNode) -> Vec<Problem> {
 pub fn of_network(network: &ContainerNetwork) -> Vec<Problem> {
     let object = format!("cnet/{}", network.name_any());
     let conditions = network.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
-    let Some(message) = not_ready(conditions) else { return Vec::new() };
+    let missed = conditions.iter().find(|it| it.type_ == condition::NAMES_INJECTED && it.status == condition::FALSE);
+    let missed = missed.map(|it| Problem {
+        object: object.clone(),
+        message: it.message.clone(),
+        next: "kubectl rollout restart the workloads of the pods that it names".to_owned(),
+    });
+    let Some(message) = not_ready(conditions) else { return missed.into_iter().collect() };
     let reason = conditions.iter().find(|it| it.type_ == condition::READY).map_or("", |it| it.reason.as_str());
     let next = match reason {
         // A subnet can't be changed: the pods on it would keep their addresses.
@@ -61,7 +67,7 @@ pub fn of_network(network: &ContainerNetwork) -> Vec<Problem> {
         "Deleting" => "kubectl delete the pods that it names".to_owned(),
         _ => format!("kubectl describe {object}"),
     };
-    vec![Problem { object, message, next }]
+    [Problem { object, message, next }].into_iter().chain(missed).collect()
 }
 
 /// Why something isn't ready; none if it is.
@@ -102,6 +108,17 @@ mod tests {
         assert_eq!(problem.message, "subnet x overlaps y");
         assert!(problem.next.starts_with("kubectl delete cnet/backend"));
         assert!(of_network(&network(json!({})))[0].message.contains("nobody has taken it up"));
+    }
+
+    #[test]
+    fn pods_without_names_are_a_problem_of_their_network() {
+        let mut status = ready("True", "Accepted", "");
+        let missed = json!({"type": "NamesInjected", "status": "False", "reason": "PodsNotAdmitted",
+            "message": "2 of the pods", "lastTransitionTime": "2026-01-01T00:00:00Z"});
+        status["conditions"].as_array_mut().unwrap().push(missed);
+        let problems = of_network(&network(status));
+        assert_eq!((problems.len(), problems[0].message.as_str()), (1, "2 of the pods"));
+        assert!(problems[0].next.starts_with("kubectl rollout restart"));
     }
 
     #[test]

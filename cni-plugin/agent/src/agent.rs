@@ -75,6 +75,8 @@ pub enum AgentError {
 /// What all parts of the agent share.
 pub(crate) struct Agent {
     pub cluster: Arc<Cluster>,
+    /// The namespace that Portolan is in.
+    pub namespace: String,
     pub dataplane: Dataplane,
     pub underlay: Underlay,
     pub journal: Arc<Journal>,
@@ -164,6 +166,7 @@ async fn prepare(
     Ok(Agent {
         addresses: Addresses::new(Arc::clone(&cluster), Arc::clone(&journal)),
         cluster,
+        namespace: portolan_runtime::namespace(),
         dataplane,
         underlay,
         journal,

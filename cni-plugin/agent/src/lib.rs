@@ -19,6 +19,7 @@ mod cluster;
 mod error;
 mod everyone;
 mod metrics;
+mod missed;
 mod names;
 mod network;
 mod peers;

@@ -18,7 +18,7 @@ use crate::{
     collect::{UnplugError, unplug},
     error::PlugError,
     journal::Endpoint,
-    names,
+    missed, names,
     network::Network,
     pod,
 };
@@ -54,6 +54,10 @@ impl Agent {
             self.events.warning(&pod.object_ref(&()), "NameLeftOut", "Plug", &error.to_string()).await;
         }
         match self.plug(&request.container, netns.into(), &pod, text).await {
+            Ok(()) if missed::is_missed(&pod, &self.namespace) => {
+                self.events.warning(&pod.object_ref(&()), missed::REASON, "Plug", &missed::message(&pod)).await;
+                Ok(())
+            }
             Ok(()) => Ok(()),
             Err(error) => {
                 self.events.warning(&pod.object_ref(&()), "NotPlugged", "Plug", &error.to_string()).await;

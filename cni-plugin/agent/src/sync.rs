@@ -18,7 +18,7 @@ use crate::{
     agent::Agent,
     everyone::Everyone,
     journal::Endpoint,
-    names,
+    missed, names,
     network::Network,
     pod,
     resolver::Resolvers,
@@ -76,6 +76,7 @@ impl Agent {
                 ports: names.ports,
                 publish_not_ready: names.publish_not_ready,
                 prefer_same_node: names.prefer_same_node,
+                not_admitted: pod.as_ref().is_some_and(|p| missed::is_missed(p, &self.namespace)),
             };
             Local { endpoint, current: pod.is_some_and(|p| pod::is_current(&p)) }
         };

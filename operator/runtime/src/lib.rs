@@ -1,6 +1,7 @@
 //! What every Kubernetes-facing process of Portolan shares: logs, the end of the process, health and metrics,
-//! the leader lease, conditions and Events.
+//! the leader lease, conditions and Events, and whose DNS settings admission changes.
 
+pub mod admission;
 pub mod conditions;
 pub mod events;
 pub mod http;

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::ResourceExt;
-use portolan_crds::{ContainerNetwork, ContainerNetworkStatus, NETWORK_FINALIZER, NetworkNodeSlice, condition};
+use portolan_crds::{
+    ContainerNetwork, ContainerNetworkStatus, Endpoint, NETWORK_FINALIZER, NetworkNodeSlice, condition,
+};
 use portolan_runtime::conditions;
 
 use super::validate::{self, Refusal};
@@ -46,7 +48,8 @@ pub enum Step {
 /// The steps for all networks.
 pub fn plan(world: &World) -> Vec<Step> {
     let taken = validate::taken(&world.nodes, &world.service_cidrs);
-    let pods = plugged_pods(&world.slices);
+    let pods = plugged_pods(&world.slices, |_| true);
+    let missed = plugged_pods(&world.slices, |it| it.not_admitted);
     let count = |name: &str| pods.get(name).map_or(0, Vec::len);
     let usable: BTreeMap<String, Result<(), Refusal>> =
         world.networks.iter().map(|network| (network.name_any(), validate::check(network, &taken))).collect();
@@ -67,8 +70,9 @@ pub fn plan(world: &World) -> Vec<Step> {
         let name = network.name_any();
         let none = Vec::new();
         let plugged = pods.get(&name).unwrap_or(&none);
+        let missed = missed.get(&name).unwrap_or(&none);
         if network.metadata.deletion_timestamp.is_some() {
-            steps.extend(ending(network, plugged));
+            steps.extend(ending(network, plugged, missed));
             continue;
         }
         if !network.finalizers().iter().any(|finalizer| finalizer == NETWORK_FINALIZER) {
@@ -79,41 +83,52 @@ pub fn plan(world: &World) -> Vec<Step> {
             (_, Some(Ok(vni))) => Ok(*vni),
             (_, None) => continue,
         };
-        steps.extend(status(network, outcome, plugged.len()));
+        steps.extend(status(network, outcome, plugged.len(), missed));
     }
     steps
 }
 
-/// Who is plugged into which network: `namespace/pod (node)`.
-fn plugged_pods(slices: &[NetworkNodeSlice]) -> BTreeMap<String, Vec<String>> {
+/// Those that are plugged into each network and of whom `is` holds: `namespace/pod (node)`.
+fn plugged_pods(slices: &[NetworkNodeSlice], is: impl Fn(&Endpoint) -> bool) -> BTreeMap<String, Vec<String>> {
     let mut pods: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for slice in slices {
-        let names = slice.spec.endpoints.iter().map(|it| format!("{}/{} ({})", it.namespace, it.pod, slice.spec.node));
+        let endpoints = slice.spec.endpoints.iter().filter(|it| is(it));
+        let names = endpoints.map(|it| format!("{}/{} ({})", it.namespace, it.pod, slice.spec.node));
         pods.entry(slice.spec.network.clone()).or_default().extend(names);
     }
     pods
 }
 
-fn ending(network: &ContainerNetwork, plugged: &[String]) -> Option<Step> {
-    if plugged.is_empty() {
-        let ours = network.finalizers().iter().any(|finalizer| finalizer == NETWORK_FINALIZER);
-        return ours.then(|| Step::Release(network.clone()));
-    }
-    let mut named = plugged.to_vec();
+/// The first of them in order, and how many more there are.
+fn listed(pods: &[String]) -> String {
+    let mut named = pods.to_vec();
     named.sort();
     let rest = named.len().saturating_sub(NAMED_PODS);
     named.truncate(NAMED_PODS);
     let more = if rest > 0 { format!(" and {rest} more") } else { String::new() };
-    let message = format!("deletion waits for the pods that are plugged in: {}{more}", named.join(", "));
-    let vni = network.status.as_ref().and_then(|status| status.vni);
-    let refusal = Refusal { reason: "Deleting", message };
-    written(network, vni, Err(refusal), plugged.len())
+    format!("{}{more}", named.join(", "))
 }
 
-fn status(network: &ContainerNetwork, outcome: Result<u32, Refusal>, endpoints: usize) -> Option<Step> {
+fn ending(network: &ContainerNetwork, plugged: &[String], missed: &[String]) -> Option<Step> {
+    if plugged.is_empty() {
+        let ours = network.finalizers().iter().any(|finalizer| finalizer == NETWORK_FINALIZER);
+        return ours.then(|| Step::Release(network.clone()));
+    }
+    let message = format!("deletion waits for the pods that are plugged in: {}", listed(plugged));
+    let vni = network.status.as_ref().and_then(|status| status.vni);
+    let refusal = Refusal { reason: "Deleting", message };
+    written(network, vni, Err(refusal), plugged.len(), missed)
+}
+
+fn status(
+    network: &ContainerNetwork,
+    outcome: Result<u32, Refusal>,
+    endpoints: usize,
+    missed: &[String],
+) -> Option<Step> {
     let held = network.status.as_ref().and_then(|status| status.vni);
     let vni = outcome.as_ref().ok().copied().or(held);
-    written(network, vni, outcome.map(|_| ()), endpoints)
+    written(network, vni, outcome.map(|_| ()), endpoints, missed)
 }
 
 fn written(
@@ -121,6 +136,7 @@ fn written(
     vni: Option<u32>,
     outcome: Result<(), Refusal>,
     endpoints: usize,
+    missed: &[String],
 ) -> Option<Step> {
     let before = network.status.clone().unwrap_or_default();
     let mut status = before.clone();
@@ -130,15 +146,32 @@ fn written(
         Ok(()) => (condition::TRUE, "Accepted", "pods can be plugged in"),
         Err(refusal) => (condition::FALSE, refusal.reason, refusal.message.as_str()),
     };
-    conditions::set(&mut status.conditions, condition::READY, state, reason, message, network.metadata.generation);
+    let generation = network.metadata.generation;
+    conditions::set(&mut status.conditions, condition::READY, state, reason, message, generation);
+    let (state, reason, message) = names_injected(missed);
+    conditions::set(&mut status.conditions, condition::NAMES_INJECTED, state, reason, &message, generation);
     (status != before).then(|| Step::Status { network: network.clone(), status })
+}
+
+/// Whether all pods got their DNS settings; if not, which ones didn't and what helps.
+fn names_injected(missed: &[String]) -> (&'static str, &'static str, String) {
+    if missed.is_empty() {
+        let message = "all pods ask Portolan's DNS server, but for those with DNS settings of their own";
+        return (condition::TRUE, "Admitted", message.to_owned());
+    }
+    let message = format!(
+        "{} of the pods were made while the webhook could not be reached, and don't resolve the network's names: {}. Make them again: kubectl rollout restart their workloads, or kubectl delete pod",
+        missed.len(),
+        listed(missed)
+    );
+    (condition::FALSE, "PodsNotAdmitted", message)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-    use portolan_crds::{ContainerNetworkSpec, Endpoint, NetworkNodeSliceSpec};
+    use portolan_crds::{ContainerNetworkSpec, NetworkNodeSliceSpec};
 
     fn network(name: &str) -> ContainerNetwork {
         let spec = ContainerNetworkSpec { subnets: vec!["10.32.0.0/16".to_owned()], ..Default::default() };
@@ -191,6 +224,32 @@ mod tests {
         bad.status = Some(ContainerNetworkStatus { vni: Some(5000), ..Default::default() });
         let Step::Status { status, .. } = &plan(&world(&bad))[1] else { panic!() };
         assert_eq!((status.vni, ready(status)), (Some(5000), ("False", "SubnetOverlaps")));
+    }
+
+    #[test]
+    fn pods_that_admission_missed_are_named_until_they_are_made_again() {
+        let mut network = network("a");
+        network.metadata.finalizers = Some(vec![NETWORK_FINALIZER.to_owned()]);
+        let mut told = |missed: usize| {
+            let mut slices = [slice("a", 9), slice("b", 3)];
+            slices[0].spec.endpoints.iter_mut().take(missed).for_each(|it| it.not_admitted = true);
+            slices[1].spec.endpoints[0].not_admitted = true;
+            let steps = plan(&World { networks: vec![network.clone()], slices: slices.to_vec(), ..Default::default() });
+            let Some(Step::Status { status, .. }) = steps.first() else { return None };
+            assert_eq!(ready(status), ("True", "Accepted"), "they are plugged in all the same");
+            network.status = Some(status.clone());
+            conditions::find(&status.conditions, condition::NAMES_INJECTED).cloned()
+        };
+        assert_eq!(told(0).unwrap().status, "True");
+        let some = told(7).unwrap();
+        assert_eq!((some.status.as_str(), some.reason.as_str()), ("False", "PodsNotAdmitted"));
+        assert!(
+            some.message.starts_with("7 of the pods") && some.message.contains(" default/db-0 (node1), "),
+            "{some:?}"
+        );
+        assert!(some.message.contains("default/db-4 (node1) and 2 more. Make them again: kubectl rollout restart"));
+        assert_eq!(told(7), None, "nothing is written twice");
+        assert_eq!(told(0).unwrap().status, "True");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use k8s_openapi::api::core::v1::{Pod, PodDNSConfig, PodDNSConfigOption};
 use kube::ResourceExt;
 use portolan_crds::{DNS_ADDRESS, NETWORKS_ANNOTATION};
+use portolan_runtime::admission::follows_cluster_dns;
 
 /// Kubernetes' limits (core/v1 validation): more than these make the pod invalid.
 const NAMESERVERS: usize = 3;
@@ -21,8 +22,7 @@ pub(super) fn dns_config(
     cluster_domain: &str,
 ) -> Option<PodDNSConfig> {
     let spec = pod.spec.as_ref()?;
-    let follows_cluster = matches!(spec.dns_policy.as_deref(), None | Some("" | "ClusterFirst"));
-    if !pod.annotations().contains_key(NETWORKS_ANNOTATION) || !follows_cluster || spec.host_network == Some(true) {
+    if !pod.annotations().contains_key(NETWORKS_ANNOTATION) || !follows_cluster_dns(spec) {
         return None;
     }
     let own = spec.dns_config.clone().unwrap_or_default();
@@ -86,6 +86,12 @@ mod tests {
             "options": [{"name": "ndots", "value": "2"}, {"name": "edns0"}],
         });
         assert_eq!(result(given), Some(expected));
+    }
+
+    #[test]
+    fn a_pod_that_was_changed_needs_no_more() {
+        let changed = result(json!({"containers": []}));
+        assert_eq!(result(json!({"containers": [], "dnsPolicy": "None", "dnsConfig": changed})), None);
     }
 
     #[test]
