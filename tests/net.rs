@@ -64,7 +64,7 @@ impl Node {
             port: port_name(pod, "eth1"),
             netns,
             interface: "eth1".into(),
-            mac: endpoint_mac(&vni.to_string(), address),
+            mac: endpoint_mac(&vni.to_string(), address.into()),
             addresses: vec![IpNet::new(address.into(), 24).unwrap(), IpNet::new(ipv6(last).into(), 64).unwrap()],
             mtu: 1450,
             resolver: true,
@@ -147,6 +147,14 @@ fn udp(at: impl Into<SocketAddr>) -> io::Result<UdpSocket> {
 fn run(program: &str, arguments: &[&str]) {
     let output = Command::new(program).args(arguments).output().unwrap();
     assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Runs `ip` in a pod's namespace; returns what it prints.
+fn ip(pod: &Pod<'_>, arguments: &[&str]) -> String {
+    let enter = format!("--net={}", pod.node.root.path().join(pod.port.netns.strip_prefix("/").unwrap()).display());
+    let output = Command::new("nsenter").arg(enter).arg("ip").args(arguments).output().unwrap();
+    assert!(output.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
 }
 
 fn two_nodes() -> (Node, Node) {
@@ -285,6 +293,7 @@ async fn everything_can_be_done_twice_and_nothing_is_left() {
     // As after a crash in the middle: the address is missing and the port is down.
     let inside = format!("--net={}", a.file("pod").display());
     run("nsenter", &[&inside, "ip", "address", "flush", "dev", "eth1"]);
+    assert!(a.dataplane.check_port(&pod.port).await.is_err());
     run("nsenter", &[&inside, "ip", "link", "set", "eth1", "down"]);
     let pod = a.plug(77, "pod", pod.address.octets()[3]).await;
     a.dataplane.check_port(&pod.port).await.unwrap();

@@ -8,12 +8,13 @@ const VNI: u32 = 77;
 const CYCLES: usize = 1000;
 
 /// What the kernel has of the network on a node: links, forwarding entries, neighbours, addresses, routes.
-fn state(node: &Node) -> String {
+pub fn state(node: &Node) -> String {
     let enter = format!("--net={}", node.file(&format!("portolan-{VNI}")).display());
-    let questions: [&[&str]; 5] = [
+    let questions: [&[&str]; 6] = [
         &["ip", "-o", "link", "show"],
         &["bridge", "fdb", "show"],
         &["ip", "neighbour", "show"],
+        &["ip", "-6", "neighbour", "show"],
         &["ip", "-o", "address", "show"],
         &["ip", "route", "show", "table", "all"],
     ];

@@ -2,14 +2,13 @@
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr},
-    process::Command,
     time::Instant,
 };
 
 use portolan_net::Mac;
 
 use super::{
-    ECHO, Node, PATIENCE, Pod, forward, two_nodes, udp,
+    ECHO, Node, PATIENCE, Pod, forward, ip, two_nodes, udp,
     wire::{ALL_NODES, BROADCAST, EXPERIMENTAL, Wire, advertisement, frame, gratuitous_arp},
 };
 
@@ -29,14 +28,6 @@ async fn network(suppression: bool) -> (Node, Node) {
 async fn connect(suppression: bool, a: (&Node, &[&Pod<'_>]), b: (&Node, &[&Pod<'_>])) {
     forward(a.0, VNI, a.1, b.0, b.1, suppression).await;
     forward(b.0, VNI, b.1, a.0, a.1, suppression).await;
-}
-
-/// Runs `ip` in a pod's namespace; returns what it prints.
-fn ip(pod: &Pod<'_>, arguments: &[&str]) -> String {
-    let enter = format!("--net={}", pod.node.root.path().join(pod.port.netns.strip_prefix("/").unwrap()).display());
-    let output = Command::new("nsenter").arg(enter).arg("ip").args(arguments).output().unwrap();
-    assert!(output.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -112,19 +112,30 @@ pub fn gratuitous_arp(from: Mac, address: Ipv4Addr) -> Vec<u8> {
 
 /// An unsolicited neighbour advertisement with the override flag (RFC 4861, section 7.2.6).
 pub fn advertisement(from: Mac, address: Ipv6Addr) -> Vec<u8> {
+    to_all_nodes(from, address, &[&[136, 0, 0, 0, 0x20, 0, 0, 0][..], &address.octets(), &[2, 1], &from.0].concat())
+}
+
+/// A router's advertisement: it is a default router, and addresses of `prefix`::/64 are to be made (RFC 4861, sections 4.2 and 4.6.2).
+pub fn router_advertisement(from: Mac, prefix: Ipv6Addr) -> Vec<u8> {
+    let router = [134, 0, 0, 0, 64, 0, 0x07, 0x08, 0, 0, 0, 0, 0, 0, 0, 0];
+    let lifetimes = [0, 0, 0x0e, 0x10, 0, 0, 0x0e, 0x10, 0, 0, 0, 0];
+    let icmp = [&router[..], &[1, 1], &from.0, &[3, 4, 64, 0xc0], &lifetimes, &prefix.octets()].concat();
+    to_all_nodes(from, Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x77), &icmp)
+}
+
+/// An ICMPv6 message, whose checksum is filled in.
+fn to_all_nodes(from: Mac, source: Ipv6Addr, icmp: &[u8]) -> Vec<u8> {
     const ICMPV6: u8 = 58;
     let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
-    let mut icmp = [&[136, 0, 0, 0, 0x20, 0, 0, 0][..], &address.octets(), &[2, 1], &from.0].concat();
     let length = u8::try_from(icmp.len()).unwrap();
-    let sum =
-        checksum(&[&address.octets()[..], &all_nodes.octets(), &[0, 0, 0, length, 0, 0, 0, ICMPV6], &icmp].concat());
-    icmp[2..4].copy_from_slice(&sum.to_be_bytes());
-    let header = [&[0x60, 0, 0, 0, 0, length, ICMPV6, 255][..], &address.octets(), &all_nodes.octets()].concat();
-    frame(ALL_NODES, from, IPV6, &[header, icmp].concat())
+    let ends = [source.octets(), all_nodes.octets()].concat();
+    let sum = checksum(&[&ends[..], &[0, 0, 0, length, 0, 0, 0, ICMPV6], icmp].concat());
+    let header = [&[0x60, 0, 0, 0, 0, length, ICMPV6, 255][..], &ends].concat();
+    frame(ALL_NODES, from, IPV6, &[&header[..], &icmp[..2], &sum.to_be_bytes(), &icmp[4..]].concat())
 }
 
 /// The internet checksum (RFC 1071).
-fn checksum(bytes: &[u8]) -> u16 {
+pub fn checksum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks(2).map(|w| u32::from(w[0]) << 8 | u32::from(*w.get(1).unwrap_or(&0)));
     let sum: u32 = words.sum();
     let folded = (sum & 0xffff) + (sum >> 16);

@@ -2,6 +2,8 @@
 
 use std::{io, net::Ipv4Addr, path::PathBuf};
 
+use ipnet::IpNet;
+
 /// Result of this crate's operations.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -73,6 +75,16 @@ pub enum Error {
         link: String,
         /// The namespace.
         place: String,
+    },
+    /// A pod's interface lacks an address.
+    #[error("interface {interface} does not have the address {address} (in {netns})")]
+    NoAddress {
+        /// The address.
+        address: IpNet,
+        /// The interface's name.
+        interface: String,
+        /// The pod's namespace.
+        netns: PathBuf,
     },
     /// A port is plugged in, and the kernel doesn't let frames through.
     #[error("port {port} does not forward, {seconds} s after it came up (in {place})")]

@@ -6,7 +6,7 @@ use futures::{StreamExt, TryStreamExt};
 use ipnet::{IpNet, Ipv4Net};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    address::{AddressAttribute, AddressFlags},
+    address::{AddressAttribute, AddressFlags, AddressMessage},
     link::{LinkAttribute, LinkMessage},
     neighbour::NeighbourMessage,
 };
@@ -120,6 +120,27 @@ impl Netlink {
         }
         let added = request.execute().await;
         ok_if(added.map_err(|e| self.error(format!("add address {address}"), e)), libc::EEXIST)
+    }
+
+    /// A link's addresses, each with its prefix length.
+    pub async fn addresses(&self, index: u32) -> Result<Vec<IpNet>> {
+        let listed = self.handle.address().get().set_link_index_filter(index).execute().try_collect::<Vec<_>>().await;
+        let listed = listed.map_err(|e| self.error("list addresses", e))?;
+        // `Local` where there is one: of a point-to-point link `Address` is the peer's (linux/if_addr.h).
+        let address = |message: &AddressMessage| {
+            let local = message.attributes.iter().find_map(|a| match a {
+                AddressAttribute::Local(address) => Some(*address),
+                _ => None,
+            });
+            let own = || {
+                message.attributes.iter().find_map(|a| match a {
+                    AddressAttribute::Address(address) => Some(*address),
+                    _ => None,
+                })
+            };
+            IpNet::new(local.or_else(own)?, message.header.prefix_len).ok()
+        };
+        Ok(listed.iter().filter(|message| message.header.index == index).filter_map(address).collect())
     }
 
     /// A route to a network that is reached directly over a link.

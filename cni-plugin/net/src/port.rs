@@ -150,7 +150,7 @@ impl Dataplane {
         Ok(links.iter().filter_map(link_name).filter(|n| is_port_name(n)).map(str::to_owned).collect())
     }
 
-    /// Whether a pod's interface is there, plugged in and locked as the spec says: what CNI's CHECK asks.
+    /// Whether a pod's interface is there with its addresses, plugged in and locked as the spec says: what CNI's CHECK asks.
     ///
     /// # Errors
     /// What is missing, or what the kernel refuses.
@@ -163,11 +163,15 @@ impl Dataplane {
         let port = port.ok_or_else(|| missing(&spec.port, Path::new(network.place())))?;
         check_lock(&network, &port, spec)?;
         let pod = Netlink::open(&Namespace::open(self.root(), &spec.netns)?)?;
-        let inside = pod.link(&spec.interface).await?;
-        if inside.is_none_or(|l| link_facts(&l).0 != Some(spec.mac.0.as_slice())) {
-            return Err(missing(&spec.interface, &spec.netns));
+        let inside = pod.link(&spec.interface).await?.filter(|l| link_facts(l).0 == Some(spec.mac.0.as_slice()));
+        let inside = inside.ok_or_else(|| missing(&spec.interface, &spec.netns))?;
+        let present = pod.addresses(inside.header.index).await?;
+        match spec.addresses.iter().find(|wanted| !present.contains(*wanted)) {
+            Some(&address) => {
+                Err(Error::NoAddress { address, interface: spec.interface.clone(), netns: spec.netns.clone() })
+            }
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -224,14 +228,12 @@ async fn configure_pod(pod: &Netlink, namespace: &Namespace, spec: &PortSpec) ->
     for address in spec.addresses.iter().filter(|a| matches!(a, IpNet::V4(_))) {
         pod.add_address(index, *address).await?;
     }
-    pod.set_link(up(index, spec.mtu), format!("bring {} up", spec.interface)).await?;
-    // After it is up: the kernel takes IPv6 addresses from an interface that goes down, and routes to none that is.
     let ipv6: Vec<_> = spec.addresses.iter().filter(|a| matches!(a, IpNet::V6(_))).collect();
     if !ipv6.is_empty() {
-        // Runtimes make pods of IPv4 clusters without IPv6.
-        let key = format!("ipv6/conf/{}/disable_ipv6", spec.interface);
-        sysctl::set(namespace, &[(&key, "0")])?;
+        enable_ipv6(namespace, &spec.interface)?;
     }
+    pod.set_link(up(index, spec.mtu), format!("bring {} up", spec.interface)).await?;
+    // After it is up: the kernel takes IPv6 addresses from an interface that goes down, and routes to none that is.
     for address in ipv6 {
         pod.add_address(index, *address).await?;
     }
@@ -242,6 +244,15 @@ async fn configure_pod(pod: &Netlink, namespace: &Namespace, spec: &PortSpec) ->
         pod.add_link_route(index, Ipv4Net::from(BRIDGE_ADDRESS)).await?;
     }
     Ok(())
+}
+
+/// Runtimes make pods of IPv4 clusters without IPv6. A pod reaches its own addresses by its loopback interface, so that needs it too.
+///
+/// Addresses and routes are what we give: no other pod may add some by advertising itself as a router (RFC 4861, section 6.2).
+fn enable_ipv6(namespace: &Namespace, interface: &str) -> Result<()> {
+    let (advertisements, disabled) =
+        (format!("ipv6/conf/{interface}/accept_ra"), format!("ipv6/conf/{interface}/disable_ipv6"));
+    sysctl::set(namespace, &[(&advertisements, "0"), ("ipv6/conf/lo/disable_ipv6", "0"), (&disabled, "0")])
 }
 
 /// Waits until the bridge lets frames through the port. The kernel turns "both ends are up" into that on its own time, and a
