@@ -1,14 +1,18 @@
 //! The network agent's journal and the kernel, after a crash between any two steps.
 
-use std::{path::Path, process::Command};
+use std::{net::IpAddr, path::Path, process::Command};
 
+use hickory_proto::{
+    op::{Message, MessageType, OpCode, Query, ResponseCode},
+    rr::{Name, RecordType},
+};
 use portolan_agent::{
     collect::collect,
     journal::{Endpoint, Journal},
     resolver::Resolvers,
     snapshot::Snapshot,
 };
-use portolan_dns::{Host, NetworkZone};
+use portolan_dns::{Host, Member, NetworkZone};
 use portolan_net::{BRIDGE_ADDRESS, Dataplane, Namespace, NetworkSpec, endpoint_mac};
 
 const VNI: u32 = 91;
@@ -47,7 +51,7 @@ impl Node {
     }
 
     fn endpoint(&self, pod: &str, last: u8) -> Endpoint {
-        let address = std::net::Ipv4Addr::new(10, 32, 0, last);
+        let address = IpAddr::from([10, 32, 0, last]);
         Endpoint {
             container: format!("container-{pod}"),
             netns: Path::new("/run/netns").join(pod),
@@ -56,6 +60,8 @@ impl Node {
             vni: VNI,
             address,
             prefix: 24,
+            second: Some(format!("fd32::{last}/64").parse().unwrap()),
+            asks_from: None,
             mac: endpoint_mac("backend", address),
             mtu: 1450,
             resolver: true,
@@ -66,10 +72,22 @@ impl Node {
         }
     }
 
+    /// A pod of a network without IPv4.
+    fn ipv6_endpoint(&self, pod: &str, last: u8) -> Endpoint {
+        let address = format!("fd32::{last}").parse().unwrap();
+        let asks_from = Some(std::net::Ipv4Addr::new(169, 254, 56, last));
+        let mac = endpoint_mac("backend", address);
+        Endpoint { address, prefix: 64, second: None, asks_from, mac, ..self.endpoint(pod, last) }
+    }
+
     async fn network(&self) {
+        self.network_of(&["10.32.0.0/24", "fd32::/64"]).await;
+    }
+
+    async fn network_of(&self, subnets: &[&str]) {
         let vtep = std::net::Ipv4Addr::LOCALHOST;
-        let subnet = "10.32.0.0/24".parse().unwrap();
-        let spec = NetworkSpec { vni: VNI, mtu: 1450, vtep, subnets: vec![subnet], port: 7789, suppression: false };
+        let subnets = subnets.iter().map(|subnet| subnet.parse().unwrap()).collect();
+        let spec = NetworkSpec { vni: VNI, mtu: 1450, vtep, subnets, port: 7789, suppression: false };
         self.dataplane.ensure_network(&spec).await.unwrap();
     }
 
@@ -182,4 +200,65 @@ async fn names_are_answered_before_the_api_server_is() {
     });
     assert!(answer.unwrap().ends_with(&[10, 32, 0, 77]));
     resolvers.stop(VNI).await;
+}
+
+/// What a pod is answered at a network that has IPv6 only: the server is reached though the pod has no IPv4 address of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn names_are_answered_at_a_network_without_ipv4() {
+    let node = Node::new();
+    node.network_of(&["fd32::/64", &portolan_crds::RESOLVER_RANGE.to_string()]).await;
+    node.netns("pod");
+    let endpoint = node.ipv6_endpoint("pod", 5);
+    node.journal().put(endpoint.clone()).unwrap();
+    node.dataplane.add_port(&endpoint.port()).await.unwrap();
+    node.dataplane.check_port(&endpoint.port()).await.unwrap();
+
+    let there = Host {
+        namespace: "shop".into(),
+        pod: "db-1".into(),
+        addresses: vec!["fd32::77".parse().unwrap()],
+        ready: true,
+        ..Host::default()
+    };
+    // The pod's own namespace comes first for a short name that two have: so the answer also tells whether the server knows who asks.
+    let other = Host { namespace: "prod".into(), addresses: vec!["fd32::66".parse().unwrap()], ..there.clone() };
+    let asker = Member {
+        address: endpoint.asks_from.unwrap().into(),
+        namespace: "shop".into(),
+        networks: vec!["backend".into()],
+    };
+    let zone = NetworkZone {
+        name: "backend".into(),
+        subnets: vec!["fd32::/64".parse().unwrap()],
+        hosts: vec![there, other],
+        members: vec![asker],
+        ..NetworkZone::default()
+    };
+    let snapshot = Snapshot { upstream: vec![], zones: vec![zone] };
+    let mut resolvers = Resolvers::resume(&node.dataplane, &node.journal(), snapshot, portolan_dns::Metrics::default());
+    let pod = Namespace::open(node.root.path(), Path::new("/run/netns/pod")).unwrap();
+    let ask = |name: &str, kind: RecordType| {
+        let mut question = Message::new(4711, MessageType::Query, OpCode::Query);
+        question.add_query(Query::query(Name::from_ascii(name).unwrap(), kind));
+        let answer = pod.run(|| {
+            let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+            socket.set_read_timeout(Some(std::time::Duration::from_secs(10)))?;
+            socket.send_to(&question.to_vec().unwrap(), (BRIDGE_ADDRESS, 53))?;
+            let mut answer = [0; 512];
+            let length = socket.recv(&mut answer)?;
+            Ok(answer[..length].to_vec())
+        });
+        let answer = Message::from_vec(&answer.unwrap()).unwrap();
+        let texts: Vec<String> = answer.answers.iter().map(|record| record.data.to_string()).collect();
+        (answer.metadata.response_code, texts)
+    };
+    assert_eq!(ask("db-1.backend.", RecordType::AAAA), (ResponseCode::NoError, vec!["fd32::77".to_owned()]));
+    assert_eq!(ask("db-1.backend.", RecordType::A), (ResponseCode::NoError, vec![]));
+    let reverse = format!("7.7.{}2.3.d.f.ip6.arpa.", "0.".repeat(26));
+    assert_eq!(ask(&reverse, RecordType::PTR), (ResponseCode::NoError, vec!["db-1.shop.backend.".to_owned()]));
+    resolvers.stop(VNI).await;
+    drop(pod);
+    assert_eq!(node.restart().await, (false, 1, 1));
+    node.end("pod");
+    assert_eq!(node.restart().await, (true, 0, 0));
 }

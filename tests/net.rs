@@ -13,6 +13,7 @@ use portolan_net::{
     BRIDGE_ADDRESS, Dataplane, Forwarding, Mac, Namespace, NetworkSpec, Peer, PortSpec, endpoint_mac, port_name,
 };
 
+mod families;
 mod leaks;
 mod ping;
 mod spoofing;

@@ -8,6 +8,7 @@ mod migration;
 mod network;
 mod snapshot;
 mod storage_node;
+mod subnets;
 mod volume;
 
 pub use handoff::*;
@@ -15,6 +16,7 @@ pub use migration::*;
 pub use network::*;
 pub use snapshot::*;
 pub use storage_node::*;
+pub use subnets::{IPV6_LEAST_MTU, SubnetError, capacity, pool, subnets};
 pub use volume::*;
 
 use kube::CustomResourceExt;
@@ -63,6 +65,9 @@ pub const PV_FINALIZER: &str = "portolan.dev/volume";
 pub const NETWORK_FINALIZER: &str = "portolan.dev/endpoints";
 /// The address of the DNS server on every node, reached by a pod through its first Portolan network.
 pub const DNS_ADDRESS: std::net::Ipv4Addr = std::net::Ipv4Addr::new(169, 254, 53, 53);
+/// What a pod without an IPv4 address on its first network asks that server from: link-local addresses (RFC 3927) that mean something
+/// between the pod and its own node only.
+pub const RESOLVER_RANGE: ipnet::Ipv4Net = ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::new(169, 254, 56, 0), 21);
 
 /// Name of the IPClaim of a pod's address on a network: at most 253 characters, one per (network, namespace, pod).
 pub fn claim_name(network: &str, namespace: &str, pod: &str) -> String {

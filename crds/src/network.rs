@@ -1,9 +1,13 @@
 //! ContainerNetwork, and what nodes say of it: NetworkNodeSlice, IPBlock, IPClaim.
 
+use std::net::IpAddr;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::subnets::addresses;
 
 /// One switch that spans all nodes.
 #[derive(CustomResource, Clone, Debug, Default, Deserialize, KubeSchema, PartialEq, Serialize)]
@@ -17,22 +21,33 @@ use serde::{Deserialize, Serialize};
     derive = "Default",
     derive = "PartialEq",
     printcolumn = r#"{"name":"Subnet","type":"string","jsonPath":".spec.subnets[0]"}"#,
+    printcolumn = r#"{"name":"Second","type":"string","jsonPath":".spec.subnets[1]"}"#,
     printcolumn = r#"{"name":"VNI","type":"integer","jsonPath":".status.vni"}"#,
     printcolumn = r#"{"name":"Endpoints","type":"integer","jsonPath":".status.endpoints"}"#,
+    printcolumn = r#"{"name":"IPv4-Free","type":"integer","jsonPath":".status.ipv4.free"}"#,
+    printcolumn = r#"{"name":"IPv6-Free","type":"integer","jsonPath":".status.ipv6.free"}"#,
     printcolumn = r#"{"name":"Ready","type":"string","jsonPath":".status.conditions[?(@.type=='Ready')].status"}"#,
+    printcolumn = r#"{"name":"IPv4-Used","type":"integer","jsonPath":".status.ipv4.used","priority":1}"#,
+    printcolumn = r#"{"name":"IPv6-Used","type":"integer","jsonPath":".status.ipv6.used","priority":1}"#,
     printcolumn = r#"{"name":"Reason","type":"string","jsonPath":".status.conditions[?(@.type=='Ready')].reason","priority":1}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("self.subnets == oldSelf.subnets").message("subnets can't be changed once pods may have addresses: make another network"),
+    validation = Rule::new("!has(self.mtu) || self.mtu >= 1280 || self.subnets.all(s, isCIDR(s) && cidr(s).ip().family() == 4)")
+        .message("mtu is 1280 or more where a subnet is an IPv6 CIDR (RFC 8200, section 5)"),
 )]
 pub struct ContainerNetworkSpec {
-    /// The network's subnets in CIDR form (`10.32.0.0/16`). One IPv4 subnet for now.
-    #[schemars(length(min = 1, max = 1))]
+    /// The network's subnets in CIDR form: one IPv4 subnet (`10.32.0.0/16`), one IPv6 subnet (`fd32::/64`), or one of each, in any order.
+    #[schemars(length(min = 1, max = 2), inner(length(max = 43)))]
     #[x_kube(
-        validation = Rule::new("self.all(s, isCIDR(s) && cidr(s).ip().family() == 4 && cidr(s).masked() == cidr(s) && cidr(s).prefixLength() >= 8 && cidr(s).prefixLength() <= 29)")
-            .message("each subnet is an IPv4 CIDR without host bits and a prefix from /8 to /29, such as 10.32.0.0/16"),
+        validation = Rule::new("self.all(s, isCIDR(s) && cidr(s).masked() == cidr(s))")
+            .message("each subnet is a CIDR without host bits, such as 10.32.0.0/16 or fd32::/64"),
+        validation = Rule::new("self.all(s, !isCIDR(s) || (cidr(s).ip().family() == 4 ? cidr(s).prefixLength() >= 8 && cidr(s).prefixLength() <= 29 : cidr(s).prefixLength() >= 48 && cidr(s).prefixLength() <= 120))")
+            .message("the prefix of an IPv4 subnet is from /8 to /29, that of an IPv6 subnet from /48 to /120"),
+        validation = Rule::new("self.size() != 2 || !isCIDR(self[0]) || !isCIDR(self[1]) || cidr(self[0]).ip().family() != cidr(self[1]).ip().family()")
+            .message("two subnets are one IPv4 CIDR and one IPv6 CIDR"),
     )]
     pub subnets: Vec<String>,
     /// The VXLAN network identifier, 1 to 16777215 (RFC 7348); allocated if not given.
@@ -58,9 +73,25 @@ pub struct ContainerNetworkStatus {
     /// Pods plugged in, over all nodes.
     #[serde(default)]
     pub endpoints: i64,
+    /// The addresses of the IPv4 subnet, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv4: Option<AddressCounts>,
+    /// The addresses of the IPv6 subnet, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv6: Option<AddressCounts>,
     /// `Ready`, and what stands in its way; `NamesInjected`, and which pods don't get the network's names.
     #[serde(default)]
     pub conditions: Vec<Condition>,
+}
+
+/// How many addresses of a subnet are somebody's.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AddressCounts {
+    /// Addresses that pods have, and those that are kept for a StatefulSet's pods (IPClaim).
+    pub used: i64,
+    /// All others that a pod could have, be they in a node's block or not.
+    pub free: i64,
 }
 
 /// The endpoints of one network on one node, written only by that node's agent. Named `<network>.<node>`, owned by the Node.
@@ -94,8 +125,11 @@ pub struct NetworkNodeSliceSpec {
 #[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Endpoint {
-    /// IPv4 address, without prefix.
+    /// Its address, without prefix: an IPv4 address, or an IPv6 one where the network has no IPv4.
     pub address: String,
+    /// Its IPv6 address beside an IPv4 one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second_address: Option<String>,
     /// MAC address, `02:…`.
     pub mac: String,
     /// The pod's namespace.
@@ -125,6 +159,13 @@ pub struct Endpoint {
     pub not_admitted: bool,
 }
 
+impl Endpoint {
+    /// Its addresses, IPv4 first; what can't be read is left out.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        addresses(&self.address, self.second_address.as_deref())
+    }
+}
+
 /// A port of a pod that has a name.
 #[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -137,7 +178,8 @@ pub struct NamedPort {
     pub port: u16,
 }
 
-/// A block of a network's subnet that one node allocates from, claimed by atomic create. Named `<network>-<address with dashes>`.
+/// A block of a network's subnet that one node allocates from, claimed by atomic create. Named `<network>-<address with dashes>`, an IPv6
+/// address having eight groups of four digits.
 #[derive(CustomResource, Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[kube(
     group = "portolan.dev",
@@ -161,7 +203,7 @@ pub struct IPBlockSpec {
     pub node: String,
 }
 
-/// A sticky address: it follows the pod by its identity. Named `<network>.<namespace>.<pod>`.
+/// A sticky address, or one of each family: it follows the pod by its identity. Named `<network>.<namespace>.<pod>`.
 #[derive(CustomResource, Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[kube(
     group = "portolan.dev",
@@ -172,6 +214,7 @@ pub struct IPBlockSpec {
     derive = "PartialEq",
     printcolumn = r#"{"name":"Network","type":"string","jsonPath":".spec.network"}"#,
     printcolumn = r#"{"name":"Address","type":"string","jsonPath":".spec.address"}"#,
+    printcolumn = r#"{"name":"Second","type":"string","jsonPath":".spec.secondAddress"}"#,
     printcolumn = r#"{"name":"Namespace","type":"string","jsonPath":".spec.namespace"}"#,
     printcolumn = r#"{"name":"Pod","type":"string","jsonPath":".spec.pod"}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
@@ -180,8 +223,11 @@ pub struct IPBlockSpec {
 pub struct IPClaimSpec {
     /// The network.
     pub network: String,
-    /// The IPv4 address, without prefix.
+    /// The address, without prefix: an IPv4 address, or an IPv6 one where the network has no IPv4.
     pub address: String,
+    /// The IPv6 address beside an IPv4 one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second_address: Option<String>,
     /// The pod's namespace.
     pub namespace: String,
     /// The pod's name.
@@ -190,4 +236,11 @@ pub struct IPClaimSpec {
     pub owner: String,
     /// UID of that StatefulSet: the claim goes when it is gone.
     pub owner_uid: String,
+}
+
+impl IPClaimSpec {
+    /// The addresses, IPv4 first; what can't be read is left out.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        addresses(&self.address, self.second_address.as_deref())
+    }
 }

@@ -90,7 +90,7 @@ fn explained(
     let on: Vec<String> = asker.on.keys().map(|network| (*network).to_owned()).collect();
     let zones = on.iter().map(|network| zone(network, &on, asker, slices, networks));
     let zone = Zone::new(zones.collect()).within(Some(domain.clone()));
-    let asked = asker.on.iter().find_map(|(network, it)| Some((*network, it.address.parse().ok()?)));
+    let asked = asker.on.iter().find_map(|(network, it)| Some((*network, it.addresses().next()?)));
     let mut text =
         format!("{name}, asked by pod {} on node {} (networks: {})\n\n", asker.name, asker.node, on.join(", "));
     let Some((network, source)) = asked else { return text + "its address can't be read" };
@@ -159,7 +159,7 @@ fn zone(
         }
     }
     let hosts = hosts.into_values().map(|(_, slice, endpoint)| host(endpoint, &slice.spec.node)).collect();
-    let address = asker.on.get(network).and_then(|endpoint| endpoint.address.parse().ok());
+    let address = asker.on.get(network).and_then(|endpoint| endpoint.addresses().next());
     let namespace = asker.name.split('/').next().unwrap_or_default().to_owned();
     let member = |address| Member { address, namespace, networks: on.to_vec() };
     let members = address.map(member).into_iter().collect();
@@ -178,7 +178,7 @@ fn host(endpoint: &Endpoint, node: &str) -> Host {
         owner: endpoint.owner.clone(),
         aliases: endpoint.aliases.clone(),
         node: node.to_owned(),
-        addresses: endpoint.address.parse().into_iter().collect(),
+        addresses: endpoint.addresses().collect(),
         ports: ports.collect(),
         ready: endpoint.ready,
         publish_not_ready: endpoint.publish_not_ready,
@@ -240,6 +240,25 @@ mod tests {
         };
         assert_eq!(row("shop/db-0"), ["shop/db-0", "a", "10.32.0.2", "yes"], "where it is Ready");
         assert_eq!(row("shop/db-1").join(" "), "shop/db-1 b 10.32.0.3 no: it is not Ready");
+    }
+
+    #[test]
+    fn both_addresses_are_told_and_names_of_pods_without_ipv4() {
+        let mut slices = slices();
+        let pod = &mut slices[1].spec.endpoints[0];
+        pod.second_address = Some("fd32::3".into());
+        let web = &mut slices[0].spec.endpoints[0];
+        web.address = "fd32::1".into();
+        let spec = json!({"metadata": {"name": "backend"}, "spec": {"subnets": ["10.32.0.0/16", "fd32::/64"]}});
+        let networks = [serde_json::from_value(spec).unwrap()];
+        let ask = |name: &str| explained(name, &Asker::new("shop", "web", &slices).unwrap(), &slices, &networks);
+        let text = ask("db.backend");
+        assert!(
+            text.lines().any(|line| line.starts_with("shop/db-1") && line.contains("10.32.0.3,fd32::3 ")),
+            "{text}"
+        );
+        assert!(ask("fd32::3").contains("db-1.shop.backend"));
+        assert!(ask("web.backend").lines().any(|line| line.starts_with("shop/web") && line.contains("fd32::1 ")));
     }
 
     #[test]

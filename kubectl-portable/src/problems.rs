@@ -63,7 +63,7 @@ pub fn of_network(network: &ContainerNetwork) -> Vec<Problem> {
     let next = match reason {
         // A subnet can't be changed: the pods on it would keep their addresses.
         "SubnetOverlaps" | "SubnetInvalid" => format!("kubectl delete {object}, then create it with another subnet"),
-        "VNIInUse" | "VNIChanged" | "NoFreeVNI" => format!("kubectl edit {object}"),
+        "VNIInUse" | "VNIChanged" | "NoFreeVNI" | "MTUTooSmall" => format!("kubectl edit {object}"),
         "Deleting" => "kubectl delete the pods that it names".to_owned(),
         _ => format!("kubectl describe {object}"),
     };

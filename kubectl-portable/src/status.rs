@@ -7,7 +7,7 @@ use comfy_table::{Table, presets};
 use kube::api::ListParams;
 use kube::{Api, Client, Resource, ResourceExt};
 use portolan_crds::{
-    ContainerNetwork, HandoffPhase, PortableVolume, StorageNode, VolumeMigration, VolumePhase, condition,
+    AddressCounts, ContainerNetwork, HandoffPhase, PortableVolume, StorageNode, VolumeMigration, VolumePhase, condition,
 };
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -84,7 +84,7 @@ pub fn tables(everything: &Everything) -> String {
     let nodes = everything.nodes.iter().map(node_row);
     section(&mut text, "STORAGE NODES", "NODE POOL HEALTH SIZE FREE ZFS READY", nodes);
     let networks = everything.networks.iter().map(network_row);
-    section(&mut text, "NETWORKS", "NETWORK SUBNET VNI PODS READY", networks);
+    section(&mut text, "NETWORKS", "NETWORK SUBNETS VNI PODS USED FREE READY", networks);
 
     let problems = everything.problems();
     if problems.is_empty() {
@@ -188,11 +188,20 @@ fn node_row(node: &StorageNode) -> Vec<String> {
 
 fn network_row(network: &ContainerNetwork) -> Vec<String> {
     let status = network.status.clone().unwrap_or_default();
+    // IPv4 first, as the counts are.
+    let mut subnets = network.spec.subnets.clone();
+    subnets.sort_by_key(|subnet| subnet.contains(':'));
+    let counts = |of: fn(AddressCounts) -> i64| {
+        let counts = [status.ipv4, status.ipv6].into_iter().flatten().map(|it| of(it).to_string());
+        or_dash(Some(&counts.collect::<Vec<_>>().join(",")))
+    };
     vec![
         network.name_any(),
-        network.spec.subnets.join(","),
+        subnets.join(","),
         status.vni.map_or_else(|| "-".to_owned(), |vni| vni.to_string()),
         status.endpoints.to_string(),
+        counts(|it| it.used),
+        counts(|it| it.free),
         ready(&status.conditions),
     ]
 }
@@ -210,6 +219,27 @@ mod tests {
         let text = tables(&Everything::default());
         assert!(text.contains("VOLUMES\nnone"));
         assert!(text.ends_with("No problems.\n"));
+    }
+
+    #[test]
+    fn a_network_has_its_subnets_and_what_is_free_of_each() {
+        let network = |spec, status| {
+            serde_json::from_value(json!({"metadata": {"name": "n"}, "spec": {"subnets": spec}, "status": status}))
+                .unwrap()
+        };
+        let counts =
+            json!({"ipv4": {"used": 3, "free": 250}, "ipv6": {"used": 2, "free": 252}, "endpoints": 2, "vni": 4096});
+        let networks = vec![
+            network(json!(["fd32::/120", "10.32.0.0/24"]), counts),
+            network(json!(["fd33::/64"]), json!({"ipv6": {"used": 0, "free": 16777214}})),
+            network(json!(["10.33.0.0/16"]), json!({})),
+        ];
+        let text = tables(&Everything { networks, ..Default::default() });
+        let rows: Vec<Vec<&str>> =
+            text.lines().filter(|l| l.starts_with("n ")).map(|l| l.split_whitespace().collect()).collect();
+        assert_eq!(rows[0], ["n", "10.32.0.0/24,fd32::/120", "4096", "2", "3,2", "250,252", "-"]);
+        assert_eq!(rows[1], ["n", "fd33::/64", "-", "0", "0", "16777214", "-"]);
+        assert_eq!(rows[2], ["n", "10.33.0.0/16", "-", "0", "-", "-", "-"]);
     }
 
     #[test]

@@ -1,24 +1,25 @@
 //! Addresses: a node allocates from blocks that are its own (IPBlock, whose name is the lock), and keeps a StatefulSet pod's
-//! address for it (IPClaim).
+//! addresses for it (IPClaim). A pod has one address of each family that its network has.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     sync::{Arc, Mutex, PoisonError},
 };
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use kube::{
     Api, ResourceExt,
     api::{DeleteParams, ListParams, PostParams},
+    runtime::reflector::ObjectRef,
 };
-use portolan_crds::{IPBlock, IPBlockSpec, IPClaim, IPClaimSpec, claim_name};
+use portolan_crds::{IPBlock, IPBlockSpec, IPClaim, IPClaimSpec, RESOLVER_RANGE, claim_name};
 use portolan_net::{free_address, free_block};
 
 use crate::{
     cluster::Cluster,
     error::{ApiError, PlugError},
-    journal::Journal,
+    journal::{Endpoint, Journal},
     network::Network,
     pod::Owner,
 };
@@ -26,26 +27,40 @@ use crate::{
 /// How often another node may be faster to the same block before we give up for now.
 const BLOCK_TRIES: usize = 8;
 
-/// Who an address is for.
+/// Who addresses are for.
 pub(crate) struct Holder<'a> {
     pub namespace: &'a str,
     pub pod: &'a str,
     pub stateful_set: Option<&'a Owner>,
+    /// Whether it asks the DNS server over this network.
+    pub resolver: bool,
 }
 
-type Key = (String, Ipv4Addr);
+type Key = (String, IpAddr);
 
-/// An address that nobody else is given; kept by the journal once it is there, and free again when this is dropped.
+/// Addresses that nobody else is given; kept by the journal once they are there, and free again when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Reservation {
-    pub address: Ipv4Addr,
-    key: Key,
+    /// One of each family that the network has, IPv4 first.
+    pub addresses: Vec<IpAddr>,
+    /// What the pod asks the DNS server from, if it has no IPv4 address for that.
+    pub asks_from: Option<Ipv4Addr>,
+    network: String,
     reserved: Arc<Mutex<BTreeSet<Key>>>,
+}
+
+impl Reservation {
+    fn keep(&self, address: IpAddr) {
+        self.reserved.lock().unwrap_or_else(PoisonError::into_inner).insert((self.network.clone(), address));
+    }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.reserved.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+        let mut reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
+        for address in self.addresses.iter().copied().chain(self.asks_from.map(IpAddr::from)) {
+            reserved.remove(&(self.network.clone(), address));
+        }
     }
 }
 
@@ -59,10 +74,10 @@ pub(crate) struct Addresses {
 
 #[derive(Default)]
 struct State {
-    /// This node's blocks by network, once they have been asked for.
-    blocks: BTreeMap<String, Vec<Ipv4Net>>,
-    /// Claims that we made and the watch hasn't shown yet.
-    fresh_claims: BTreeMap<String, Key>,
+    /// This node's blocks by network, of both families, once they have been asked for.
+    blocks: BTreeMap<String, Vec<IpNet>>,
+    /// Claims that we wrote and the watch hasn't shown yet: network and addresses.
+    fresh_claims: BTreeMap<String, (String, Vec<IpAddr>)>,
 }
 
 impl Addresses {
@@ -70,71 +85,120 @@ impl Addresses {
         Self { cluster, journal, reserved: Arc::default(), state: tokio::sync::Mutex::default() }
     }
 
-    /// An address for a pod: its claim's if it has or may have one, else a free one.
+    /// Addresses for a pod: its claim's if it has or may have one, else free ones.
     pub async fn acquire(&self, network: &Network, holder: &Holder<'_>) -> Result<Reservation, PlugError> {
-        let Some(owner) = holder.stateful_set else { return self.allocate(network).await };
-        let name = claim_name(&network.name, holder.namespace, holder.pod);
-        if let Some(address) = self.claimed(network, &name, owner).await? {
-            return Ok(self.reserve(network, address));
+        let mut reservation = match holder.stateful_set {
+            Some(owner) => self.sticky(network, holder, owner).await?,
+            None => self.allocate(network, &[]).await?,
+        };
+        if holder.resolver && !network.has_ipv4() {
+            let mut state = self.state.lock().await;
+            let used = self.used(&mut state, &network.name);
+            let free = RESOLVER_RANGE.hosts().find(|address| !used.contains(&IpAddr::from(*address)));
+            let free = free.ok_or_else(|| PlugError::ResolverRangeFull { network: network.name.clone() })?;
+            reservation.keep(free.into());
+            reservation.asks_from = Some(free);
         }
-        let reservation = self.allocate(network).await?;
-        let spec = IPClaimSpec {
+        Ok(reservation)
+    }
+
+    /// The addresses of a StatefulSet's pod: those of its claim, which is made if there is none.
+    async fn sticky(&self, network: &Network, holder: &Holder<'_>, owner: &Owner) -> Result<Reservation, PlugError> {
+        let name = claim_name(&network.name, holder.namespace, holder.pod);
+        if let Some(claim) = self.claim(&name).await? {
+            return self.claimed(network, claim, owner).await;
+        }
+        let reservation = self.allocate(network, &[]).await?;
+        let mut spec = IPClaimSpec {
             network: network.name.clone(),
-            address: reservation.address.to_string(),
             namespace: holder.namespace.to_owned(),
             pod: holder.pod.to_owned(),
             owner: owner.name.clone(),
             owner_uid: owner.uid.clone(),
+            ..IPClaimSpec::default()
         };
+        set_addresses(&mut spec, &reservation.addresses);
         match self.claims().create(&PostParams::default(), &IPClaim::new(&name, spec)).await {
             Ok(_) => {
-                self.state.lock().await.fresh_claims.insert(name, reservation.key.clone());
+                self.remember(name, &reservation).await;
                 Ok(reservation)
             }
-            // Another node was faster (or we were, and never heard of it): its address counts.
-            Err(kube::Error::Api(status)) if status.is_already_exists() => {
-                let address = self.claimed(network, &name, owner).await?;
-                address.map(|a| self.reserve(network, a)).ok_or(PlugError::NotReady {
+            // Another node was faster (or we were, and never heard of it): its addresses count.
+            Err(kube::Error::Api(status)) if status.is_already_exists() => match self.claim(&name).await? {
+                Some(claim) => self.claimed(network, claim, owner).await,
+                None => Err(PlugError::NotReady {
                     network: network.name.clone(),
                     reason: format!("IPClaim {name} came and went"),
-                })
-            }
+                }),
+            },
             Err(e) => Err(ApiError::new(format!("create IPClaim {name}"), e).into()),
         }
     }
 
-    /// The address of a claim. One of an earlier StatefulSet of the same name passes over to the pod's own.
-    async fn claimed(&self, network: &Network, name: &str, owner: &Owner) -> Result<Option<Ipv4Addr>, PlugError> {
-        let claims = self.claims();
-        let found = claims.get_opt(name).await.map_err(|e| ApiError::new(format!("get IPClaim {name}"), e))?;
-        let Some(mut claim) = found else { return Ok(None) };
-        let address = claim.spec.address.parse().ok().filter(|a| network.subnet.contains(a));
-        let address = address.ok_or_else(|| PlugError::ForeignClaim {
-            claim: name.to_owned(),
-            address: claim.spec.address.clone(),
-            subnet: network.subnet,
-        })?;
-        if claim.spec.owner_uid != owner.uid {
-            claim.spec.owner_uid.clone_from(&owner.uid);
-            claim.spec.owner.clone_from(&owner.name);
-            // With the version that was read: if the operator is just deleting it, this fails and the runtime tries again.
-            let fail = |e| ApiError::new(format!("hand IPClaim {name} over to StatefulSet {}", owner.name), e);
-            claims.replace(name, &PostParams::default(), &claim).await.map_err(fail)?;
-        }
-        Ok(Some(address))
+    async fn claim(&self, name: &str) -> Result<Option<IPClaim>, ApiError> {
+        self.claims().get_opt(name).await.map_err(|e| ApiError::new(format!("get IPClaim {name}"), e))
     }
 
-    async fn allocate(&self, network: &Network) -> Result<Reservation, PlugError> {
+    /// The addresses of a claim. One of an earlier StatefulSet of the same name passes over to the pod's own; one that lacks a family of
+    /// the network gets an address of it.
+    async fn claimed(&self, network: &Network, mut claim: IPClaim, owner: &Owner) -> Result<Reservation, PlugError> {
+        let name = claim.name_any();
+        let is_foreign = |text: &&String| {
+            let address = text.parse::<IpAddr>();
+            !address.is_ok_and(|address| network.subnets.iter().any(|subnet| subnet.contains(&address)))
+        };
+        let texts = [Some(&claim.spec.address), claim.spec.second_address.as_ref()];
+        if let Some(address) = texts.into_iter().flatten().find(is_foreign) {
+            let subnets: Vec<String> = network.subnets.iter().map(IpNet::to_string).collect();
+            let (address, subnets) = (address.clone(), subnets.join(" or "));
+            return Err(PlugError::ForeignClaim { claim: name, address, subnets });
+        }
+        let given: Vec<IpAddr> = claim.spec.addresses().collect();
+        let reservation = self.allocate(network, &given).await?;
+        if claim.spec.owner_uid != owner.uid || reservation.addresses != given {
+            claim.spec.owner_uid.clone_from(&owner.uid);
+            claim.spec.owner.clone_from(&owner.name);
+            set_addresses(&mut claim.spec, &reservation.addresses);
+            // With the version that was read: if the operator is just deleting it, this fails and the runtime tries again.
+            let fail = |e| ApiError::new(format!("hand IPClaim {name} over to StatefulSet {}", owner.name), e);
+            self.claims().replace(&name, &PostParams::default(), &claim).await.map_err(fail)?;
+            self.remember(name, &reservation).await;
+        }
+        Ok(reservation)
+    }
+
+    async fn remember(&self, claim: String, reservation: &Reservation) {
+        let written = (reservation.network.clone(), reservation.addresses.clone());
+        self.state.lock().await.fresh_claims.insert(claim, written);
+    }
+
+    /// One address of each family that the network has: the given ones, and free ones for the rest.
+    async fn allocate(&self, network: &Network, given: &[IpAddr]) -> Result<Reservation, PlugError> {
         let mut state = self.state.lock().await;
+        let (name, reserved) = (network.name.clone(), Arc::clone(&self.reserved));
+        let mut reservation = Reservation { addresses: Vec::new(), asks_from: None, network: name, reserved };
+        for subnet in &network.subnets {
+            let address = match given.iter().find(|address| subnet.contains(*address)) {
+                Some(address) => *address,
+                None => self.free(&mut state, network, *subnet).await?,
+            };
+            reservation.keep(address);
+            reservation.addresses.push(address);
+        }
+        Ok(reservation)
+    }
+
+    /// A free address of one subnet, of a new block if need be.
+    async fn free(&self, state: &mut State, network: &Network, subnet: IpNet) -> Result<IpAddr, PlugError> {
         if !state.blocks.contains_key(&network.name) {
             let own = self.own_blocks(network).await?.0;
             state.blocks.insert(network.name.clone(), own);
         }
-        let used = self.used(&mut state, &network.name);
+        let used = self.used(state, &network.name);
         for _ in 0..BLOCK_TRIES {
             let own = state.blocks.get(&network.name).map(Vec::as_slice).unwrap_or_default();
-            if let Some(address) = free_address(network.subnet, own, &used) {
-                return Ok(self.reserve(network, address));
+            if let Some(address) = free_address(subnet, own, &used) {
+                return Ok(address);
             }
             let (own, taken) = self.own_blocks(network).await?;
             let is_news = state.blocks.insert(network.name.clone(), own.clone()) != Some(own);
@@ -143,7 +207,7 @@ impl Addresses {
             }
             let node = &self.cluster.node;
             let fail = |source| PlugError::NoAddress { network: network.name.clone(), source };
-            let block = free_block(network.subnet, &taken, node).map_err(fail)?;
+            let block = free_block(subnet, &taken, node).map_err(fail)?;
             if self.create_block(network, block).await? {
                 state.blocks.entry(network.name.clone()).or_default().push(block);
             }
@@ -152,36 +216,35 @@ impl Addresses {
     }
 
     /// What may not be given: addresses of this node's pods, those on the way to be, and those that are claimed.
-    fn used(&self, state: &mut State, network: &str) -> BTreeSet<Ipv4Addr> {
-        let mut used: BTreeSet<Ipv4Addr> =
-            self.journal.select(|e| e.network == network).into_iter().map(|e| e.address).collect();
+    fn used(&self, state: &mut State, network: &str) -> BTreeSet<IpAddr> {
+        let plugged = self.journal.select(|e| e.network == network);
+        let of = |e: &Endpoint| e.addresses().chain(e.asks_from.map(IpAddr::from)).collect::<Vec<_>>();
+        let mut used: BTreeSet<IpAddr> = plugged.iter().flat_map(of).collect();
         used.extend(self.claimed_addresses(state, network));
         let reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
         used.extend(reserved.iter().filter(|(n, _)| n == network).map(|(_, address)| *address));
         used
     }
 
-    fn claimed_addresses(&self, state: &mut State, network: &str) -> BTreeSet<Ipv4Addr> {
+    fn claimed_addresses(&self, state: &mut State, network: &str) -> BTreeSet<IpAddr> {
+        // A claim that was completed may be seen as it was before.
+        state.fresh_claims.retain(|name, (_, written)| {
+            let seen = self.cluster.claims.get(&ObjectRef::new(name));
+            !seen.is_some_and(|claim| written.iter().all(|address| claim.spec.addresses().any(|a| a == *address)))
+        });
         let claims = self.cluster.claims.state();
-        let seen: BTreeSet<String> = claims.iter().map(|c| c.name_any()).collect();
-        state.fresh_claims.retain(|name, _| !seen.contains(name));
         let of_network = claims.iter().filter(|c| c.spec.network == network);
-        let mut claimed: BTreeSet<Ipv4Addr> = of_network.filter_map(|c| c.spec.address.parse().ok()).collect();
-        claimed.extend(state.fresh_claims.values().filter(|(n, _)| n == network).map(|(_, a)| *a));
+        let mut claimed: BTreeSet<IpAddr> = of_network.flat_map(|c| c.spec.addresses()).collect();
+        claimed.extend(state.fresh_claims.values().filter(|(n, _)| n == network).flat_map(|(_, written)| written));
         claimed
     }
 
-    fn reserve(&self, network: &Network, address: Ipv4Addr) -> Reservation {
-        let key = (network.name.clone(), address);
-        self.reserved.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone());
-        Reservation { address, key, reserved: Arc::clone(&self.reserved) }
-    }
-
     /// This node's blocks of a network, and everybody's.
-    async fn own_blocks(&self, network: &Network) -> Result<(Vec<Ipv4Net>, BTreeSet<Ipv4Net>), ApiError> {
+    async fn own_blocks(&self, network: &Network) -> Result<(Vec<IpNet>, BTreeSet<IpNet>), ApiError> {
         let all = self.list_blocks().await?;
         let of_network = || all.iter().filter(|b| b.spec.network == network.name);
-        let net = |b: &IPBlock| b.spec.cidr.parse::<Ipv4Net>().ok().filter(|n| network.subnet.contains(n));
+        let is_its = |net: &IpNet| network.subnets.iter().any(|subnet| subnet.contains(net));
+        let net = |b: &IPBlock| b.spec.cidr.parse::<IpNet>().ok().filter(is_its);
         let own = of_network().filter(|b| b.spec.node == self.cluster.node).filter_map(net).collect();
         Ok((own, of_network().filter_map(net).collect()))
     }
@@ -192,8 +255,8 @@ impl Addresses {
     }
 
     /// Claims a block; `false` if another node was faster.
-    async fn create_block(&self, network: &Network, block: Ipv4Net) -> Result<bool, ApiError> {
-        let name = format!("{}-{}", network.name, block.network().to_string().replace('.', "-"));
+    async fn create_block(&self, network: &Network, block: IpNet) -> Result<bool, ApiError> {
+        let name = block_name(&network.name, block);
         let spec =
             IPBlockSpec { network: network.name.clone(), cidr: block.to_string(), node: self.cluster.node.clone() };
         match self.blocks().create(&PostParams::default(), &IPBlock::new(&name, spec)).await {
@@ -223,8 +286,7 @@ impl Addresses {
         state.blocks.remove(network);
         for block in self.list_blocks().await? {
             let is_ours = block.spec.network == network && block.spec.node == self.cluster.node;
-            let holds_claim =
-                block.spec.cidr.parse::<Ipv4Net>().is_ok_and(|net| claimed.iter().any(|a| net.contains(a)));
+            let holds_claim = block.spec.cidr.parse::<IpNet>().is_ok_and(|net| claimed.iter().any(|a| net.contains(a)));
             none_left &= !(is_ours && holds_claim);
             if is_ours && !holds_claim {
                 let name = block.name_any();
@@ -246,3 +308,21 @@ impl Addresses {
         Api::all(self.cluster.client.clone())
     }
 }
+
+fn set_addresses(spec: &mut IPClaimSpec, addresses: &[IpAddr]) {
+    let mut texts = addresses.iter().map(IpAddr::to_string);
+    spec.address = texts.next().unwrap_or_default();
+    spec.second_address = texts.next();
+}
+
+/// The name of a block's object, which is its lock: one name for a block, however its address may be written.
+fn block_name(network: &str, block: IpNet) -> String {
+    let address = match block.network() {
+        IpAddr::V4(address) => address.octets().map(|octet| octet.to_string()).join("-"),
+        IpAddr::V6(address) => address.segments().map(|group| format!("{group:04x}")).join("-"),
+    };
+    format!("{network}-{address}")
+}
+
+#[cfg(test)]
+mod tests;

@@ -136,6 +136,24 @@ impl Cluster {
     }
 }
 
+#[cfg(test)]
+impl Cluster {
+    /// A cluster that is not watched: what is seen of its claims is what the writer is told.
+    pub fn with_claims(client: Client, node: &str) -> (Self, reflector::store::Writer<IPClaim>) {
+        let (claims, writer) = reflector::store();
+        let cluster = Self {
+            pods: reflector::store().0,
+            networks: reflector::store().0,
+            slices: reflector::store().0,
+            claims,
+            client,
+            node: node.to_owned(),
+            node_reference: OnceCell::new(),
+        };
+        (cluster, writer)
+    }
+}
+
 fn follow<K>(api: Api<K>, config: watcher::Config, changed: &Arc<Notify>, shutdown: &CancellationToken) -> Store<K>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,

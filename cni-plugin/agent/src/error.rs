@@ -1,10 +1,9 @@
 //! Why a pod can't be plugged in, and what the container runtime is told.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
 use portolan_cni::Failure;
-use portolan_crds::NETWORKS_ANNOTATION;
+use portolan_crds::{NETWORKS_ANNOTATION, RESOLVER_RANGE};
 use portolan_net::AddressError;
 
 use crate::{annotation::AnnotationError, collect::UnplugError, journal::JournalError};
@@ -34,10 +33,14 @@ pub(crate) enum PlugError {
     NotReady { network: String, reason: String },
     #[error("ContainerNetwork {network}: {source}")]
     NoAddress { network: String, source: AddressError },
-    #[error("IPClaim {claim} holds {address}, which is not in {subnet}: delete the IPClaim to get another address")]
-    ForeignClaim { claim: String, address: String, subnet: Ipv4Net },
+    #[error("IPClaim {claim} holds {address}, which is not in {subnets}: delete the IPClaim to get another address")]
+    ForeignClaim { claim: String, address: String, subnets: String },
+    #[error(
+        "ContainerNetwork {network}: pods of this node ask the DNS server from all of {RESOLVER_RANGE}: no address is left"
+    )]
+    ResolverRangeFull { network: String },
     #[error("address {address} of ContainerNetwork {network} is still in use here by pod {holder}")]
-    AddressInUse { network: String, address: Ipv4Addr, holder: String },
+    AddressInUse { network: String, address: IpAddr, holder: String },
     #[error("annotation {NETWORKS_ANNOTATION}: the subnets of {one} and {other} overlap; a pod can't be on both")]
     Overlap { one: String, other: String },
     #[error("pod {0} is not in the API (yet, or any more)")]
@@ -58,7 +61,7 @@ impl PlugError {
     fn code(&self) -> u32 {
         match self {
             Self::Annotation(_) | Self::NoSuchNetwork { .. } | Self::Overlap { .. } => Failure::ANNOTATION,
-            Self::NoAddress { .. } | Self::ForeignClaim { .. } => Failure::NO_ADDRESS,
+            Self::NoAddress { .. } | Self::ForeignClaim { .. } | Self::ResolverRangeFull { .. } => Failure::NO_ADDRESS,
             Self::NotReady { .. } | Self::AddressInUse { .. } | Self::NoPod(_) | Self::NotSynced | Self::Api(_) => {
                 Failure::TRY_AGAIN
             }

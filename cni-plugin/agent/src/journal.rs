@@ -4,12 +4,12 @@ use std::{
     collections::BTreeMap,
     fs, io,
     io::Write,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use portolan_net::{Mac, PortSpec, port_name};
 use serde::{Deserialize, Serialize};
 
@@ -27,10 +27,16 @@ pub struct Endpoint {
     pub network: String,
     /// The network's VXLAN identifier.
     pub vni: u32,
-    /// The pod's address.
-    pub address: Ipv4Addr,
-    /// The prefix length of the network's subnet.
+    /// The pod's address: IPv4, or IPv6 where the network has no IPv4.
+    pub address: IpAddr,
+    /// The prefix length of that address' subnet.
     pub prefix: u8,
+    /// The pod's IPv6 address beside an IPv4 one, with the prefix length of its subnet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second: Option<IpNet>,
+    /// What a pod without an IPv4 address asks the DNS server from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asks_from: Option<Ipv4Addr>,
     /// The interface's MAC.
     pub mac: Mac,
     /// The interface's MTU in bytes.
@@ -54,9 +60,17 @@ impl Endpoint {
         format!("{}.{}", self.container, self.interface)
     }
 
-    /// Its address with the prefix length of its subnet; with the full length if the journal has one that can't be.
-    fn subnet_address(&self) -> Ipv4Net {
-        Ipv4Net::new(self.address, self.prefix).unwrap_or_else(|_| self.address.into())
+    /// Its addresses on the network, IPv4 first.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        std::iter::once(self.address).chain(self.second.map(|second| second.addr()))
+    }
+
+    /// All that its interface has: the addresses with the prefix lengths of their subnets, and what it asks the DNS server from.
+    fn interface_addresses(&self) -> Vec<IpNet> {
+        // With the full length if the journal has one that can't be.
+        let first = IpNet::new(self.address, self.prefix).unwrap_or_else(|_| self.address.into());
+        let asks_from = self.asks_from.map(|address| IpNet::from(IpAddr::from(address)));
+        [Some(first), self.second, asks_from].into_iter().flatten().collect()
     }
 
     /// Its port.
@@ -67,7 +81,7 @@ impl Endpoint {
             netns: self.netns.clone(),
             interface: self.interface.clone(),
             mac: self.mac,
-            addresses: vec![self.subnet_address().into()],
+            addresses: self.interface_addresses(),
             mtu: self.mtu,
             resolver: self.resolver,
             locked: true,
@@ -176,8 +190,10 @@ mod tests {
             interface: "eth1".into(),
             network: "backend".into(),
             vni: 77,
-            address: Ipv4Addr::new(10, 32, 0, 5),
+            address: "10.32.0.5".parse().unwrap(),
             prefix: 16,
+            second: None,
+            asks_from: None,
             mac: Mac([2, 0, 0, 0, 0, 1]),
             mtu: 1450,
             resolver: true,
@@ -201,6 +217,38 @@ mod tests {
         let again = Journal::open(directory.path()).unwrap();
         assert_eq!(again.select(|_| true), [endpoint("b")]);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    /// As releases before IPv6 wrote it, and as they can still read it.
+    #[test]
+    fn an_entry_of_an_ipv4_network_has_not_changed() {
+        let old = r#"{"container":"a","netns":"/run/netns/x","interface":"eth1","network":"backend","vni":77,
+            "address":"10.32.0.5","prefix":16,"mac":"02:00:00:00:00:01","mtu":1450,"resolver":true,
+            "namespace":"shop","pod":"db-0","uid":"u","owner":"db"}"#;
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("a.eth1.json"), old).unwrap();
+        let journal = Journal::open(directory.path()).unwrap();
+        assert_eq!(journal.select(|_| true), [endpoint("a")]);
+        journal.put(endpoint("a")).unwrap();
+        let value = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+        assert_eq!(value(&fs::read_to_string(directory.path().join("a.eth1.json")).unwrap()), value(old));
+    }
+
+    #[test]
+    fn a_port_has_all_addresses() {
+        let mut both = endpoint("a");
+        both.second = Some("fd32::5/64".parse().unwrap());
+        let mut ipv6 = endpoint("b");
+        (ipv6.address, ipv6.prefix) = ("fd32::6".parse().unwrap(), 64);
+        ipv6.asks_from = Some("169.254.56.1".parse().unwrap());
+        let directory = tempfile::tempdir().unwrap();
+        for endpoint in [&both, &ipv6] {
+            Journal::open(directory.path()).unwrap().put(endpoint.clone()).unwrap();
+        }
+        let read = Journal::open(directory.path()).unwrap().select(|_| true);
+        let texts = |endpoint: &Endpoint| endpoint.port().addresses.iter().map(IpNet::to_string).collect::<Vec<_>>();
+        assert_eq!(texts(&read[0]), ["10.32.0.5/16", "fd32::5/64"]);
+        assert_eq!(texts(&read[1]), ["fd32::6/64", "169.254.56.1/32"]);
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! A ContainerNetwork, parsed into what a node needs of it.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use kube::ResourceExt;
-use portolan_crds::{ContainerNetwork, condition};
+use portolan_crds::{ContainerNetwork, RESOLVER_RANGE, condition};
 use portolan_net::NetworkSpec;
 
 use crate::error::PlugError;
@@ -14,7 +14,8 @@ use crate::error::PlugError;
 pub(crate) struct Network {
     pub name: String,
     pub vni: u32,
-    pub subnet: Ipv4Net,
+    /// At most one of each family, IPv4 first.
+    pub subnets: Vec<IpNet>,
     pub suppression: bool,
     mtu: Option<u32>,
 }
@@ -42,24 +43,73 @@ impl Network {
             return Err(not_ready(&refused.message));
         }
         let vni = status.vni.ok_or_else(|| not_ready("it has no VNI yet; is portolan-operator running?"))?;
-        let subnet = object.spec.subnets.first().and_then(|s| s.parse().ok());
-        let subnet = subnet.ok_or_else(|| not_ready("spec.subnets has no IPv4 subnet"))?;
+        let subnets = portolan_crds::subnets(&object.spec.subnets).map_err(|e| not_ready(&e.to_string()))?;
         let (suppression, mtu) = (object.spec.neighbor_suppression, object.spec.mtu);
-        Ok(Self { name, vni, subnet, suppression, mtu })
+        Ok(Self { name, vni, subnets, suppression, mtu })
     }
 
     pub fn mtu(&self, underlay: Underlay) -> u32 {
         self.mtu.unwrap_or(underlay.mtu)
     }
 
+    /// Whether pods have IPv4 addresses on it, from which they ask the DNS server.
+    pub fn has_ipv4(&self) -> bool {
+        self.subnets.iter().any(|subnet| matches!(subnet, IpNet::V4(_)))
+    }
+
+    /// Addresses of it, each with its subnet's prefix length, IPv4 first; what is in none of its subnets is left out.
+    pub fn with_prefixes(&self, addresses: &[IpAddr]) -> impl Iterator<Item = IpNet> {
+        let of = |subnet: &IpNet| addresses.iter().find(|address| subnet.contains(*address));
+        self.subnets.iter().filter_map(move |subnet| IpNet::new(*of(subnet)?, subnet.prefix_len()).ok())
+    }
+
     pub fn spec(&self, underlay: Underlay) -> NetworkSpec {
+        let mut subnets = self.subnets.clone();
+        if !self.has_ipv4() {
+            subnets.push(RESOLVER_RANGE.into());
+        }
         NetworkSpec {
             vni: self.vni,
             mtu: self.mtu(underlay),
             vtep: underlay.vtep,
-            subnets: vec![self.subnet.into()],
+            subnets,
             port: underlay.port,
             suppression: self.suppression,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use portolan_crds::{ContainerNetworkSpec, ContainerNetworkStatus};
+
+    fn network(subnets: &[&str]) -> Result<Network, PlugError> {
+        let subnets = subnets.iter().map(|subnet| (*subnet).to_owned()).collect();
+        let mut object = ContainerNetwork::new("backend", ContainerNetworkSpec { subnets, ..Default::default() });
+        object.status = Some(ContainerNetworkStatus { vni: Some(77), ..Default::default() });
+        Network::new(&object)
+    }
+
+    #[test]
+    fn what_a_node_makes_of_the_subnets() {
+        let underlay = Underlay { vtep: Ipv4Addr::LOCALHOST, port: 7789, mtu: 1450 };
+        let made = |subnets: &[&str]| {
+            let spec = network(subnets).unwrap().spec(underlay);
+            spec.subnets.iter().map(IpNet::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(made(&["10.32.0.0/16"]), ["10.32.0.0/16"]);
+        assert_eq!(made(&["fd32::/64", "10.32.0.0/16"]), ["10.32.0.0/16", "fd32::/64"]);
+        assert_eq!(made(&["fd32::/64"]), ["fd32::/64", "169.254.56.0/21"], "where pods without IPv4 ask from");
+        let error = network(&["10.32.0.0/16", "10.33.0.0/16"]).unwrap_err().to_string();
+        assert!(error.starts_with("ContainerNetwork backend is not ready: spec.subnets: "), "{error}");
+    }
+
+    #[test]
+    fn addresses_have_their_subnets_prefixes() {
+        let network = network(&["fd32::/64", "10.32.0.0/16"]).unwrap();
+        let addresses = ["fd32::5", "10.32.0.5", "192.0.2.1"].map(|address| address.parse().unwrap());
+        let with_prefixes: Vec<String> = network.with_prefixes(&addresses).map(|it| it.to_string()).collect();
+        assert_eq!(with_prefixes, ["10.32.0.5/16", "fd32::5/64"]);
     }
 }

@@ -111,25 +111,30 @@ impl Agent {
         let same =
             |e: &Endpoint| e.container == container && e.interface == wish.interface && e.network == network.name;
         // The runtime asks again: the same answer.
-        let (address, reservation) = match self.journal.select(same).first() {
-            Some(before) => (before.address, None),
+        let (addresses, asks_from, reservation) = match self.journal.select(same).first() {
+            Some(before) => (before.addresses().collect(), before.asks_from, None),
             None => {
                 let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
                 let set = pod::stateful_set(pod);
-                let holder = Holder { namespace: &namespace, pod: &name, stateful_set: set.as_ref() };
+                let holder = Holder { namespace: &namespace, pod: &name, stateful_set: set.as_ref(), resolver };
                 let reservation = self.addresses.acquire(network, &holder).await?;
-                (reservation.address, Some(reservation))
+                (reservation.addresses.clone(), reservation.asks_from, Some(reservation))
             }
         };
+        let mut addresses = network.with_prefixes(&addresses);
+        let none = || PlugError::NotReady { network: network.name.clone(), reason: "its subnets have changed".into() };
+        let first = addresses.next().ok_or_else(none)?;
         let endpoint = Endpoint {
             container: container.to_owned(),
             netns: netns.to_path_buf(),
             interface: wish.interface.clone(),
             network: network.name.clone(),
             vni: network.vni,
-            address,
-            prefix: network.subnet.prefix_len(),
-            mac: endpoint_mac(&network.name, address),
+            address: first.addr(),
+            prefix: first.prefix_len(),
+            second: addresses.next(),
+            asks_from,
+            mac: endpoint_mac(&network.name, first.addr()),
             mtu: network.mtu(self.underlay),
             resolver,
             namespace: pod.namespace().unwrap_or_default(),
@@ -152,14 +157,14 @@ impl Agent {
 
     /// An earlier sandbox of the same pod may still have the address. Another pod's is never taken.
     async fn evict(&self, endpoint: &Endpoint) -> Result<(), PlugError> {
-        let same_address = |e: &Endpoint| {
-            e.network == endpoint.network && e.address == endpoint.address && e.container != endpoint.container
-        };
+        let shared = |e: &Endpoint| e.addresses().find(|address| endpoint.addresses().any(|own| own == *address));
+        let same_address =
+            |e: &Endpoint| e.network == endpoint.network && e.container != endpoint.container && shared(e).is_some();
         for before in self.journal.select(same_address) {
             if (&before.namespace, &before.pod) != (&endpoint.namespace, &endpoint.pod) {
                 return Err(PlugError::AddressInUse {
                     network: endpoint.network.clone(),
-                    address: endpoint.address,
+                    address: shared(&before).unwrap_or(endpoint.address),
                     holder: format!("{}/{}", before.namespace, before.pod),
                 });
             }
@@ -212,9 +217,11 @@ impl Agent {
 fn refuse_overlaps(networks: &[Network]) -> Result<(), PlugError> {
     for (position, one) in networks.iter().enumerate() {
         for other in networks.iter().skip(position + 1) {
-            if one.subnet.contains(&other.subnet) || other.subnet.contains(&one.subnet) {
-                let of = |n: &Network| format!("{} ({})", n.name, n.subnet);
-                return Err(PlugError::Overlap { one: of(one), other: of(other) });
+            for (a, b) in one.subnets.iter().flat_map(|a| other.subnets.iter().map(move |b| (a, b))) {
+                if a.contains(b) || b.contains(a) {
+                    let (one, other) = (format!("{} ({a})", one.name), format!("{} ({b})", other.name));
+                    return Err(PlugError::Overlap { one, other });
+                }
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -67,6 +67,7 @@ impl Agent {
             let names = pod.as_ref().map(|p| names::of(p)).unwrap_or_default();
             let endpoint = portolan_crds::Endpoint {
                 address: e.address.to_string(),
+                second_address: e.second.map(|second| second.addr().to_string()),
                 mac: e.mac.to_string(),
                 namespace: e.namespace.clone(),
                 pod: e.pod.clone(),
@@ -78,7 +79,7 @@ impl Agent {
                 prefer_same_node: names.prefer_same_node,
                 not_admitted: pod.as_ref().is_some_and(|p| missed::is_missed(p, &self.namespace)),
             };
-            Local { endpoint, current: pod.is_some_and(|p| pod::is_current(&p)) }
+            Local { endpoint, asks_from: e.asks_from, current: pod.is_some_and(|p| pod::is_current(&p)) }
         };
         endpoints.iter().map(local).collect()
     }
@@ -208,8 +209,12 @@ impl Sync<'_> {
             let same = self.agent.journal.select(|o| o.container == e.container);
             same.into_iter().map(|o| o.network).collect()
         };
-        let member =
-            |e: &Endpoint| Member { address: e.address.into(), namespace: e.namespace.clone(), networks: networks(e) };
+        // The server is asked by IPv4 alone.
+        let member = |e: &Endpoint| Member {
+            address: e.asks_from.map_or(e.address, IpAddr::from),
+            namespace: e.namespace.clone(),
+            networks: networks(e),
+        };
         endpoints.iter().map(member).collect()
     }
 

@@ -1,8 +1,9 @@
 //! From what the nodes say to what this node does: who is where, and who has which name. Pure.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
 };
 
 use ipnet::IpNet;
@@ -15,6 +16,8 @@ use portolan_net::{Forwarding, Mac, Peer};
 pub struct Local {
     /// The endpoint, as the slice has it.
     pub endpoint: Endpoint,
+    /// What it asks the DNS server from, if that is none of its addresses: this node's bridge has to know it.
+    pub asks_from: Option<Ipv4Addr>,
     /// Whether its pod is wanted here: it is in the API by this UID, and not being deleted.
     pub current: bool,
 }
@@ -22,14 +25,14 @@ pub struct Local {
 /// Who is on a network, and where.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct View {
-    local: Vec<Endpoint>,
+    local: Vec<Local>,
     remote: BTreeMap<Ipv4Addr, Vec<Endpoint>>,
     node: String,
     /// The other nodes by tunnel endpoint.
     nodes: BTreeMap<Ipv4Addr, String>,
 }
 
-/// Which of two endpoints with the same address is the right one; the greater wins. A pod that is wanted here is: its address
+/// Which of two endpoints with an address in common is the right one; the greater wins. A pod that is wanted here is: its address
 /// was given to it here, last. Else a ready one, else the one that was written last.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 struct Rank {
@@ -38,21 +41,49 @@ struct Rank {
     written: u64,
 }
 
+/// An endpoint that somebody says is there.
+struct Offer<'a> {
+    rank: Rank,
+    place: Place<'a>,
+    endpoint: &'a Endpoint,
+}
+
+enum Place<'a> {
+    /// On this node.
+    Here(&'a Local),
+    /// On the node with this tunnel endpoint.
+    Behind(Ipv4Addr),
+}
+
+/// Those of which no better one has an address, in the order of their addresses. An endpoint is there with all of its addresses or not at
+/// all: they are behind the same port.
+fn winners(mut offers: Vec<Offer<'_>>) -> impl Iterator<Item = Offer<'_>> {
+    offers.sort_by_key(|offer| Reverse(offer.rank));
+    let mut taken = BTreeSet::new();
+    let mut winners = BTreeMap::new();
+    for offer in offers {
+        let addresses: Vec<IpAddr> = identities(offer.endpoint).map(|(address, _)| address).collect();
+        if let Some(first) = addresses.first().copied()
+            && !addresses.iter().any(|address| taken.contains(address))
+        {
+            taken.extend(addresses);
+            winners.insert(first, offer);
+        }
+    }
+    winners.into_values()
+}
+
 impl View {
     /// Puts together what the slices of one network and this node's own endpoints say.
     ///
     /// `own` is this node's name; its slice is not asked, being made from `local`.
     pub fn new<'a>(own: &str, local: &[Local], slices: impl IntoIterator<Item = &'a NetworkNodeSlice>) -> Self {
-        let mut winners: BTreeMap<Ipv4Addr, (Rank, Option<Ipv4Addr>, &Endpoint)> = BTreeMap::new();
         let mut view = Self { node: own.to_owned(), ..Self::default() };
-        let mut offer = |endpoint, place, rank| {
-            let Some((address, _)) = identity(endpoint) else { return };
-            if winners.get(&address).is_none_or(|(best, ..)| rank > *best) {
-                winners.insert(address, (rank, place, endpoint));
-            }
-        };
-        for Local { endpoint, current } in local {
-            offer(endpoint, None, Rank { wanted_here: *current, ready: endpoint.ready && *current, written: 0 });
+        let mut offers = Vec::new();
+        let mut offer = |endpoint, place, rank| offers.push(Offer { rank, place, endpoint });
+        for it in local {
+            let rank = Rank { wanted_here: it.current, ready: it.endpoint.ready && it.current, written: 0 };
+            offer(&it.endpoint, Place::Here(it), rank);
         }
         for slice in slices.into_iter().filter(|s| s.spec.node != own) {
             let Ok(vtep) = slice.spec.vtep.parse::<Ipv4Addr>() else { continue };
@@ -62,13 +93,13 @@ impl View {
             // Versions order the writes of one API server; they are compared for no other purpose.
             let written = slice.metadata.resource_version.as_deref().and_then(|v| v.parse().ok()).unwrap_or(0);
             for endpoint in &slice.spec.endpoints {
-                offer(endpoint, Some(vtep), Rank { wanted_here: false, ready: endpoint.ready, written });
+                offer(endpoint, Place::Behind(vtep), Rank { wanted_here: false, ready: endpoint.ready, written });
             }
         }
-        for (_, place, endpoint) in winners.into_values() {
+        for Offer { place, endpoint, .. } in winners(offers) {
             match place {
-                None => view.local.push(endpoint.clone()),
-                Some(vtep) => view.remote.entry(vtep).or_default().push(endpoint.clone()),
+                Place::Here(local) => view.local.push(local.clone()),
+                Place::Behind(vtep) => view.remote.entry(vtep).or_default().push(endpoint.clone()),
             }
         }
         view
@@ -76,12 +107,13 @@ impl View {
 
     /// Where frames go.
     pub fn forwarding(&self, suppression: bool) -> Forwarding {
-        let identities = |endpoints: &[Endpoint]| {
-            endpoints.iter().filter_map(identity).map(|(address, mac)| (address.into(), mac)).collect()
+        let peer = |(vtep, endpoints): (&Ipv4Addr, &Vec<Endpoint>)| Peer {
+            vtep: *vtep,
+            endpoints: endpoints.iter().flat_map(identities).collect(),
         };
-        let peer =
-            |(vtep, endpoints): (&Ipv4Addr, &Vec<Endpoint>)| Peer { vtep: *vtep, endpoints: identities(endpoints) };
-        Forwarding { local: identities(&self.local), peers: self.remote.iter().map(peer).collect(), suppression }
+        let asking = |local: &Local| Some((local.asks_from?.into(), local.endpoint.mac.parse().ok()?));
+        let local = self.local.iter().flat_map(|local| identities(&local.endpoint).chain(asking(local)));
+        Forwarding { local: local.collect(), peers: self.remote.iter().map(peer).collect(), suppression }
     }
 
     /// Who has which name, `members` being the pods of this node that may ask, and `silent` the nodes that don't answer.
@@ -92,7 +124,7 @@ impl View {
         members: Vec<Member>,
         silent: &BTreeSet<Ipv4Addr>,
     ) -> NetworkZone {
-        let local = self.local.iter().map(|endpoint| host(endpoint, &self.node));
+        let local = self.local.iter().map(|local| host(&local.endpoint, &self.node));
         let remote = self.remote.iter().flat_map(|(vtep, endpoints)| {
             let node = self.nodes.get(vtep).map(String::as_str).unwrap_or_default();
             let is_silent = silent.contains(vtep);
@@ -139,7 +171,7 @@ fn host(endpoint: &Endpoint, node: &str) -> Host {
         owner: endpoint.owner.clone(),
         aliases: endpoint.aliases.clone(),
         node: node.to_owned(),
-        addresses: endpoint.address.parse().into_iter().collect(),
+        addresses: endpoint.addresses().collect(),
         ports: endpoint.ports.iter().map(port).collect(),
         ready: endpoint.ready,
         publish_not_ready: endpoint.publish_not_ready,
@@ -148,8 +180,10 @@ fn host(endpoint: &Endpoint, node: &str) -> Host {
     }
 }
 
-fn identity(endpoint: &Endpoint) -> Option<(Ipv4Addr, Mac)> {
-    Some((endpoint.address.parse().ok()?, endpoint.mac.parse().ok()?))
+/// The addresses of an endpoint, each with its MAC; none if that can't be read.
+fn identities(endpoint: &Endpoint) -> impl Iterator<Item = (IpAddr, Mac)> {
+    let mac: Option<Mac> = endpoint.mac.parse().ok();
+    endpoint.addresses().filter_map(move |address| Some((address, mac?)))
 }
 
 #[cfg(test)]
@@ -192,7 +226,7 @@ mod tests {
 
     #[test]
     fn the_ready_ones_are_answered() {
-        let local = [Local { endpoint: endpoint("shop", "db-0", Some("db"), 5, true), current: true }];
+        let local = [Local { endpoint: endpoint("shop", "db-0", Some("db"), 5, true), asks_from: None, current: true }];
         let there = slice(
             "b",
             2,
@@ -213,7 +247,7 @@ mod tests {
     #[test]
     fn pods_of_silent_nodes_are_told_apart() {
         let (b, c) = (slice("b", 2, "9", vec![endpoint("shop", "db-1", None, 6, true)]), slice("c", 3, "9", vec![]));
-        let local = [Local { endpoint: endpoint("shop", "db-0", None, 5, true), current: true }];
+        let local = [Local { endpoint: endpoint("shop", "db-0", None, 5, true), asks_from: None, current: true }];
         let silent = BTreeSet::from([Ipv4Addr::new(192, 0, 2, 2)]);
         let zone = View::new("a", &local, [&b, &c]).zone("backend", vec![], vec![], &silent);
         let told: Vec<_> = zone.hosts.iter().map(|h| (h.pod.as_str(), h.node_is_silent)).collect();
@@ -275,7 +309,7 @@ mod tests {
     fn a_moved_pod_is_where_it_is_wanted() {
         // The old node can't be reached: its slice says "ready" for ever.
         let stale = slice("old", 2, "9", vec![endpoint("shop", "db-0", None, 5, true)]);
-        let mut here = Local { endpoint: endpoint("shop", "db-0", None, 5, false), current: true };
+        let mut here = Local { endpoint: endpoint("shop", "db-0", None, 5, false), asks_from: None, current: true };
         let view = View::new("a", std::slice::from_ref(&here), [&stale]);
         assert_eq!((view.local.len(), places(&view)), (1, vec![(2, 0)]), "wanted here, though not ready yet");
         assert!(published(&view).is_empty());
@@ -287,6 +321,55 @@ mod tests {
         here.current = false;
         here.endpoint.ready = true;
         assert_eq!(places(&View::new("a", &[here], [&new])), [(3, 1)]);
+    }
+
+    fn dual(pod: &str, ipv4: u8, ipv6: u8, ready: bool) -> Endpoint {
+        Endpoint { second_address: Some(format!("fd32::{ipv6}")), ..endpoint("shop", pod, None, ipv4, ready) }
+    }
+
+    #[test]
+    fn both_addresses_are_forwarded_and_named() {
+        let here = Local { endpoint: dual("db-0", 5, 5, true), asks_from: None, current: true };
+        let view = View::new("a", &[here], [&slice("b", 2, "9", vec![dual("db-1", 6, 6, true)])]);
+        let forwarding = view.forwarding(false);
+        let texts =
+            |endpoints: &[(IpAddr, Mac)]| endpoints.iter().map(|(a, mac)| format!("{a} {mac}")).collect::<Vec<_>>();
+        assert_eq!(texts(&forwarding.local), ["10.32.0.5 02:00:00:00:00:05", "fd32::5 02:00:00:00:00:05"]);
+        let there = texts(&forwarding.peers[0].endpoints);
+        assert_eq!(there, ["10.32.0.6 02:00:00:00:00:06", "fd32::6 02:00:00:00:00:06"]);
+        let hosts = view.zone("backend", vec![], vec![], &BTreeSet::new()).hosts;
+        let addresses: Vec<_> = hosts.iter().flat_map(|host| &host.addresses).map(IpAddr::to_string).collect();
+        assert_eq!(addresses, ["10.32.0.5", "fd32::5", "10.32.0.6", "fd32::6"]);
+    }
+
+    #[test]
+    fn what_an_ipv6_pod_asks_from_is_known_to_its_own_node_only() {
+        let mut ipv6 = endpoint("shop", "db-0", None, 5, true);
+        ipv6.address = "fd32::5".into();
+        let asks_from = Some(Ipv4Addr::new(169, 254, 56, 1));
+        let mut here = Local { endpoint: ipv6, asks_from, current: true };
+        let view = View::new("a", std::slice::from_ref(&here), []);
+        let addresses: Vec<_> = view.forwarding(true).local.iter().map(|(address, _)| address.to_string()).collect();
+        assert_eq!(addresses, ["fd32::5", "169.254.56.1"]);
+        let hosts = view.zone("backend", vec![], vec![], &BTreeSet::new()).hosts;
+        assert_eq!(hosts[0].addresses, ["fd32::5".parse::<IpAddr>().unwrap()], "it is no name's address");
+        // The pod is on another node by now: nothing of it is here.
+        here.current = false;
+        let mut moved = here.endpoint.clone();
+        moved.ready = true;
+        assert!(View::new("a", &[here], [&slice("b", 2, "9", vec![moved])]).forwarding(true).local.is_empty());
+    }
+
+    /// Its addresses are behind one port: an endpoint that has lost one of them has lost the other too.
+    #[test]
+    fn an_endpoint_is_there_with_all_its_addresses_or_not_at_all() {
+        let stale = slice("old", 2, "9", vec![dual("gone", 5, 5, true), dual("stays", 7, 7, true)]);
+        for new in [dual("new", 5, 6, true), dual("new", 6, 5, true)] {
+            let there = slice("new", 3, "12", vec![new]);
+            for order in [[&stale, &there], [&there, &stale]] {
+                assert_eq!(published(&View::new("c", &[], order)), ["new new", "stays old"]);
+            }
+        }
     }
 
     #[test]

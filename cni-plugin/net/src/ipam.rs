@@ -1,8 +1,17 @@
-//! Which block a node takes, and which address in it. Pure: the lock is the IPBlock's name, not this code.
+//! Which block a node takes, and which address in it, of either family. Pure: the lock is the IPBlock's name, not this code.
 
-use std::{collections::BTreeSet, net::Ipv4Addr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv6Net};
+
+/// The most bits that the addresses of one block differ in: 64 addresses.
+const BLOCK_BITS: u8 = 6;
+/// Of a larger IPv6 subnet only the first part of this prefix length is given out: as many addresses as an IPv4 /8 has. So the addresses of
+/// one network differ in their last 24 bits, and [`crate::endpoint_mac`] never makes one MAC of two.
+const IPV6_POOL: u8 = 104;
 
 /// There is no address or block to give.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -13,7 +22,7 @@ pub enum AddressError {
     )]
     SubnetFull {
         /// The subnet.
-        subnet: Ipv4Net,
+        subnet: IpNet,
         /// How many usable blocks it has.
         blocks: usize,
     },
@@ -21,28 +30,56 @@ pub enum AddressError {
 
 /// The prefix of a subnet's blocks: sixteen blocks to a subnet, but never more than 64 addresses or less than one in a block.
 ///
-/// So a /20 or larger has blocks of 64, a /24 has 16 blocks of 16, and a /29 has blocks of a single address.
-pub fn block_prefix(subnet: Ipv4Net) -> u8 {
-    subnet.prefix_len().saturating_add(4).clamp(26, 32)
+/// So an IPv4 /20 or larger has blocks of 64, a /24 has 16 blocks of 16, and a /29 has blocks of a single address. IPv6 is the same: a /64 has
+/// blocks of 64 (/122), a /120 has 16 blocks of 16 (/124). A node that takes a block of each family can serve as many pods with both.
+pub fn block_prefix(subnet: IpNet) -> u8 {
+    let longest = subnet.max_prefix_len();
+    subnet.prefix_len().saturating_add(4).clamp(longest - BLOCK_BITS, longest)
+}
+
+/// The part of a subnet that is given out.
+fn pool(subnet: IpNet) -> IpNet {
+    match subnet {
+        IpNet::V6(net) => Ipv6Net::new(net.network(), net.prefix_len().max(IPV6_POOL)).unwrap_or(net).into(),
+        IpNet::V4(_) => subnet,
+    }
 }
 
 /// The blocks of a subnet that hold at least one address a pod can have, in order.
-pub fn blocks(subnet: Ipv4Net) -> impl Iterator<Item = Ipv4Net> {
-    subnet
+pub fn blocks(subnet: IpNet) -> impl Iterator<Item = IpNet> + Clone {
+    pool(subnet)
         .subnets(block_prefix(subnet))
         .into_iter()
         .flatten()
         .filter(move |block| usable(subnet, *block).next().is_some())
 }
 
-/// The addresses of a block that a pod can have: not the subnet's own, not its broadcast address.
+/// The addresses of a block that a pod can have: not the subnet's own (in IPv6 that of any of its routers: RFC 4291, section 2.6.1), not an
+/// IPv4 subnet's broadcast address.
 ///
 /// The subnet's first host address is kept free too: people expect a gateway there.
-fn usable(subnet: Ipv4Net, block: Ipv4Net) -> impl Iterator<Item = Ipv4Addr> {
-    let gateway = Ipv4Addr::from(u32::from(subnet.network()).saturating_add(1));
-    (u32::from(block.network())..=u32::from(block.broadcast()))
-        .map(Ipv4Addr::from)
-        .filter(move |a| *a != subnet.network() && *a != subnet.broadcast() && *a != gateway)
+pub fn usable(subnet: IpNet, block: IpNet) -> impl Iterator<Item = IpAddr> {
+    let gateway = number(subnet.network()).saturating_add(1);
+    let broadcast = matches!(subnet, IpNet::V4(_)).then(|| subnet.broadcast());
+    (number(block.network())..=number(block.broadcast()))
+        .filter(move |n| *n != gateway)
+        .map(move |n| address(n, subnet))
+        .filter(move |a| *a != subnet.network() && Some(*a) != broadcast)
+}
+
+fn number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => address.to_bits().into(),
+        IpAddr::V6(address) => address.to_bits(),
+    }
+}
+
+/// The address of a number, in the family of `subnet`.
+fn address(number: u128, subnet: IpNet) -> IpAddr {
+    match subnet {
+        IpNet::V4(_) => Ipv4Addr::from_bits(u32::try_from(number).unwrap_or(u32::MAX)).into(),
+        IpNet::V6(_) => Ipv6Addr::from_bits(number).into(),
+    }
 }
 
 /// The next block to claim: the first that nobody has, searched from a place that depends on the node, so that nodes that
@@ -50,20 +87,25 @@ fn usable(subnet: Ipv4Net, block: Ipv4Net) -> impl Iterator<Item = Ipv4Addr> {
 ///
 /// # Errors
 /// When every block is taken.
-pub fn free_block(subnet: Ipv4Net, taken: &BTreeSet<Ipv4Net>, node: &str) -> Result<Ipv4Net, AddressError> {
-    let all: Vec<Ipv4Net> = blocks(subnet).collect();
+pub fn free_block(subnet: IpNet, taken: &BTreeSet<IpNet>, node: &str) -> Result<IpNet, AddressError> {
+    let all = blocks(subnet);
+    let count = all.clone().count();
     let start = node.bytes().fold(0usize, |sum, b| sum.wrapping_mul(31).wrapping_add(usize::from(b)));
-    let count = all.len();
-    (0..count)
-        .filter_map(|i| all.get(start.wrapping_add(i) % count.max(1)))
-        .find(|block| !taken.iter().any(|t| t.contains(*block) || block.contains(t)))
-        .copied()
+    let start = start % count.max(1);
+    // A block is taken whole as a rule; one of another size is there only if the rule has changed since.
+    let is_taken =
+        |block: &IpNet| taken.contains(block) || taken.iter().any(|t| t.contains(block) || block.contains(t));
+    all.clone()
+        .skip(start)
+        .chain(all.take(start))
+        .find(|block| !is_taken(block))
         .ok_or(AddressError::SubnetFull { subnet, blocks: count })
 }
 
-/// The first address of a node's own blocks that is not in use; none when they are full.
-pub fn free_address(subnet: Ipv4Net, own: &[Ipv4Net], used: &BTreeSet<Ipv4Addr>) -> Option<Ipv4Addr> {
-    own.iter().flat_map(|block| usable(subnet, *block)).find(|address| !used.contains(address))
+/// The first address of a node's own blocks of a subnet that is not in use; none when they are full.
+pub fn free_address(subnet: IpNet, own: &[IpNet], used: &BTreeSet<IpAddr>) -> Option<IpAddr> {
+    let of_subnet = own.iter().filter(|block| subnet.contains(*block));
+    of_subnet.flat_map(|block| usable(subnet, *block)).find(|address| !used.contains(address))
 }
 
 #[cfg(test)]
@@ -71,7 +113,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn net(text: &str) -> Ipv4Net {
+    fn net(text: &str) -> IpNet {
         text.parse().unwrap()
     }
 
@@ -84,10 +126,18 @@ mod tests {
             ("10.32.0.0/24", 28),
             ("10.32.0.0/27", 31),
             ("10.32.0.0/29", 32),
+            ("fd32::/48", 122),
+            ("fd32::/64", 122),
+            ("fd32::/118", 122),
+            ("fd32::/120", 124),
         ];
         for (subnet, prefix) in cases {
             assert_eq!(block_prefix(net(subnet)), prefix, "{subnet}");
         }
+        for subnet in ["10.0.0.0/8", "fd32::/48", "fd32::/64"] {
+            assert_eq!(blocks(net(subnet)).count(), 1 << 18, "{subnet}");
+        }
+        assert_eq!((blocks(net("10.32.0.0/24")).count(), blocks(net("fd32::/120")).count()), (16, 16));
     }
 
     #[test]
@@ -102,15 +152,42 @@ mod tests {
         }
         let error = free_block(subnet, &taken, "node").unwrap_err();
         assert_eq!(error, AddressError::SubnetFull { subnet, blocks: 5 });
-        assert!(!used.contains(&Ipv4Addr::new(10, 32, 0, 0)) && !used.contains(&Ipv4Addr::new(10, 32, 0, 1)));
-        assert!(!used.contains(&Ipv4Addr::new(10, 32, 0, 7)));
+        let wrong: [IpAddr; 3] = ["10.32.0.0", "10.32.0.1", "10.32.0.7"].map(|a| a.parse().unwrap());
+        assert!(wrong.iter().all(|address| !used.contains(address)));
+    }
+
+    #[test]
+    fn a_120_gives_254_addresses_and_then_says_so() {
+        let subnet = net("fd32::/120");
+        let taken: BTreeSet<IpNet> = blocks(subnet).collect();
+        let own: Vec<IpNet> = taken.iter().copied().collect();
+        let mut used = BTreeSet::new();
+        while let Some(address) = free_address(subnet, &own, &used) {
+            used.insert(address);
+        }
+        assert_eq!(used.len(), 254);
+        assert_eq!(used.first().copied(), Some("fd32::2".parse().unwrap()), "neither the routers' nor a gateway's");
+        assert_eq!(used.last().copied(), Some("fd32::ff".parse().unwrap()), "IPv6 has no broadcast address");
+        let error = free_block(subnet, &taken, "node").unwrap_err().to_string();
+        assert!(error.starts_with("each of the 16 blocks of subnet fd32::/120 belongs to a node"), "{error}");
+    }
+
+    #[test]
+    fn blocks_of_the_other_family_are_no_use() {
+        let own = [net("10.32.0.0/26")];
+        assert_eq!(free_address(net("fd32::/64"), &own, &BTreeSet::new()), None);
+        assert!(free_block(net("fd32::/64"), &own.into_iter().collect(), "node").is_ok());
     }
 
     proptest! {
         /// Nodes that take turns in any order never give the same address twice, and never one outside of the subnet.
         #[test]
-        fn no_duplicates(prefix in 20u8..=29, turns in proptest::collection::vec(0usize..4, 1..120)) {
-            let subnet = Ipv4Net::new(Ipv4Addr::new(10, 32, 0, 0), prefix).unwrap().trunc();
+        fn no_duplicates(
+            (prefix, is_ipv6) in prop_oneof![(20u8..=29, Just(false)), (116u8..=120, Just(true))],
+            turns in proptest::collection::vec(0usize..4, 1..120),
+        ) {
+            let first = if is_ipv6 { "fd32::".parse().unwrap() } else { IpAddr::from([10, 32, 0, 0]) };
+            let subnet = IpNet::new(first, prefix).unwrap().trunc();
             let mut taken = BTreeSet::new();
             let mut own = vec![Vec::new(); 4];
             let mut given = BTreeSet::new();
@@ -129,7 +206,7 @@ mod tests {
                 };
                 prop_assert!(given.insert(address));
                 prop_assert!(subnet.contains(&address));
-                prop_assert!(address != subnet.network() && address != subnet.broadcast());
+                prop_assert!(address != subnet.network() && (is_ipv6 || address != subnet.broadcast()));
             }
         }
     }

@@ -19,7 +19,7 @@ mod sysctl;
 pub use dataplane::Dataplane;
 pub use error::{Error, Result};
 pub use forwarding::{Forwarding, Peer};
-pub use ipam::{AddressError, block_prefix, blocks, free_address, free_block};
+pub use ipam::{AddressError, block_prefix, blocks, free_address, free_block, usable};
 pub use mac::{Mac, MacError, endpoint_mac, port_name};
 pub use namespace::Namespace;
 pub use network::NetworkSpec;

@@ -1,6 +1,6 @@
 //! MAC addresses and names that derive from identities, so that they are the same on every node.
 
-use std::{fmt, net::Ipv4Addr, str::FromStr};
+use std::{fmt, net::IpAddr, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
@@ -50,12 +50,20 @@ impl From<Mac> for String {
     }
 }
 
-/// The MAC of an endpoint: locally administered, one byte from the network's name, then the address itself.
+/// The MAC of an endpoint: locally administered, one byte from the network's name, then the last 32 bits of its first address, which is its
+/// IPv4 address if it has one.
 ///
-/// The address is in it whole, so that two endpoints of one network never share a MAC, however many there are.
-pub fn endpoint_mac(network: &str, address: Ipv4Addr) -> Mac {
+/// Two endpoints of one network never share a MAC, however many there are: an IPv4 address is in it whole, and of an IPv6 subnet only
+/// addresses are given out that differ in these bits.
+pub fn endpoint_mac(network: &str, first: IpAddr) -> Mac {
     let hash = fnv1a(network.as_bytes());
-    let [a, b, c, d] = address.octets();
+    let [a, b, c, d] = match first {
+        IpAddr::V4(address) => address.octets(),
+        IpAddr::V6(address) => {
+            let [.., a, b, c, d] = address.octets();
+            [a, b, c, d]
+        }
+    };
     Mac([0x02, (hash ^ (hash >> 32)).to_le_bytes()[0], a, b, c, d])
 }
 
@@ -81,14 +89,31 @@ fn fnv1a(bytes: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ipam::{blocks, usable};
+
+    /// The first and the last blocks of the largest subnets: all that is given out between them differs in the same bits.
+    #[test]
+    fn endpoints_of_a_network_never_share_a_mac() {
+        for subnet in ["10.0.0.0/8", "fd32::/48", "fd32:0:0:ffff::/64", "fd32::/120"] {
+            let subnet = subnet.parse().unwrap();
+            let all = blocks(subnet).count();
+            let some = blocks(subnet).enumerate().filter(|(n, _)| *n < 40 || n % 1021 == 0 || all - n < 40);
+            let addresses: Vec<IpAddr> = some.flat_map(|(_, block)| usable(subnet, block)).collect();
+            let macs: std::collections::BTreeSet<Mac> = addresses.iter().map(|a| endpoint_mac("n", *a)).collect();
+            assert!(addresses.len() > 200 && macs.len() == addresses.len(), "{subnet}");
+        }
+    }
 
     #[test]
     fn endpoint_macs_are_stable_and_local() {
-        let mac = endpoint_mac("backend", Ipv4Addr::new(10, 32, 0, 5));
-        assert_eq!(mac, endpoint_mac("backend", Ipv4Addr::new(10, 32, 0, 5)));
+        let of = |network: &str, address: &str| endpoint_mac(network, address.parse().unwrap());
+        let mac = of("backend", "10.32.0.5");
+        assert_eq!(mac, of("backend", "10.32.0.5"));
         assert_eq!(mac.0[0] & 0x03, 0x02, "locally administered, unicast");
-        assert_ne!(mac, endpoint_mac("backend", Ipv4Addr::new(10, 32, 0, 6)));
-        assert_ne!(mac, endpoint_mac("frontend", Ipv4Addr::new(10, 32, 0, 5)));
+        assert_eq!(mac.0[2..], [10, 32, 0, 5], "what it was before there was IPv6");
+        assert_ne!(mac, of("backend", "10.32.0.6"));
+        assert_ne!(mac, of("frontend", "10.32.0.5"));
+        assert_eq!(of("backend", "fd32::12:3456").0[2..], [0, 0x12, 0x34, 0x56]);
         assert_eq!(mac.to_string().parse(), Ok(mac));
     }
 

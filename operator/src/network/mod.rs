@@ -16,7 +16,7 @@ use kube::api::ListParams;
 use kube::runtime::reflector::{self, Store};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client};
-use portolan_crds::{ContainerNetwork, NetworkNodeSlice};
+use portolan_crds::{ContainerNetwork, IPClaim, NetworkNodeSlice};
 use portolan_runtime::events::Events;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -36,6 +36,7 @@ pub async fn run(client: Client, events: Events, metrics: Metrics, stop: Cancell
     let (changed, mut changes) = mpsc::channel(1);
     let (nodes, node_writer) = reflector::store::<Node>();
     let (slices, slice_writer) = reflector::store::<NetworkNodeSlice>();
+    let (claims, claim_writer) = reflector::store::<IPClaim>();
     let node_events = watcher(Api::<Node>::all(client.clone()), watcher::Config::default())
         .modify(lighten)
         .default_backoff()
@@ -43,16 +44,22 @@ pub async fn run(client: Client, events: Events, metrics: Metrics, stop: Cancell
     let slice_events = watcher(Api::<NetworkNodeSlice>::all(client.clone()), watcher::Config::default())
         .default_backoff()
         .reflect(slice_writer);
+    let claim_events = watcher(Api::<IPClaim>::all(client.clone()), watcher::Config::default())
+        .default_backoff()
+        .reflect(claim_writer);
     let network_events =
         watcher(Api::<ContainerNetwork>::all(client.clone()), watcher::Config::default()).default_backoff();
 
     let work = async {
         // Before the first list is complete, a pass would take pods for gone.
-        if nodes.wait_until_ready().await.is_err() || slices.wait_until_ready().await.is_err() {
+        let (nodes_read, slices_read, claims_read) =
+            futures::join!(nodes.wait_until_ready(), slices.wait_until_ready(), claims.wait_until_ready());
+        if nodes_read.and(slices_read).and(claims_read).is_err() {
             return;
         }
+        let watched = Watched { nodes, slices, claims };
         loop {
-            let result = pass(&client, &nodes, &slices, &events).await;
+            let result = pass(&client, &watched, &events).await;
             metrics.network_pass(if result.is_ok() { Decision::Granted } else { Decision::Failed });
             let wait = match result {
                 Ok(()) => RESYNC,
@@ -71,6 +78,7 @@ pub async fn run(client: Client, events: Events, metrics: Metrics, stop: Cancell
         () = work => {}
         () = tell(node_events, &changed) => {}
         () = tell(slice_events, &changed) => {}
+        () = tell(claim_events, &changed) => {}
         () = tell(network_events, &changed) => {}
     }
 }
@@ -96,20 +104,22 @@ fn lighten(node: &mut Node) {
     }
 }
 
-async fn pass(
-    client: &Client,
-    nodes: &Store<Node>,
-    slices: &Store<NetworkNodeSlice>,
-    events: &Events,
-) -> Result<(), apply::Error> {
-    let world = read(client, nodes, slices).await?;
+/// What watches keep up to date.
+struct Watched {
+    nodes: Store<Node>,
+    slices: Store<NetworkNodeSlice>,
+    claims: Store<IPClaim>,
+}
+
+async fn pass(client: &Client, watched: &Watched, events: &Events) -> Result<(), apply::Error> {
+    let world = read(client, watched).await?;
     // One network's failure shall not keep the others waiting.
     let steps = futures::stream::iter(plan::plan(&world));
     let results: Vec<_> = steps.then(|step| apply::apply(client, events, step)).collect().await;
     results.into_iter().collect()
 }
 
-async fn read(client: &Client, nodes: &Store<Node>, slices: &Store<NetworkNodeSlice>) -> Result<World, apply::Error> {
+async fn read(client: &Client, watched: &Watched) -> Result<World, apply::Error> {
     // Not from a watch: a VNI that was given out a moment ago must be seen.
     let networks = Api::<ContainerNetwork>::all(client.clone());
     let networks = networks.list(&ListParams::default()).await.map_err(apply::Error::reading("ContainerNetworks"))?;
@@ -121,8 +131,9 @@ async fn read(client: &Client, nodes: &Store<Node>, slices: &Store<NetworkNodeSl
     };
     Ok(World {
         networks: networks.items,
-        nodes: nodes.state().iter().map(|node| Node::clone(node)).collect(),
-        slices: slices.state().iter().map(|slice| NetworkNodeSlice::clone(slice)).collect(),
+        nodes: watched.nodes.state().iter().map(|node| Node::clone(node)).collect(),
+        slices: watched.slices.state().iter().map(|slice| NetworkNodeSlice::clone(slice)).collect(),
+        claims: watched.claims.state().iter().map(|claim| IPClaim::clone(claim)).collect(),
         service_cidrs,
     })
 }

@@ -1,12 +1,15 @@
 //! From what is there to what is to be written. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::net::IpAddr;
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::ResourceExt;
 use portolan_crds::{
-    ContainerNetwork, ContainerNetworkStatus, Endpoint, NETWORK_FINALIZER, NetworkNodeSlice, condition,
+    AddressCounts, ContainerNetwork, ContainerNetworkStatus, Endpoint, IPClaim, NETWORK_FINALIZER, NetworkNodeSlice,
+    capacity, condition, subnets,
 };
 use portolan_runtime::conditions;
 
@@ -25,6 +28,8 @@ pub struct World {
     pub nodes: Vec<Node>,
     /// All slices.
     pub slices: Vec<NetworkNodeSlice>,
+    /// All claims.
+    pub claims: Vec<IPClaim>,
     /// The ranges of Services, where the API tells them.
     pub service_cidrs: Vec<ServiceCIDR>,
 }
@@ -51,8 +56,9 @@ pub fn plan(world: &World) -> Vec<Step> {
     let pods = plugged_pods(&world.slices, |_| true);
     let missed = plugged_pods(&world.slices, |it| it.not_admitted);
     let count = |name: &str| pods.get(name).map_or(0, Vec::len);
+    let used = used_addresses(world);
     let usable: BTreeMap<String, Result<(), Refusal>> =
-        world.networks.iter().map(|network| (network.name_any(), validate::check(network, &taken))).collect();
+        world.networks.iter().map(|network| (network.name_any(), validate::check(network, &taken).map(drop))).collect();
     // A network that can't be used gets no VNI, but keeps the one it has: pods may be plugged in.
     let numbered: Vec<ContainerNetwork> = world
         .networks
@@ -71,8 +77,9 @@ pub fn plan(world: &World) -> Vec<Step> {
         let none = Vec::new();
         let plugged = pods.get(&name).unwrap_or(&none);
         let missed = missed.get(&name).unwrap_or(&none);
+        let seen = Seen { pods: plugged, missed, used: used.get(name.as_str()) };
         if network.metadata.deletion_timestamp.is_some() {
-            steps.extend(ending(network, plugged, missed));
+            steps.extend(ending(network, &seen));
             continue;
         }
         if !network.finalizers().iter().any(|finalizer| finalizer == NETWORK_FINALIZER) {
@@ -83,7 +90,7 @@ pub fn plan(world: &World) -> Vec<Step> {
             (_, Some(Ok(vni))) => Ok(*vni),
             (_, None) => continue,
         };
-        steps.extend(status(network, outcome, plugged.len(), missed));
+        steps.extend(status(network, outcome, &seen));
     }
     steps
 }
@@ -99,6 +106,38 @@ fn plugged_pods(slices: &[NetworkNodeSlice], is: impl Fn(&Endpoint) -> bool) -> 
     pods
 }
 
+/// Which addresses of which network are somebody's: a pod's, or kept for one.
+fn used_addresses(world: &World) -> BTreeMap<&str, HashSet<IpAddr>> {
+    let mut used: BTreeMap<&str, HashSet<IpAddr>> = BTreeMap::new();
+    for slice in &world.slices {
+        let addresses = slice.spec.endpoints.iter().flat_map(|endpoint| endpoint.addresses());
+        used.entry(&slice.spec.network).or_default().extend(addresses);
+    }
+    for claim in &world.claims {
+        used.entry(&claim.spec.network).or_default().extend(claim.spec.addresses());
+    }
+    used
+}
+
+/// What the nodes say of one network.
+struct Seen<'a> {
+    /// Who is plugged in.
+    pods: &'a [String],
+    /// Who of them doesn't get the network's names.
+    missed: &'a [String],
+    /// Which addresses are somebody's.
+    used: Option<&'a HashSet<IpAddr>>,
+}
+
+impl Seen<'_> {
+    fn counts(&self, subnet: IpNet) -> AddressCounts {
+        let used = self.used.map_or(0, |used| used.iter().filter(|address| subnet.contains(*address)).count());
+        let used = i64::try_from(used).unwrap_or(i64::MAX);
+        let all = i64::try_from(capacity(subnet)).unwrap_or(i64::MAX);
+        AddressCounts { used, free: all.saturating_sub(used).max(0) }
+    }
+}
+
 /// The first of them in order, and how many more there are.
 fn listed(pods: &[String]) -> String {
     let mut named = pods.to_vec();
@@ -109,46 +148,47 @@ fn listed(pods: &[String]) -> String {
     format!("{}{more}", named.join(", "))
 }
 
-fn ending(network: &ContainerNetwork, plugged: &[String], missed: &[String]) -> Option<Step> {
-    if plugged.is_empty() {
+fn ending(network: &ContainerNetwork, seen: &Seen<'_>) -> Option<Step> {
+    if seen.pods.is_empty() {
         let ours = network.finalizers().iter().any(|finalizer| finalizer == NETWORK_FINALIZER);
         return ours.then(|| Step::Release(network.clone()));
     }
-    let message = format!("deletion waits for the pods that are plugged in: {}", listed(plugged));
+    let message = format!("deletion waits for the pods that are plugged in: {}", listed(seen.pods));
     let vni = network.status.as_ref().and_then(|status| status.vni);
     let refusal = Refusal { reason: "Deleting", message };
-    written(network, vni, Err(refusal), plugged.len(), missed)
+    written(network, vni, Err(refusal), seen)
 }
 
-fn status(
-    network: &ContainerNetwork,
-    outcome: Result<u32, Refusal>,
-    endpoints: usize,
-    missed: &[String],
-) -> Option<Step> {
+fn status(network: &ContainerNetwork, outcome: Result<u32, Refusal>, seen: &Seen<'_>) -> Option<Step> {
     let held = network.status.as_ref().and_then(|status| status.vni);
     let vni = outcome.as_ref().ok().copied().or(held);
-    written(network, vni, outcome.map(|_| ()), endpoints, missed)
+    written(network, vni, outcome.map(|_| ()), seen)
 }
 
 fn written(
     network: &ContainerNetwork,
     vni: Option<u32>,
     outcome: Result<(), Refusal>,
-    endpoints: usize,
-    missed: &[String],
+    seen: &Seen<'_>,
 ) -> Option<Step> {
     let before = network.status.clone().unwrap_or_default();
     let mut status = before.clone();
     status.vni = vni;
-    status.endpoints = i64::try_from(endpoints).unwrap_or(i64::MAX);
+    status.endpoints = i64::try_from(seen.pods.len()).unwrap_or(i64::MAX);
+    for subnet in subnets(&network.spec.subnets).unwrap_or_default() {
+        let counts = Some(seen.counts(subnet));
+        match subnet {
+            IpNet::V4(_) => status.ipv4 = counts,
+            IpNet::V6(_) => status.ipv6 = counts,
+        }
+    }
     let (state, reason, message) = match &outcome {
         Ok(()) => (condition::TRUE, "Accepted", "pods can be plugged in"),
         Err(refusal) => (condition::FALSE, refusal.reason, refusal.message.as_str()),
     };
     let generation = network.metadata.generation;
     conditions::set(&mut status.conditions, condition::READY, state, reason, message, generation);
-    let (state, reason, message) = names_injected(missed);
+    let (state, reason, message) = names_injected(seen.missed);
     conditions::set(&mut status.conditions, condition::NAMES_INJECTED, state, reason, &message, generation);
     (status != before).then(|| Step::Status { network: network.clone(), status })
 }
@@ -171,7 +211,7 @@ fn names_injected(missed: &[String]) -> (&'static str, &'static str, String) {
 mod tests {
     use super::*;
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-    use portolan_crds::{ContainerNetworkSpec, NetworkNodeSliceSpec};
+    use portolan_crds::{ContainerNetworkSpec, IPClaimSpec, NetworkNodeSliceSpec};
 
     fn network(name: &str) -> ContainerNetwork {
         let spec = ContainerNetworkSpec { subnets: vec!["10.32.0.0/16".to_owned()], ..Default::default() };
@@ -202,6 +242,35 @@ mod tests {
         let Step::Status { status, .. } = &steps[1] else { panic!("{steps:?}") };
         assert_eq!((status.vni, status.endpoints), (Some(vni::FIRST), 2));
         assert_eq!(ready(status), ("True", "Accepted"));
+    }
+
+    #[test]
+    fn addresses_are_counted_by_family() {
+        let mut dual = network("a");
+        dual.spec.subnets = vec!["fd32::/120".to_owned(), "10.32.0.0/24".to_owned()];
+        let mut plugged = slice("a", 0);
+        let endpoint = |last: u8, second: Option<&str>| Endpoint {
+            address: format!("10.32.0.{last}"),
+            second_address: second.map(str::to_owned),
+            ..Default::default()
+        };
+        plugged.spec.endpoints = vec![endpoint(5, Some("fd32::5")), endpoint(6, None)];
+        let claim = |address: &str, second: Option<&str>| {
+            let (network, second_address) = ("a".to_owned(), second.map(str::to_owned));
+            let spec = IPClaimSpec { network, address: address.to_owned(), second_address, ..Default::default() };
+            IPClaim::new(address, spec)
+        };
+        // One that is plugged in, and one that isn't; and another network's.
+        let mut claims = vec![claim("10.32.0.5", Some("fd32::5")), claim("10.32.0.9", Some("fd32::9"))];
+        claims.push(claim("10.32.0.77", None));
+        claims[2].spec.network = "b".to_owned();
+        let world = World { networks: vec![dual], slices: vec![plugged], claims, ..Default::default() };
+        let Step::Status { status, .. } = &plan(&world)[1] else { panic!() };
+        assert_eq!(status.ipv4, Some(AddressCounts { used: 3, free: 250 }));
+        assert_eq!(status.ipv6, Some(AddressCounts { used: 2, free: 252 }));
+        let only_ipv4 = World { networks: vec![network("a")], ..Default::default() };
+        let Step::Status { status, .. } = &plan(&only_ipv4)[1] else { panic!() };
+        assert_eq!((status.ipv4, status.ipv6), (Some(AddressCounts { used: 0, free: 65533 }), None));
     }
 
     #[test]

@@ -1,12 +1,12 @@
-//! May a network have its subnet? Pure.
+//! May a network have its subnets? Pure.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::ResourceExt;
-use portolan_crds::{ContainerNetwork, DNS_ADDRESS};
+use portolan_crds::{ContainerNetwork, DNS_ADDRESS, IPV6_LEAST_MTU, RESOLVER_RANGE, subnets};
 
 /// Why a network can't be used: the Ready condition's reason and message.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -20,86 +20,71 @@ pub struct Refusal {
 /// A range that is in use elsewhere: a pod that reaches it through a network could not reach its true owner.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Taken {
-    range: Ipv4Net,
+    range: IpNet,
     owner: String,
 }
 
-/// Everything that a network's subnet must keep clear of.
+/// Everything that a network's subnets must keep clear of, of both families.
 pub fn taken(nodes: &[Node], service_cidrs: &[ServiceCIDR]) -> Vec<Taken> {
-    let mut taken = vec![Taken { range: host(DNS_ADDRESS), owner: format!("Portolan's DNS address {DNS_ADDRESS}") }];
-    for node in nodes {
-        taken.extend(of_node(node));
-    }
-    for service_cidr in service_cidrs {
-        let cidrs = service_cidr.spec.iter().flat_map(|spec| spec.cidrs.iter().flatten());
-        taken.extend(
-            cidrs
-                .filter_map(|cidr| v4(cidr))
-                .map(|range| Taken { range, owner: format!("the Services' range {range}") }),
-        );
-    }
+    let dns = Taken { range: host(DNS_ADDRESS.into()), owner: format!("Portolan's DNS address {DNS_ADDRESS}") };
+    let owner = format!("the addresses {RESOLVER_RANGE} that pods without IPv4 ask Portolan's DNS from");
+    let mut taken = vec![dns, Taken { range: RESOLVER_RANGE.into(), owner }];
+    taken.extend(nodes.iter().flat_map(of_node));
+    let cidrs = service_cidrs.iter().flat_map(|it| &it.spec).flat_map(|spec| spec.cidrs.iter().flatten());
+    let services = |range| Taken { range, owner: format!("the Services' range {range}") };
+    taken.extend(cidrs.filter_map(|cidr| net(cidr)).map(services));
     taken
 }
 
-fn of_node(node: &Node) -> impl Iterator<Item = Taken> {
+fn of_node(node: &Node) -> Vec<Taken> {
     let name = node.name_any();
     let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
     let addresses = addresses
         .filter(|address| address.type_ == "InternalIP")
-        .filter_map(|address| address.address.parse::<Ipv4Addr>().ok())
-        .map(|address| Taken { range: host(address), owner: format!("{name}'s address {address}") })
-        .collect::<Vec<_>>();
+        .filter_map(|address| address.address.parse::<IpAddr>().ok())
+        .map(|address| Taken { range: host(address), owner: format!("{name}'s address {address}") });
     let ranges = node.spec.iter().flat_map(|spec| spec.pod_cidrs.iter().flatten());
-    let ranges = ranges
-        .filter_map(|cidr| v4(cidr))
-        .map(|range| Taken { range, owner: format!("{name}'s pod range {range}") })
-        .collect::<Vec<_>>();
-    addresses.into_iter().chain(ranges)
+    let ranges =
+        ranges.filter_map(|cidr| net(cidr)).map(|range| Taken { range, owner: format!("{name}'s pod range {range}") });
+    addresses.chain(ranges).collect()
 }
 
-fn host(address: Ipv4Addr) -> Ipv4Net {
-    Ipv4Net::from(address)
+fn host(address: IpAddr) -> IpNet {
+    IpNet::from(address)
 }
 
-fn v4(cidr: &str) -> Option<Ipv4Net> {
-    match cidr.parse() {
-        Ok(IpNet::V4(range)) => Some(range.trunc()),
-        _ => None,
-    }
+fn net(cidr: &str) -> Option<IpNet> {
+    cidr.parse().ok().map(|range: IpNet| range.trunc())
 }
 
-/// Checks the subnet of `network`.
+/// Checks the subnets of `network`; returns them, the IPv4 one first.
 ///
 /// # Errors
-/// When it isn't usable for pods, or overlaps something in `taken`.
-pub fn check(network: &ContainerNetwork, taken: &[Taken]) -> Result<(), Refusal> {
-    for given in &network.spec.subnets {
-        let subnet = v4(given).ok_or_else(|| Refusal {
-            reason: "SubnetInvalid",
-            message: format!("subnet {given} is not an IPv4 CIDR: give one such as 10.32.0.0/16"),
-        })?;
-        if !is_unicast(subnet) {
-            let message =
-                format!("subnet {subnet} holds addresses that no pod can have: give one such as 10.32.0.0/16");
-            return Err(Refusal { reason: "SubnetInvalid", message });
-        }
-        if let Some(other) = taken.iter().find(|other| overlap(other.range, subnet)) {
-            let message = format!("subnet {subnet} overlaps {}: choose another subnet", other.owner);
+/// When one isn't usable for pods, or overlaps something in `taken`.
+pub fn check(network: &ContainerNetwork, taken: &[Taken]) -> Result<Vec<IpNet>, Refusal> {
+    let spec = &network.spec;
+    let subnets =
+        subnets(&spec.subnets).map_err(|error| Refusal { reason: "SubnetInvalid", message: error.to_string() })?;
+    for subnet in &subnets {
+        if let Some(other) = taken.iter().find(|other| overlap(other.range, *subnet)) {
+            let message = format!("spec.subnets: {subnet} overlaps {}: choose another subnet", other.owner);
             return Err(Refusal { reason: "SubnetOverlaps", message });
         }
     }
-    Ok(())
+    let has_ipv6 = subnets.iter().any(|subnet| matches!(subnet, IpNet::V6(_)));
+    match spec.mtu {
+        Some(mtu) if has_ipv6 && mtu < IPV6_LEAST_MTU => {
+            let message =
+                format!("spec.mtu: {mtu} is too small for an IPv6 subnet; allowed: {IPV6_LEAST_MTU} to 9000, or none");
+            Err(Refusal { reason: "MTUTooSmall", message })
+        }
+        _ => Ok(subnets),
+    }
 }
 
-fn overlap(one: Ipv4Net, other: Ipv4Net) -> bool {
-    one.contains(&other.network()) || other.contains(&one.network())
-}
-
-/// Neither "this network" nor loopback nor multicast nor reserved (RFC 6890).
-fn is_unicast(subnet: Ipv4Net) -> bool {
-    let (first, last) = (subnet.network(), subnet.broadcast());
-    let octet = |address: Ipv4Addr| address.octets()[0];
-    octet(first) != 0 && octet(last) < 224 && !IpAddr::V4(first).is_loopback()
+/// Whether two ranges have an address in common; those of different families have none.
+fn overlap(one: IpNet, other: IpNet) -> bool {
+    one.contains(&other) || other.contains(&one)
 }
 
 #[cfg(test)]
@@ -108,32 +93,35 @@ mod tests {
     use portolan_crds::ContainerNetworkSpec;
     use serde_json::json;
 
-    fn network(subnet: &str) -> ContainerNetwork {
-        ContainerNetwork::new("n", ContainerNetworkSpec { subnets: vec![subnet.to_owned()], ..Default::default() })
+    fn network(subnets: &[&str]) -> ContainerNetwork {
+        let subnets = subnets.iter().map(|subnet| (*subnet).to_owned()).collect();
+        ContainerNetwork::new("n", ContainerNetworkSpec { subnets, ..Default::default() })
     }
 
     fn cluster() -> Vec<Taken> {
-        let node = |name: &str, address: &str, pods: &str| -> Node {
+        let node = |name: &str, address: &str, pods: &str, last: u8| -> Node {
             serde_json::from_value(json!({
                 "metadata": {"name": name},
-                "spec": {"podCIDRs": [pods, "fd00::/64"]},
+                "spec": {"podCIDRs": [pods, format!("fd00:0:0:{last}::/64")]},
                 "status": {"addresses": [
                     {"type": "Hostname", "address": name},
                     {"type": "InternalIP", "address": address},
-                    {"type": "InternalIP", "address": "fd01::1"},
+                    {"type": "InternalIP", "address": format!("fd01::{last}")},
                 ]},
             }))
             .unwrap()
         };
-        let services =
-            serde_json::from_value(json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}}));
-        let nodes = [node("node1", "10.89.0.11", "10.244.0.0/24"), node("node2", "10.89.0.12", "10.244.1.0/24")];
-        taken(&nodes, &[services.unwrap()])
+        let services = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16", "fd02::/108"]}});
+        let nodes = [node("node1", "10.89.0.11", "10.244.0.0/24", 1), node("node2", "10.89.0.12", "10.244.1.0/24", 2)];
+        taken(&nodes, &[serde_json::from_value(services).unwrap()])
     }
 
     #[test]
-    fn a_free_subnet_is_accepted() {
-        assert_eq!(check(&network("10.32.0.0/16"), &cluster()), Ok(()));
+    fn free_subnets_are_accepted() {
+        let both: Vec<IpNet> = vec!["10.32.0.0/16".parse().unwrap(), "fd32::/64".parse().unwrap()];
+        assert_eq!(check(&network(&["fd32::/64", "10.32.0.0/16"]), &cluster()), Ok(both.clone()));
+        assert_eq!(check(&network(&["10.32.0.0/16"]), &cluster()), Ok(both[..1].to_vec()));
+        assert_eq!(check(&network(&["fd32::/64"]), &cluster()), Ok(both[1..].to_vec()));
     }
 
     #[test]
@@ -144,19 +132,42 @@ mod tests {
             ("10.244.0.0/15", "node1's pod range 10.244.0.0/24"),
             ("10.96.12.0/24", "the Services' range 10.96.0.0/16"),
             ("169.254.0.0/16", "Portolan's DNS address 169.254.53.53"),
+            ("169.254.57.0/24", "the addresses 169.254.56.0/21 that pods without IPv4 ask Portolan's DNS from"),
+            ("fd01::/64", "node1's address fd01::1"),
+            ("fd00:0:0:2::/96", "node2's pod range fd00:0:0:2::/64"),
+            ("fd00::/48", "node1's pod range fd00:0:0:1::/64"),
+            ("fd02::/64", "the Services' range fd02::/108"),
         ] {
-            let refusal = check(&network(subnet), &cluster()).unwrap_err();
-            assert_eq!(refusal.reason, "SubnetOverlaps");
-            assert_eq!(refusal.message, format!("subnet {subnet} overlaps {owner}: choose another subnet"));
+            let other = if subnet.contains(':') { "10.32.0.0/16" } else { "fd32::/64" };
+            for subnets in [&[subnet][..], &[subnet, other], &[other, subnet]] {
+                let refusal = check(&network(subnets), &cluster()).unwrap_err();
+                assert_eq!(refusal.reason, "SubnetOverlaps");
+                assert_eq!(refusal.message, format!("spec.subnets: {subnet} overlaps {owner}: choose another subnet"));
+            }
         }
     }
 
     #[test]
-    fn a_subnet_that_pods_cannot_use_is_invalid() {
-        for subnet in ["127.0.0.0/8", "224.0.0.0/8", "0.0.0.0/8", "fd00::/64", "backend"] {
-            let refusal = check(&network(subnet), &cluster()).unwrap_err();
-            assert_eq!(refusal.reason, "SubnetInvalid", "{subnet}");
-            assert!(refusal.message.contains(subnet), "{}", refusal.message);
+    fn subnets_that_pods_cannot_use_are_invalid() {
+        for subnets in [&["127.0.0.0/8"][..], &["fe80::/64"], &["backend"], &["10.32.0.0/16", "10.33.0.0/16"], &[]] {
+            let refusal = check(&network(subnets), &cluster()).unwrap_err();
+            assert_eq!(refusal.reason, "SubnetInvalid", "{subnets:?}");
+            assert!(refusal.message.starts_with("spec.subnets: "), "{}", refusal.message);
+            assert!(refusal.message.contains(&subnets.join(", ")), "{}", refusal.message);
         }
+    }
+
+    #[test]
+    fn ipv6_needs_its_least_mtu() {
+        let with_mtu = |subnets: &[&str], mtu| {
+            let mut network = network(subnets);
+            network.spec.mtu = Some(mtu);
+            check(&network, &cluster()).map(drop)
+        };
+        let refusal = with_mtu(&["10.32.0.0/16", "fd32::/64"], 1279).unwrap_err();
+        assert_eq!(refusal.reason, "MTUTooSmall");
+        assert!(refusal.message.starts_with("spec.mtu: 1279 ") && refusal.message.contains("1280"), "{refusal:?}");
+        assert_eq!(with_mtu(&["fd32::/64"], 1280), Ok(()));
+        assert_eq!(with_mtu(&["10.32.0.0/16"], 576), Ok(()));
     }
 }
