@@ -83,6 +83,22 @@ fn add_asks_the_agent_and_passes_the_result_on_unchanged() {
     assert_eq!((pod.namespace.as_str(), pod.name.as_str(), pod.uid.as_deref()), ("shop", "db-0", Some("u-1")));
 }
 
+/// The pod's own addresses are the primary plugin's to tell: both families, in each version's form, go on as they came.
+#[test]
+fn a_result_with_both_families_is_passed_on_unchanged() {
+    let directory = tempfile::tempdir().unwrap();
+    let old = r#"{"cniVersion":"0.3.1","ips":[{"version":"4","interface":0,"address":"10.244.1.7/24"},{"version":"6","interface":0,"address":"fd00::7/64"}],"dns":{}}"#;
+    let new = r#"{"cniVersion":"1.1.0","ips":[{"interface":0,"address":"fd00::7/64"},{"interface":0,"address":"10.244.1.7/24"}],"dns":{}}"#;
+    for (version, previous) in [("0.3.1", old), ("1.1.0", new)] {
+        let socket = directory.path().join(version);
+        let asked = agent(&socket, Answer::default());
+        let stdin = config(&socket, version).replace(PREVIOUS, previous);
+        let (code, output) = printed(&environment("ADD"), stdin.as_bytes());
+        assert_eq!((code, output.trim_end()), (0, previous));
+        asked.join().unwrap();
+    }
+}
+
 #[test]
 fn the_agents_refusal_reaches_the_runtime() {
     let directory = tempfile::tempdir().unwrap();

@@ -165,7 +165,8 @@ async fn addresses_of_both_families_aliases_and_services() {
     }
     let answer = server.ask(POD_ON_A, "_http._tcp.web.a", RecordType::SRV).await;
     assert_eq!(texts(&answer), ["0 1 8080 web-0.shop.a."]);
-    assert_eq!(answer.additionals.len(), 2, "its addresses come along");
+    let along: Vec<String> = answer.additionals.iter().map(|record| record.data.to_string()).collect();
+    assert_eq!(along, ["10.0.0.8", "fd00::8"], "its addresses come along");
     let code = async |name| {
         let answer = server.ask(POD_ON_A, name, RecordType::SRV).await;
         assert!(answer.answers.is_empty() && answer.authorities[0].record_type() == RecordType::SOA, "{name}");
@@ -176,6 +177,25 @@ async fn addresses_of_both_families_aliases_and_services() {
         let exists = name == "_tcp.web.a";
         assert_eq!(code(name).await, if exists { ResponseCode::NoError } else { ResponseCode::NXDomain }, "{name}");
     }
+}
+
+/// Pods of networks without IPv4: their names exist, and have no A.
+#[tokio::test]
+async fn a_pod_without_ipv4_has_no_data_of_that_family() {
+    let server = start(vec![]).await;
+    let six: Vec<String> = (2..4).map(|last| format!("fd00::{last}")).collect();
+    let only_six = |last: u8| Host {
+        addresses: vec![six[usize::from(last) - 2].parse().unwrap()],
+        ..host("shop", &format!("six-{last}"), Some("six"), last)
+    };
+    let zone = NetworkZone { name: "a".to_owned(), hosts: vec![only_six(2), only_six(3)], ..NetworkZone::default() };
+    server.zone.replace(Zone::new(vec![zone]));
+    let mut answered = texts(&server.ask(POD_ON_A, "six.shop.a", RecordType::AAAA).await);
+    answered.sort();
+    assert_eq!(answered, six);
+    let no_data = server.ask(POD_ON_A, "six.shop.a", RecordType::A).await;
+    assert_eq!((no_data.metadata.response_code, no_data.answers.len()), (ResponseCode::NoError, 0));
+    assert_eq!(no_data.authorities[0].record_type(), RecordType::SOA, "so it may be kept (RFC 2308)");
 }
 
 #[tokio::test]
