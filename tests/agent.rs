@@ -235,7 +235,8 @@ async fn names_are_answered_at_a_network_without_ipv4() {
         ..NetworkZone::default()
     };
     let snapshot = Snapshot { upstream: vec![], zones: vec![zone] };
-    let mut resolvers = Resolvers::resume(&node.dataplane, &node.journal(), snapshot, portolan_dns::Metrics::default());
+    let mut resolvers =
+        Resolvers::resume(&node.dataplane, &node.journal(), snapshot, None, portolan_dns::Metrics::default());
     let pod = Namespace::open(node.root.path(), Path::new("/run/netns/pod")).unwrap();
     let ask = |name: &str, kind: RecordType| {
         let mut question = Message::new(4711, MessageType::Query, OpCode::Query);

@@ -251,7 +251,8 @@ mod tests {
         web.address = "fd32::1".into();
         let spec = json!({"metadata": {"name": "backend"}, "spec": {"subnets": ["10.32.0.0/16", "fd32::/64"]}});
         let networks = [serde_json::from_value(spec).unwrap()];
-        let ask = |name: &str| explained(name, &Asker::new("shop", "web", &slices).unwrap(), &slices, &networks);
+        let (asker, domain) = (Asker::new("shop", "web", &slices).unwrap(), "portolan.internal".parse().unwrap());
+        let ask = |name: &str| explained(name, &domain, &asker, &slices, &networks);
         let text = ask("db.backend");
         assert!(
             text.lines().any(|line| line.starts_with("shop/db-1") && line.contains("10.32.0.3,fd32::3 ")),

@@ -2,7 +2,6 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket},
-    os::fd::OwnedFd,
     path::PathBuf,
 };
 
@@ -72,7 +71,7 @@ fn pings(from: &Pod<'_>, to: impl Into<IpAddr>) -> bool {
         message
     };
     from.inside(|| {
-        let socket = UdpSocket::from(OwnedFd::from(socket(family, SocketType::RAW, Some(protocol))?));
+        let socket = UdpSocket::from(socket(family, SocketType::RAW, Some(protocol))?);
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.connect((to, 0))?;
         socket.send(&message(kinds[0]))?;

@@ -270,7 +270,7 @@ mod tests {
 
     #[test]
     fn everyone_is_told_of_all_networks() {
-        let local = [Local { endpoint: endpoint("shop", "db-0", None, 5, true), current: true }];
+        let local = [Local { endpoint: endpoint("shop", "db-0", None, 5, true), asks_from: None, current: true }];
         let of = |network: &str, node: &str, vtep, endpoints| {
             let mut slice = slice(node, vtep, "9", endpoints);
             slice.spec.network = network.into();
