@@ -11,20 +11,22 @@ mod copy;
 mod diagram;
 mod event;
 #[cfg(test)]
-mod event_tests;
-#[cfg(test)]
 mod model;
 mod plan;
 mod snapshots;
 #[cfg(test)]
 mod tests;
+mod transition;
+#[cfg(test)]
+mod transition_tests;
 
 use portolan_crds::PortableVolume;
 
 pub use copy::{Local, concerns, is_copy, known_guids, shared_guids};
-pub use event::{Ask, DIVERGED, Event, Refused, Round, applied, ready, transition};
+pub use event::{Ask, Event, Refused, Round};
 pub use plan::{Action, plan};
 pub use snapshots::{Asked, Known, is_final_name, travels};
+pub use transition::{DIVERGED, applied, ready, transition};
 
 /// What one party knows of a volume.
 #[derive(Clone, Debug)]
