@@ -45,6 +45,13 @@ pub(super) async fn clones(node: &impl Node) {
     let renamed = pool.child("origin-renamed").unwrap();
     zfs.rename(&origin, &renamed).await.unwrap();
     assert_eq!(zfs.dataset(&clone).await.unwrap().origin, Some(renamed.snapshot("s").unwrap()));
+    let other = renamed.snapshot("portolan-0-5").unwrap();
+    zfs.rename_snapshot(&renamed.snapshot("s").unwrap(), other.short()).await.unwrap();
+    let found = zfs.snapshots(&renamed).await.unwrap();
+    assert_eq!((&found[0].name, found[0].guid), (&other, snapshot.guid), "its GUID and its place stay");
+    assert_eq!(zfs.dataset(&clone).await.unwrap().origin.as_ref(), Some(&other));
+    assert_eq!(kind(zfs.rename_snapshot(&renamed.snapshot("s").unwrap(), "t").await), ErrorKind::NotFound);
+    assert_eq!(kind(zfs.rename_snapshot(&other, "later").await), ErrorKind::AlreadyExists);
     zfs.destroy_with_snapshots(&clone).await.unwrap();
     zfs.destroy_with_snapshots(&renamed).await.unwrap();
 }

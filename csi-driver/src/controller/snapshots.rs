@@ -9,7 +9,7 @@ use kube::ResourceExt;
 use kube::api::{DeleteParams, PostParams};
 use kube::runtime::controller::Action;
 use kube::runtime::{Controller, watcher};
-use portolan_crds::{HandoffPhase, PortableSnapshot, PortableVolume, SNAPSHOT_FINALIZER, condition};
+use portolan_crds::{PortableSnapshot, PortableVolume, SNAPSHOT_FINALIZER, condition};
 use portolan_runtime::conditions;
 
 use super::source::{CLONE_CLAIM, CLONE_FOR};
@@ -59,13 +59,13 @@ pub(crate) async fn reconcile(snapshot: Arc<PortableSnapshot>, hub: Arc<Hub>) ->
     Ok(Action::requeue(RESYNC))
 }
 
-/// Whether no node has it any more: each that may have a copy of the volume has said so, and none is being made.
+/// Whether no node has it any more, and none can get it: each that may have a copy of the volume has said so, the target of a move among them, and
+/// no source sends it to a node that has.
 pub(crate) fn is_nowhere(snapshot: &PortableSnapshot, of: Option<&PortableVolume>) -> bool {
     let Some(volume) = of else { return true };
     let status = volume::status(volume);
     let said = snapshot.status.as_ref().map(|status| status.destroyed_on.as_slice()).unwrap_or_default();
-    let quiet = status.handoff.as_ref().is_none_or(|handoff| handoff.phase == HandoffPhase::PreCopy && handoff.warm);
-    quiet && status.replicas.iter().all(|replica| said.contains(&replica.node))
+    status.replicas.iter().all(|replica| said.contains(&replica.node))
 }
 
 /// A snapshot that was taken to make a volume from goes when that is made, or when nobody wants it any more.
@@ -134,9 +134,12 @@ mod tests {
         assert!(!is_nowhere(&said(&["a"]), Some(&volume)));
         assert!(is_nowhere(&said(&["b", "a"]), Some(&volume)));
         assert!(is_nowhere(&said(&[]), None));
+        // It moves: whether its target has received the snapshot the target alone can say.
         if let Some(status) = &mut volume.status {
-            status.handoff = Some(Handoff::default());
+            status.handoff = Some(Handoff { to: "c".into(), ..Handoff::default() });
+            status.replicas.push(replica("c"));
         }
-        assert!(!is_nowhere(&said(&["b", "a"]), Some(&volume)), "a third node may be receiving it");
+        assert!(!is_nowhere(&said(&["b", "a"]), Some(&volume)));
+        assert!(is_nowhere(&said(&["b", "a", "c"]), Some(&volume)));
     }
 }

@@ -3,7 +3,7 @@
 use kube::ResourceExt;
 use portolan_crds::{HandoffOutcome, PortableVolume, PortableVolumeStatus};
 
-use super::Known;
+use super::{Known, retired_name};
 use crate::volume;
 
 /// A copy of a volume on this node's disk.
@@ -87,7 +87,10 @@ fn is_imported(volume: &PortableVolume, local: &Local) -> bool {
 /// Whether a dataset without a mark is what an interrupted [`Action::Restore`] has left.
 fn is_restored(volume: &PortableVolume, local: &Local) -> bool {
     let Some(source) = &volume.spec.source else { return false };
-    let cloned = local.origin.as_ref() == Some(&(source.volume.clone(), source.short_name.clone()));
+    // What is cloned may have been retired since.
+    let names = [source.short_name.clone(), retired_name(&source.guid)];
+    let of = |(dataset, snapshot): &(String, String)| *dataset == source.volume && names.contains(snapshot);
+    let cloned = local.origin.as_ref().is_some_and(of);
     let received = local.snapshots.len() == 1 && local.has(&source.guid);
     volume::status(volume).owner.is_none() && (cloned || received)
 }

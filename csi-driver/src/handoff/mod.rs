@@ -25,7 +25,7 @@ use portolan_crds::PortableVolume;
 pub use copy::{Local, concerns, is_copy, known_guids, shared_guids};
 pub use event::{Ask, Event, Refused, Round};
 pub use plan::{Action, plan};
-pub use snapshots::{Asked, Known, is_final_name, travels};
+pub use snapshots::{Asked, Known, is_final_name, retired_name, travels};
 pub use transition::{DIVERGED, applied, ready, transition};
 
 /// What one party knows of a volume.

@@ -76,8 +76,10 @@ pub enum Action {
         /// Its snapshot.
         snapshot: Known,
     },
-    /// Destroy a snapshot whose object is being deleted, as soon as no clone needs it.
+    /// Destroy a snapshot whose object is being deleted or was, as soon as no clone needs it.
     DestroyTaken(Known),
+    /// Rename a snapshot whose object is being deleted to one of ours: a copy's next delta may begin there.
+    Retire(Known),
     /// Write: this node has no snapshot of that object any more.
     RecordDestroyed {
         /// The PortableSnapshot.
@@ -162,7 +164,8 @@ fn delete(me: &str, volume: &PortableVolume, recorded: bool, local: Option<&Loca
     }
     // What was to be imported and never was is still its maker's.
     let local = local.filter(|_| volume.spec.import.is_none() || volume::status(volume).owner.is_some());
-    let mut actions = snapshots::destroy_asked(me, local, asked);
+    // Nobody receives any more of it.
+    let mut actions = snapshots::end_asked(me, &PortableVolumeStatus::default(), local, asked);
     let kept: Vec<&str> = local.map(|local| snapshots::kept(local, asked)).unwrap_or_default();
     if !kept.is_empty() {
         actions.push(Action::Keep(format!("its snapshots are kept: {}", kept.join(", "))));
@@ -242,7 +245,7 @@ fn own(
     // Behind its key it waits for the next mount, too.
     let lacks = |action: &Action| matches!(action, Action::Take(_)) && has_log(local) && local.sealed;
     actions.extend(taken.into_iter().filter(|action| !lacks(action)));
-    actions.extend(snapshots::destroy_asked(me, Some(local), asked));
+    actions.extend(snapshots::end_asked(me, status, Some(local), asked));
     actions.extend(record_and_prune(me, status, local));
     let noticeable = status.used_bytes.is_none_or(|used| (used - local.used).abs() > (used / 100).max(64 << 10));
     let well = status
@@ -288,11 +291,14 @@ fn keep(
         (true, Some(local)) => {
             // An aborted handoff has left it so.
             let mut actions: Vec<Action> = local.uid.is_none().then_some(Action::Adopt).into_iter().collect();
-            actions.extend(snapshots::destroy_asked(me, Some(local), asked));
-            // Received for a handoff that was aborted before that was written down.
-            match unrecorded(me, status, local).or_else(|| only_of_people(me, status, local)) {
+            // Received for a handoff that was aborted before that was written down. It comes first: what is known to be shared stays.
+            let unsaid = snapshots::unsaid(me, status, &local.snapshots, asked);
+            match unsaid.or_else(|| only_of_people(me, status, local)) {
                 Some(shared) => actions.push(Action::RecordSnapshot(shared.clone())),
-                None => actions.extend(record_and_prune(me, status, local)),
+                None => {
+                    actions.extend(snapshots::end_asked(me, status, Some(local), asked));
+                    actions.extend(record_and_prune(me, status, local));
+                }
             }
             actions
         }
@@ -300,13 +306,6 @@ fn keep(
         (false, Some(_)) => vec![Action::RecordReplica],
         (false, None) => Vec::new(),
     }
-}
-
-/// The newest snapshot that this node's copy shares with others, if the status doesn't say so yet.
-fn unrecorded<'a>(me: &str, status: &PortableVolumeStatus, local: &'a Local) -> Option<&'a Known> {
-    let entry = status.replicas.iter().find(|replica| replica.node == me);
-    snapshots::shared(status, &local.snapshots)
-        .filter(|shared| entry.is_none_or(|entry| entry.guid.as_ref() != Some(&shared.guid)))
 }
 
 /// The newest snapshot of a copy that has people's only, because the handoff that brought it was aborted: as long as nobody knows what a copy
@@ -324,7 +323,7 @@ fn record_and_prune(me: &str, status: &PortableVolumeStatus, local: &Local) -> V
         (Some(newest), Some(entry)) if !entry.guid.as_ref().is_some_and(|guid| local.has(guid)) => {
             vec![Action::RecordSnapshot(newest.clone())]
         }
-        _ => snapshots::unneeded(status, &local.snapshots).map(Action::DestroySnapshot).collect(),
+        _ => snapshots::prune(me, status, &local.snapshots).collect(),
     }
 }
 
@@ -424,13 +423,13 @@ fn target(
             adopt.into_iter().chain([Action::RecordRound(guid)]).collect()
         }
         (HandoffPhase::PreCopy, Some(_), Some(local)) => {
-            let unneeded = snapshots::unneeded(status, &local.snapshots).map(Action::DestroySnapshot);
-            snapshots::destroy_asked(me, Some(local), asked).into_iter().chain(unneeded).collect()
+            let ended = snapshots::end_asked(me, status, Some(local), asked);
+            ended.into_iter().chain(snapshots::prune(me, status, &local.snapshots)).collect()
         }
         (_, _, Some(local)) if local.mounted => {
             vec![Action::Wait(format!("the replica on node {} is mounted there", handoff.to))]
         }
-        (_, _, local) => match local.and_then(|local| unrecorded(me, status, local)) {
+        (_, _, local) => match local.and_then(|local| snapshots::unsaid(me, status, &local.snapshots, asked)) {
             // The source lets go of it if nobody is known to have it.
             Some(shared) => vec![Action::RecordSnapshot(shared.clone())],
             None => fetch(status, handoff, entry, local),

@@ -3,9 +3,12 @@
 //! Portolan's snapshots are called `portolan-<epoch>`, after the epoch that the handoff they were taken for establishes, then
 //! `portolan-<epoch>-2` and so on: one for each round of PreCopy, and for each attempt at the final one. A snapshot that was
 //! taken before the last look at the mount table proves nothing, and zfs-fuse can't tell what was written since one.
+//!
+//! People's are called as they like. One whose object goes while a copy's next delta may begin there is *retired*: it becomes Portolan's,
+//! called `portolan-0-<GUID>`, and goes when no copy needs it. No handoff establishes epoch 0, and a GUID comes only once.
 
 use kube::ResourceExt;
-use portolan_crds::{PortableSnapshot, PortableVolumeStatus, Replica, SnapshotGroup};
+use portolan_crds::{HandoffOutcome, PortableSnapshot, PortableVolumeStatus, Replica, SnapshotGroup};
 
 use super::{Action, Local, known_guids};
 
@@ -59,6 +62,11 @@ impl Asked {
             None => snapshot.name == self.short,
         }
     }
+
+    /// Whether a snapshot goes with this object. One that was never taken is somebody else's of the same name.
+    fn is_end_of(&self, snapshot: &Known) -> bool {
+        self.deleting && (self.guid.is_some() || !self.import) && !snapshot.is_retired() && self.is(snapshot)
+    }
 }
 
 /// Takes what is asked for and not there; writes down what is.
@@ -85,17 +93,25 @@ fn clean_up(asked: &Asked) -> Option<Action> {
     (asked.group.is_some() && asked.guid.is_none()).then(|| Action::CleanUp(Box::new(asked.clone())))
 }
 
-/// Destroys those whose objects are being deleted, and says so.
-pub(super) fn destroy_asked(me: &str, local: Option<&Local>, asked: &[Asked]) -> Vec<Action> {
+/// Destroys or retires those whose objects are being deleted, and says so.
+pub(super) fn end_asked(
+    me: &str,
+    status: &PortableVolumeStatus,
+    local: Option<&Local>,
+    asked: &[Asked],
+) -> Vec<Action> {
     let mut actions = Vec::new();
+    let here = local.map(|local| local.snapshots.as_slice()).unwrap_or_default();
     for asked in asked.iter().filter(|asked| asked.deleting) {
-        let here = local.and_then(|local| local.snapshots.iter().find(|snapshot| asked.is(snapshot)));
-        // One that was never taken is somebody else's of the same name.
-        if let Some(here) = here.filter(|_| asked.guid.is_some() || !asked.import) {
+        let found = here.iter().find(|snapshot| asked.is_end_of(snapshot));
+        if let Some(found) = found {
             actions.extend(clean_up(asked));
-            actions.push(Action::DestroyTaken(here.clone()));
+            actions.push(match is_base(me, status, here, found) {
+                true => Action::Retire(found.clone()),
+                false => Action::DestroyTaken(found.clone()),
+            });
         }
-        if here.is_some() || !asked.destroyed_on.iter().any(|node| node == me) {
+        if found.is_some() || !asked.destroyed_on.iter().any(|node| node == me) {
             actions.push(Action::RecordDestroyed { object: asked.object.clone() });
         }
     }
@@ -112,6 +128,15 @@ impl Known {
     pub(super) fn is_ours(&self) -> bool {
         is_final_name(&self.name)
     }
+
+    fn is_retired(&self) -> bool {
+        self.name == retired_name(&self.guid)
+    }
+}
+
+/// What a person's snapshot with this GUID is called once it is Portolan's.
+pub fn retired_name(guid: &str) -> String {
+    format!("{PREFIX}0-{guid}")
 }
 
 /// Whether a snapshot is called as the final snapshots of handoffs are.
@@ -140,10 +165,50 @@ pub fn fresh_name<'a>(epoch: i64, present: &'a [Known], taken: impl Iterator<Ite
     }
 }
 
-/// The newest snapshot here that others are known to have too.
-pub(super) fn shared<'a>(status: &PortableVolumeStatus, here: &'a [Known]) -> Option<&'a Known> {
+/// What this node has to say of its copy and hasn't: the newest snapshot there that others have too. A person's may be newer than any of ours:
+/// the move that was to bring the rest was cut short. It is said again if a source waits to hear it.
+pub(super) fn unsaid<'a>(
+    me: &str,
+    status: &PortableVolumeStatus,
+    here: &'a [Known],
+    asked: &[Asked],
+) -> Option<&'a Known> {
     let known = known_guids(status);
-    here.iter().rev().find(|snapshot| snapshot.is_ours() && known.contains(&snapshot.guid))
+    let is_shared = |snapshot: &&Known| match snapshot.is_ours() {
+        true => known.contains(&snapshot.guid),
+        false => asked.iter().any(|asked| asked.is(snapshot)),
+    };
+    let waited_for = aborted(status).is_some_and(|(to, brought)| to == me && !brought.is_empty());
+    let shared = here.iter().rev().find(is_shared)?;
+    (waited_for || newest_of(me, status) != Some(&shared.guid)).then_some(shared)
+}
+
+/// The newest snapshot that a node's copy is known to share, by its GUID.
+fn newest_of<'a>(node: &str, status: &'a PortableVolumeStatus) -> Option<&'a String> {
+    status.replicas.iter().find(|replica| replica.node == node)?.guid.as_ref()
+}
+
+/// To whom the newest move went if it was aborted, and the snapshots that it may have brought there without anybody having said so.
+fn aborted(status: &PortableVolumeStatus) -> Option<(&str, Vec<&String>)> {
+    let report = status.last_handoff.as_ref().filter(|report| report.outcome == HandoffOutcome::Aborted)?;
+    Some((&report.to, [&report.guid, &report.round_guid].into_iter().flatten().collect()))
+}
+
+/// Whether the next delta to a copy may begin at a person's snapshot: a copy is known to share it, or, at the owner, it lies on the way to one that
+/// a target may be receiving, or may have begun to receive: it has come as far as this one, perhaps. One that has been lost here may have been
+/// anywhere.
+fn is_base(me: &str, status: &PortableVolumeStatus, here: &[Known], snapshot: &Known) -> bool {
+    let running = status
+        .handoff
+        .iter()
+        .map(|handoff| (handoff.to.as_str(), [&handoff.guid, &handoff.round_guid].into_iter().flatten().collect()));
+    let coming = running.chain(aborted(status)).filter(|_| status.owner.as_deref() == Some(me));
+    let mut coming = coming.flat_map(|(to, brought): (&str, Vec<&String>)| {
+        brought.into_iter().filter(move |guid| newest_of(to, status) != Some(guid))
+    });
+    let at = here.iter().position(|there| there == snapshot);
+    let place = |guid: &String| here.iter().position(|there| there.guid == *guid);
+    known_guids(status).contains(&snapshot.guid) || coming.any(|guid| place(guid).is_none_or(|place| Some(place) > at))
 }
 
 /// Our snapshots that come after the one recorded for this copy and that nobody knows of: attempts at a final snapshot whose write
@@ -159,22 +224,41 @@ pub(super) fn unpublished<'a>(
 }
 
 /// Whether a snapshot goes along on the way to the one that is wanted: a person's, or one that some copy shares. `shared` are the GUIDs of
-/// those. Others of ours are of attempts that have ended.
-pub fn travels(shared: &[String], snapshot: &Known) -> bool {
-    !snapshot.is_ours() || shared.contains(&snapshot.guid)
+/// those. Others of ours are of attempts that have ended. Nor does a person's once node `to`, which receives, has said that it has none
+/// any more: its object may be gone before it comes. It says so only while it receives nothing, so `asked` must have been read since it asked
+/// for the stream.
+pub fn travels(shared: &[String], asked: &[Asked], to: &str, snapshot: &Known) -> bool {
+    let is_over = |asked: &Asked| asked.is_end_of(snapshot) && asked.destroyed_on.iter().any(|node| node == to);
+    match snapshot.is_ours() {
+        true => shared.contains(&snapshot.guid),
+        false => !asked.iter().any(is_over),
+    }
 }
 
-/// Our snapshots that nobody needs, oldest first: no copy is known to share them, nor may a target have received them. None while any
+/// Lets go of our snapshots that nobody needs, oldest first: no copy is known to share them, nor may a target have received them. Of none while any
 /// copy's newest is unknown: it may be one of these.
-pub(super) fn unneeded<'a>(status: &PortableVolumeStatus, here: &'a [Known]) -> impl Iterator<Item = Known> + 'a {
+pub(super) fn prune<'a>(
+    me: &'a str,
+    status: &'a PortableVolumeStatus,
+    here: &'a [Known],
+) -> impl Iterator<Item = Action> + 'a {
     let all_known = status.replicas.iter().all(|replica| replica.guid.is_some());
-    let needed = known_guids(status);
-    here.iter().filter(move |snapshot| all_known && snapshot.is_ours() && !needed.contains(&snapshot.guid)).cloned()
+    let known = known_guids(status);
+    let is_needed = move |snapshot: &Known| match snapshot.is_retired() {
+        true => is_base(me, status, here, snapshot),
+        false => known.contains(&snapshot.guid),
+    };
+    let unneeded = here.iter().filter(move |it| all_known && it.is_ours() && !is_needed(it));
+    unneeded.map(|snapshot| match snapshot.is_retired() {
+        // A clone may still need it.
+        true => Action::DestroyTaken(snapshot.clone()),
+        false => Action::DestroySnapshot(snapshot.clone()),
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use portolan_crds::{HandoffOutcome, HandoffReport};
+    use portolan_crds::{Handoff, HandoffReport};
 
     use super::*;
 
@@ -232,7 +316,8 @@ mod tests {
         let record = Action::RecordTaken { object: "o-g".into(), snapshot: known("g") };
         let new = member(None, false);
         assert_eq!(take_asked(&local, std::slice::from_ref(&new)), [clean_up(&new), record]);
-        let destroyed = |member: &Asked| destroy_asked("a", Some(&local), std::slice::from_ref(member));
+        let nothing = PortableVolumeStatus::default();
+        let destroyed = |member: &Asked| end_asked("a", &nothing, Some(&local), std::slice::from_ref(member));
         let never_recorded = member(None, true);
         assert_eq!(destroyed(&never_recorded)[..2], [clean_up(&never_recorded), Action::DestroyTaken(known("g"))]);
         assert_eq!(destroyed(&member(Some("g-g"), true))[0], Action::DestroyTaken(known("g")));
@@ -241,17 +326,100 @@ mod tests {
     #[test]
     fn what_is_deleted_is_destroyed_by_its_guid_and_acknowledged_once() {
         let local = Local { snapshots: vec![known("daily"), known("weekly")], ..Local::default() };
+        let nothing = PortableVolumeStatus::default();
         let acknowledged = |name: &str| Action::RecordDestroyed { object: format!("o-{name}") };
         let all =
             [asked("daily", Some("g-daily"), true), asked("weekly", Some("another"), true), asked("x", None, false)];
         let wanted = [Action::DestroyTaken(known("daily")), acknowledged("daily"), acknowledged("weekly")];
-        assert_eq!(destroy_asked("a", Some(&local), &all), wanted);
+        assert_eq!(end_asked("a", &nothing, Some(&local), &all), wanted);
         let done = Asked { destroyed_on: vec!["a".into()], ..all[1].clone() };
-        assert_eq!(destroy_asked("a", Some(&local), &[done]), []);
-        assert_eq!(destroy_asked("a", None, &all[..1]), [acknowledged("daily")]);
+        assert_eq!(end_asked("a", &nothing, Some(&local), &[done]), []);
+        assert_eq!(end_asked("a", &nothing, None, &all[..1]), [acknowledged("daily")]);
         let imported = Asked { import: true, ..asked("daily", None, true) };
-        assert_eq!(destroy_asked("a", Some(&local), &[imported]), [acknowledged("daily")], "never ours");
+        assert_eq!(end_asked("a", &nothing, Some(&local), &[imported]), [acknowledged("daily")], "never ours");
         assert_eq!(kept(&local, &[asked("daily", Some("g-daily"), false), all[1].clone()]), ["o-daily"]);
+    }
+
+    fn numbered(name: &str, guid: &str) -> Known {
+        Known { name: name.into(), guid: guid.into() }
+    }
+
+    fn shares(node: &str, guid: &str) -> Replica {
+        Replica { node: node.into(), snapshot: None, guid: Some(guid.into()) }
+    }
+
+    fn aborted_to(node: &str, guid: &str) -> Option<HandoffReport> {
+        let (outcome, to, guid) = (HandoffOutcome::Aborted, node.into(), Some(guid.into()));
+        Some(HandoffReport { outcome, to, guid, ..HandoffReport::default() })
+    }
+
+    #[test]
+    fn what_a_delta_may_begin_at_is_retired() {
+        let (daily, weekly) = (numbered("daily", "5"), numbered("weekly", "6"));
+        let snapshots = vec![numbered("portolan-2", "2"), daily.clone(), numbered("portolan-4", "4"), weekly.clone()];
+        let local = Local { snapshots, ..Local::default() };
+        let all = [asked("daily", Some("5"), true), asked("weekly", Some("6"), true)];
+        let ends = |status: &PortableVolumeStatus| -> Vec<Action> {
+            let actions = end_asked("a", status, Some(&local), &all);
+            actions.into_iter().filter(|action| !matches!(action, Action::RecordDestroyed { .. })).collect()
+        };
+        let destroyed = [&daily, &weekly].map(|known| Action::DestroyTaken(known.clone()));
+        let retired = [Action::Retire(daily.clone()), destroyed[1].clone()];
+        let owner = Some("a".to_owned());
+        let with =
+            |replicas| PortableVolumeStatus { replicas, owner: owner.clone(), ..PortableVolumeStatus::default() };
+        assert_eq!(ends(&with(vec![shares("a", "4"), shares("b", "4")])), destroyed);
+        assert_eq!(ends(&with(vec![shares("a", "4"), shares("b", "5")])), retired, "b shares it");
+        // b was to receive portolan-4, and may have come as far as daily, but never as far as weekly.
+        let behind = with(vec![shares("a", "4"), shares("b", "2")]);
+        assert_eq!(ends(&PortableVolumeStatus { last_handoff: aborted_to("b", "4"), ..behind.clone() }), retired);
+        let handoff = Some(Handoff { to: "b".into(), guid: Some("4".into()), ..Handoff::default() });
+        assert_eq!(ends(&PortableVolumeStatus { handoff: handoff.clone(), ..behind.clone() }), retired);
+        let come = with(vec![shares("a", "4"), shares("b", "4")]);
+        assert_eq!(ends(&PortableVolumeStatus { handoff, ..come }), destroyed, "it has come");
+        assert_eq!(ends(&behind), destroyed, "b has said what it has");
+        let lost = PortableVolumeStatus { last_handoff: aborted_to("b", "9"), ..behind.clone() };
+        assert_eq!(ends(&lost)[1], Action::Retire(weekly), "where portolan-4-2 was nobody knows");
+        let elsewhere = PortableVolumeStatus { owner: Some("c".into()), ..lost };
+        assert_eq!(ends(&elsewhere), destroyed, "it is not sent from here");
+    }
+
+    #[test]
+    fn what_is_retired_goes_when_no_delta_may_begin_there() {
+        let (old, retired, newest) =
+            (numbered("portolan-2", "2"), numbered("portolan-0-5", "5"), numbered("portolan-4", "4"));
+        assert_eq!((retired_name("5"), retired.is_ours()), (retired.name.clone(), true));
+        let here = vec![old.clone(), retired.clone(), newest.clone()];
+        let owner = Some("a".to_owned());
+        let with =
+            |replicas| PortableVolumeStatus { replicas, owner: owner.clone(), ..PortableVolumeStatus::default() };
+        let pruned = |status: &PortableVolumeStatus| prune("a", status, &here).collect::<Vec<_>>();
+        let destroyed = [Action::DestroySnapshot(old), Action::DestroyTaken(retired)];
+        assert_eq!(pruned(&with(vec![shares("a", "4"), shares("b", "5")])), destroyed[..1]);
+        assert_eq!(pruned(&with(vec![shares("a", "4"), shares("b", "4")])), destroyed);
+        let behind = with(vec![shares("a", "2"), shares("b", "2")]);
+        assert_eq!(pruned(&PortableVolumeStatus { last_handoff: aborted_to("b", "4"), ..behind }), []);
+        // Its object is still there: what was said once is not said again.
+        let local = Local { snapshots: here.clone(), ..Local::default() };
+        let said = Asked { destroyed_on: vec!["a".into()], ..asked("daily", Some("5"), true) };
+        assert_eq!(end_asked("a", &PortableVolumeStatus::default(), Some(&local), &[said]), []);
+    }
+
+    #[test]
+    fn what_the_target_has_said_is_gone_does_not_come_again() {
+        let daily = known("daily");
+        let goes = |asked: Asked, to: &str| travels(&[], &[asked], to, &daily);
+        let said = |asked: Asked| Asked { destroyed_on: vec!["b".into()], ..asked };
+        let going = asked("daily", Some("g-daily"), true);
+        assert!(goes(going.clone(), "b"), "b has not said so");
+        assert!(!goes(said(going.clone()), "b"));
+        assert!(goes(said(going.clone()), "c"));
+        assert!(!goes(said(asked("daily", None, true)), "b"), "by its name: it was never recorded");
+        let by_hand = Asked { import: true, ..asked("daily", None, true) };
+        assert!(goes(said(by_hand), "b"), "it was somebody else's");
+        assert!(travels(&[], &[], "b", &daily), "nobody's object");
+        let ours = known("portolan-3");
+        assert!(!travels(&[], &[], "b", &ours) && travels(&["g-portolan-3".into()], &[], "b", &ours));
     }
 
     #[test]
@@ -259,14 +427,14 @@ mod tests {
         let here = [known("portolan-2"), known("daily"), known("portolan-3"), known("portolan-4")];
         let replicas = vec![replica("a", Some("portolan-4")), replica("b", Some("portolan-3"))];
         let mut status = PortableVolumeStatus { replicas, ..PortableVolumeStatus::default() };
-        assert_eq!(unneeded(&status, &here).collect::<Vec<_>>(), [known("portolan-2")]);
+        assert_eq!(prune("a", &status, &here).collect::<Vec<_>>(), [Action::DestroySnapshot(known("portolan-2"))]);
         let (outcome, round_guid) = (HandoffOutcome::Aborted, Some("g-portolan-2".into()));
         status.last_handoff = Some(HandoffReport { outcome, round_guid, ..HandoffReport::default() });
-        assert_eq!(unneeded(&status, &here).count(), 0, "its target may have it and nothing newer");
+        assert_eq!(prune("a", &status, &here).count(), 0, "its target may have it and nothing newer");
         status.last_handoff =
             status.last_handoff.map(|report| HandoffReport { outcome: HandoffOutcome::Done, ..report });
-        assert_eq!(unneeded(&status, &here).count(), 1);
+        assert_eq!(prune("a", &status, &here).count(), 1);
         (status.last_handoff, status.replicas[1].guid) = (None, None);
-        assert_eq!(unneeded(&status, &here).count(), 0);
+        assert_eq!(prune("a", &status, &here).count(), 0);
     }
 }

@@ -148,7 +148,10 @@ fn a_copy_that_has_only_begun_to_come_is_known_by_a_snapshot_that_was_asked_for(
     let moving = moving(HandoffPhase::FinalSync);
     assert_eq!(reason(&plan("b", &moving, Some(&begun), &[])), Some("DatasetConflict"), "anybody's");
     let asked = [Asked { short: "daily".into(), guid: Some("g-daily".into()), ..Asked::default() }];
-    assert_eq!(plan("b", &moving, Some(&begun), &asked), [Action::Fetch(known("portolan-4"))]);
+    assert_eq!(plan("b", &moving, Some(&begun), &asked), [Action::RecordSnapshot(known("daily"))]);
+    let mut said = moving.clone();
+    said.status.as_mut().unwrap().replicas[1] = replica("b", Some("daily"));
+    assert_eq!(plan("b", &said, Some(&begun), &asked), [Action::Fetch(known("portolan-4"))]);
     let another = [Asked { guid: Some("g-weekly".into()), ..asked[0].clone() }];
     assert_eq!(reason(&plan("b", &moving, Some(&begun), &another)), Some("DatasetConflict"));
 }
@@ -322,6 +325,8 @@ fn a_volume_begins_as_a_snapshot() {
     // Cut short: a clone, or a copy, that lacks its mark.
     let clone = Local { uid: None, origin: Some(("pvc-0".into(), "daily".into())), ..copy(1, &[]) };
     assert_eq!(plan("a", &new, Some(&clone), &[]), steps);
+    let retired = Local { origin: Some(("pvc-0".into(), retired_name("g-daily"))), ..clone };
+    assert_eq!(plan("a", &new, Some(&retired), &[]), steps);
     assert_eq!(plan("a", &new, Some(&Local { uid: None, ..copy(1, &["daily"]) }), &[]), steps);
     for foreign in [
         Local { uid: None, origin: Some(("pvc-0".into(), "weekly".into())), ..copy(1, &[]) },
@@ -443,6 +448,36 @@ fn a_target_records_each_round_that_has_come() {
     assert_eq!(plan("b", &come, Some(&here), &[]), [Action::DestroySnapshot(known("portolan-2"))]);
     let next = copying(Some("portolan-4-2"), Some("portolan-4"), false);
     assert_eq!(plan("b", &next, Some(&here), &[]), [Action::Fetch(known("portolan-4-2"))]);
+}
+
+#[test]
+fn what_a_copy_has_of_people_is_said_before_any_of_it_goes() {
+    let taken = Known { name: "daily".into(), guid: "5".into() };
+    let going =
+        Asked { object: "s".into(), short: "daily".into(), guid: Some("5".into()), deleting: true, ..Asked::default() };
+    let aborted = |shared: Option<&str>, heard: bool| {
+        owned(|status| {
+            let guid = (!heard).then(|| "g-portolan-4".to_owned());
+            let (outcome, to) = (HandoffOutcome::Aborted, "b".to_owned());
+            status.last_handoff = Some(HandoffReport { outcome, to, epoch: 4, guid, ..HandoffReport::default() });
+            let shared = Replica { node: "b".into(), snapshot: None, guid: shared.map(Into::into) };
+            status.replicas = vec![replica("a", Some("portolan-3")), shared];
+        })
+    };
+    let planned = |volume: &PortableVolume, snapshots: Vec<Known>| {
+        let local = Local { readonly: true, snapshots, epoch: None, ..copy(0, &[]) };
+        plan("b", volume, Some(&local), std::slice::from_ref(&going))
+    };
+    let said = [Action::RecordSnapshot(taken.clone())];
+    assert_eq!(planned(&aborted(None, false), vec![taken.clone()]), said);
+    assert_eq!(planned(&aborted(Some("g-portolan-3"), false), vec![known("portolan-3"), taken.clone()]), said);
+    assert_eq!(planned(&aborted(Some("5"), false), vec![taken.clone()]), said, "the source waits to hear it");
+    let ended = [Action::Retire(taken.clone()), Action::RecordDestroyed { object: "s".into() }];
+    assert_eq!(planned(&aborted(Some("5"), true), vec![taken.clone()]), ended);
+    // A volume that goes takes all along.
+    let mut deleted = aborted(Some("5"), true);
+    deleted.metadata.deletion_timestamp = Some(Time(jiff::Timestamp::UNIX_EPOCH));
+    assert_eq!(planned(&deleted, vec![taken.clone()])[0], Action::DestroyTaken(taken));
 }
 
 #[test]

@@ -39,6 +39,9 @@ pub fn transition(volume: &PortableVolume, event: Event) -> Result<PortableVolum
         Event::Aborted { why, at } => aborted(&mut status, why, at),
         Event::Refresh => refreshed(&mut status),
         Event::Recorded { node, snapshot } => {
+            if snapshot.is_some() {
+                heard(&mut status, &node);
+            }
             record(&mut status, &node, snapshot);
             Ok(())
         }
@@ -47,6 +50,7 @@ pub fn transition(volume: &PortableVolume, event: Event) -> Result<PortableVolum
             Err(format!("node {node} owns the volume"))
         }
         Event::Forgotten { node } => {
+            heard(&mut status, &node);
             status.replicas.retain(|replica| replica.node != node);
             Ok(())
         }
@@ -180,6 +184,14 @@ fn record(status: &mut PortableVolumeStatus, node: &str, snapshot: Option<Known>
     if let Some(Known { name, guid }) = snapshot {
         status.replicas[index].snapshot = Some(name);
         status.replicas[index].guid = Some(guid);
+    }
+}
+
+/// The target of an aborted handoff says what its copy has: what else that may have brought is nobody's concern any more.
+fn heard(status: &mut PortableVolumeStatus, node: &str) {
+    let aborted = |report: &&mut HandoffReport| report.outcome == HandoffOutcome::Aborted && report.to == node;
+    if let Some(report) = status.last_handoff.as_mut().filter(aborted) {
+        (report.guid, report.round_guid) = (None, None);
     }
 }
 

@@ -127,6 +127,23 @@ fn an_abort_leaves_the_source_and_its_epoch_and_uses_up_the_attempts() {
 }
 
 #[test]
+fn what_an_aborted_move_may_have_brought_matters_until_its_target_has_said() {
+    let mut history = History::owned();
+    history.happens(asked("b"));
+    history.happens(published(2, "portolan-2"));
+    history.happens(Event::Aborted { why: "not wanted".into(), at: at(0) });
+    let waited_for = |history: &History| history.status().last_handoff.clone().unwrap().guid.is_some();
+    history.happens(Event::Recorded { node: "b".into(), snapshot: None });
+    history.happens(Event::Recorded { node: "a".into(), snapshot: Some(known("portolan-2")) });
+    assert!(waited_for(&history), "b has not said what it has");
+    let mut gone = History(history.0.clone());
+    gone.happens(Event::Forgotten { node: "b".into() });
+    assert!(!waited_for(&gone));
+    history.happens(Event::Recorded { node: "b".into(), snapshot: Some(known("daily")) });
+    assert!(!waited_for(&history));
+}
+
+#[test]
 fn rounds_until_what_is_left_is_small_or_stays_as_large() {
     let mut history = History::owned();
     history.happens(warm("b", AskedBy::Migration));

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use kube::api::ListParams;
 use portolan_crds::{HandoffPhase, PortableVolume};
 use portolan_zfs::{Snapshot, Zfs};
 
 use super::Node;
-use crate::handoff::{self, Known};
+use crate::handoff::{self, Asked, Known};
 use crate::transfer::{Authorise, Grant, Refusal, RefusalCode, Request};
 use crate::volume;
 
@@ -30,12 +31,26 @@ impl<Z: Zfs> Authorise for ByVolume<Z> {
         // A new volume is one snapshot; a copy of a volume has its history.
         let history = request.restore.is_none();
         let shared = handoff::shared_guids(&volume::status(&found));
+        let asked = match history {
+            true => self.asked(&request.volume).await?,
+            false => Vec::new(),
+        };
+        let to = peer_node.to_owned();
         let travels = move |snapshot: &Snapshot| {
             let name = snapshot.name.short().to_owned();
-            history && handoff::travels(&shared, &Known { name, guid: snapshot.guid.to_string() })
+            history && handoff::travels(&shared, &asked, &to, &Known { name, guid: snapshot.guid.to_string() })
         };
         // A new volume is encrypted as its source is.
         Ok(Grant { dataset, raw: found.spec.encryption.is_some(), travels: Box::new(travels) })
+    }
+}
+
+impl<Z: Zfs> ByVolume<Z> {
+    /// The snapshots that are wanted of a volume, and who has said that it has none of them any more, as it is now.
+    async fn asked(&self, volume: &str) -> Result<Vec<Asked>, Refusal> {
+        let found = self.0.snapshots.list(&ListParams::default().fields(&format!("spec.volume={volume}"))).await;
+        let failed = |error| Refusal::new(RefusalCode::Failed, format!("can't read the volume's snapshots: {error}"));
+        Ok(found.map_err(failed)?.iter().map(Asked::of).collect())
     }
 }
 

@@ -159,6 +159,10 @@ impl<Z: Zfs> Steps<'_, Z> {
             Action::DestroyTaken(snapshot) => {
                 ignore_missing(zfs.destroy_snapshot_deferred(&self.dataset.snapshot(&snapshot.name)?).await)?;
             }
+            Action::Retire(snapshot) => {
+                let name = self.dataset.snapshot(&snapshot.name)?;
+                ignore_missing(zfs.rename_snapshot(&name, &handoff::retired_name(&snapshot.guid)).await)?;
+            }
             Action::RecordDestroyed { object } => take::record_destroyed(self.node, &object).await?,
             Action::SetReadonly(on) => zfs.set_readonly(&self.dataset, on).await?,
             Action::Replay => replay(self.node, &self.dataset).await?,

@@ -104,6 +104,9 @@ pub trait Zfs: Send + Sync + 'static {
         short: &str,
     ) -> impl Future<Output = Result<()>> + Send;
 
+    /// Gives a snapshot another short name; its GUID and its clones stay. `AlreadyExists` if another has that name.
+    fn rename_snapshot(&self, name: &SnapshotName, short: &str) -> impl Future<Output = Result<()>> + Send;
+
     /// Destroys one snapshot. A held one is `Busy`, one with clones `HasClones`.
     fn destroy_snapshot(&self, name: &SnapshotName) -> impl Future<Output = Result<()>> + Send;
 

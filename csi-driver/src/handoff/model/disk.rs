@@ -83,6 +83,13 @@ impl Disk {
         }
     }
 
+    /// Calls one by another name, if it is there.
+    pub fn rename(&mut self, snapshot: &Known, name: String) {
+        if let Some(there) = self.local.snapshots.iter_mut().find(|there| *there == snapshot) {
+            there.name = name;
+        }
+    }
+
     /// Receives a snapshot with this in it; cut short it has the snapshot and not what is in it.
     pub fn receive(&mut self, snapshot: Known, content: u32, cut: bool) {
         if !cut {
@@ -96,7 +103,7 @@ impl Disk {
     /// Where its newest snapshot is among those of the source, if nothing was written since: where a stream can begin.
     pub fn common(&self, source: &[Known]) -> Option<usize> {
         let newest = self.local.snapshots.last()?;
-        let at = source.iter().position(|it| it == newest)?;
+        let at = source.iter().position(|it| it.guid == newest.guid)?;
         (self.frozen.last() == Some(&self.acknowledged())).then_some(at)
     }
 }

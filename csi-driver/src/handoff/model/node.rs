@@ -6,7 +6,8 @@ use super::disk::Disk;
 use super::world::{Late, Plan, UID, Weakness, now};
 use super::{NODES, World};
 use crate::handoff::{
-    Action, Asked, Event, Known, Local, Round, State, applied, ready, shared_guids, step, transition, travels,
+    Action, Asked, Event, Known, Local, Round, State, applied, ready, retired_name, shared_guids, step, transition,
+    travels,
 };
 use crate::volume;
 
@@ -21,7 +22,8 @@ impl World {
         if self.weakness == Weakness::ForgetsFirst {
             actions.sort_by_key(|action| *action != Action::ForgetReplica);
         }
-        let rest = actions.into_iter().filter(|action| self.is_done(action)).collect();
+        let (done, status) = (actions.into_iter().filter(|action| self.is_done(action)), volume::status(&state.volume));
+        let rest = done.map(|action| self.done_instead(action, &status)).collect();
         self.plans[node].get_or_insert(Plan { read: state.volume, fresh: true, rest })
     }
 
@@ -39,6 +41,15 @@ impl World {
             Weakness::StaysWritable => *action != Action::SetReadonly(true),
             Weakness::ForgetsLogs => *action != Action::Replay,
             _ => true,
+        }
+    }
+
+    fn done_instead(&self, action: Action, status: &PortableVolumeStatus) -> Action {
+        let is_shared = |snapshot: &Known| shared_guids(status).contains(&snapshot.guid);
+        match (self.weakness, action) {
+            (Weakness::DestroysShared, Action::Retire(it)) if is_shared(&it) => Action::DestroyTaken(it),
+            (Weakness::DestroysComing, Action::Retire(it)) if !is_shared(&it) => Action::DestroyTaken(it),
+            (_, action) => action,
         }
     }
 
@@ -176,6 +187,7 @@ impl World {
                 self.disks[node] = None;
             }
             Action::DestroySnapshot(known) | Action::DestroyTaken(known) => self.disk(node).thaw(&known),
+            Action::Retire(known) => self.disk(node).rename(&known, retired_name(&known.guid)),
             Action::Take(asked) => {
                 let disk = self.disk(node);
                 if disk.frozen_now() != disk.acknowledged() {
@@ -186,8 +198,9 @@ impl World {
             Action::RecordTaken { object, snapshot } => self.record_taken(node, &object, snapshot),
             Action::RecordDestroyed { object } => {
                 let status = self.object(&object).map(|object| object.status.get_or_insert_default());
-                if let Some(status) = status {
-                    status.destroyed_on.push(NODES[node].to_owned());
+                let me = NODES[node].to_owned();
+                if let Some(status) = status.filter(|status| !status.destroyed_on.contains(&me)) {
+                    status.destroyed_on.push(me);
                 }
             }
             // The end of a plan; or of what nobody asks for here.
@@ -220,6 +233,8 @@ impl World {
         let Some(at) = source.local.snapshots.iter().position(|there| there == wanted) else { return false };
         let after = match &self.disks[node] {
             None => 0,
+            // It may be somebody's: see `TransferError::Unsettled`.
+            Some(disk) if disk.local.snapshots.is_empty() => return false,
             Some(disk) => match disk.common(&source.local.snapshots[..at]) {
                 Some(common) => common + 1,
                 None => {
@@ -229,7 +244,12 @@ impl World {
             },
         };
         let shared = shared_guids(&status);
-        let next = (after..at).find(|next| travels(&shared, &source.local.snapshots[*next])).unwrap_or(at);
+        let asked: Vec<Asked> = match self.weakness {
+            Weakness::SendsAgain => Vec::new(),
+            _ => self.snapshots.iter().map(Asked::of).collect(),
+        };
+        let goes = |next: &usize| travels(&shared, &asked, NODES[node], &source.local.snapshots[*next]);
+        let next = (after..at).find(goes).unwrap_or(at);
         let cut = self.weakness == Weakness::KeepsCutStreams;
         let snapshot = source.local.snapshots[next].clone();
         let content = source.frozen(&snapshot.guid).unwrap_or_default();

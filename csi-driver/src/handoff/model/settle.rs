@@ -7,8 +7,8 @@ use super::{Happening, NODES, World};
 
 impl World {
     /// Everything that is under way ends, nothing fails any more, and the volume is wanted on a node: it gets there, with all that was
-    /// written. What is in the way of that.
-    pub fn settle(mut self, at: usize) -> Result<(), String> {
+    /// written. How often a copy was put out of the way up to then; or what is in the way of that.
+    pub fn settle(mut self, at: usize) -> Result<u32, String> {
         self.late.clear();
         for node in std::mem::take(&mut self.late_mounts) {
             self.mount(node);
@@ -25,12 +25,12 @@ impl World {
         }
         match self.wrong {
             Some(wrong) => Err(wrong),
-            None => self.check_settled(at),
+            None => self.check_settled(at).map(|()| self.quarantined),
         }
     }
 
     /// A deleted volume is kept by its snapshots alone, and goes with the last.
-    fn settle_deleted(mut self) -> Result<(), String> {
+    fn settle_deleted(mut self) -> Result<u32, String> {
         let lost = self.lost_snapshots(|world, guid| world.disks.iter().flatten().find_map(|disk| disk.frozen(guid)));
         if let Some(lost) = lost {
             return Err(lost);
@@ -41,7 +41,7 @@ impl World {
         self.run_down();
         match self.wrong {
             Some(wrong) => Err(wrong),
-            None if self.is_gone() && self.snapshots.is_empty() => Ok(()),
+            None if self.is_gone() && self.snapshots.is_empty() => Ok(self.quarantined),
             None => Err(format!("it is deleted and stays: {:?}, {:?}", self.volume.status, self.snapshots)),
         }
     }

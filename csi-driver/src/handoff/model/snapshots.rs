@@ -39,7 +39,8 @@ impl World {
         self.snapshots = kept;
         let gone: Vec<PortableSnapshot> = gone;
         let guids: Vec<&str> = gone.iter().filter_map(|snapshot| snapshot.guid()).collect();
-        if self.disks.iter().flatten().any(|disk| guids.iter().any(|guid| disk.local.has(guid))) {
+        let is_left = |there: &Known| !there.is_ours() && guids.contains(&there.guid.as_str());
+        if self.disks.iter().flatten().flat_map(|disk| &disk.local.snapshots).any(is_left) {
             self.note("a snapshot is left whose object is gone");
         }
         if self.is_gone() && self.disks.iter().flatten().count() > 0 {

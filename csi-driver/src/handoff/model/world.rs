@@ -41,6 +41,12 @@ pub enum Weakness {
     ForgetsLogs,
     /// A node says that it has no copy of a deleted volume any more before that is so.
     ForgetsFirst,
+    /// A source sends people's snapshots that its target has said it has none of any more.
+    SendsAgain,
+    /// A person's snapshot whose object goes is destroyed though a copy is known to share it.
+    DestroysShared,
+    /// The same though a target may have come as far as it.
+    DestroysComing,
 }
 
 /// What is left of a node's plan.

@@ -14,7 +14,8 @@ mod rules;
 mod world;
 
 use portolan_crds::{Compression, Filesystem, SnapshotGroup, VolumeImport, VolumeSource};
-use portolan_zfs::{Capabilities, Property, Zfs};
+use portolan_zfs::memory::Fault;
+use portolan_zfs::{Capabilities, ErrorKind, Property, Zfs};
 
 use fate::{Blow, When};
 use kube::api::{DeleteParams, Patch, PatchParams};
@@ -60,6 +61,10 @@ enum Verb {
     /// A copied volume, to the node that it was copied from.
     Follow,
     DeleteSnapshot,
+    /// All that an aborted move has brought; then it moves there.
+    DeleteBase,
+    /// The target of a move has said that it has none any more, and the source still has one.
+    DeleteOnTheWay,
     /// Of which there are two copies.
     Delete,
     /// Of which there is a clone, which goes later.
@@ -97,7 +102,13 @@ impl Verb {
         world.settle().await;
         world.write("db", "first").await;
         match self {
-            Self::Clone | Self::Copy | Self::DeleteSnapshot | Self::DeleteOrigin | Self::DeleteKept | Self::Follow => {
+            Self::Clone
+            | Self::Copy
+            | Self::DeleteSnapshot
+            | Self::DeleteBase
+            | Self::DeleteOrigin
+            | Self::DeleteKept
+            | Self::Follow => {
                 world.ask_snapshot("s", "db", |_| ()).await;
                 world.settle().await;
                 world.write("db", "second").await;
@@ -123,6 +134,16 @@ impl Verb {
             }
             Self::GroupAfterFailure => fail_in_use(world, &["db", "log"]).await,
             Self::DeleteOrigin => begin_as_snapshot(world, "a").await,
+            Self::DeleteBase => return bring_one_snapshot(world).await,
+            Self::DeleteOnTheWay => {
+                for to in ["b", "a"] {
+                    world.ask_move("db", to).await;
+                    world.settle().await;
+                }
+                world.ask_snapshot("s", "db", |_| ()).await;
+                world.settle().await;
+                world.write("db", "second").await;
+            }
             Self::Follow => begin_as_snapshot(world, "b").await,
             _ => {}
         }
@@ -171,6 +192,15 @@ impl Verb {
             Self::Move | Self::MoveAfterFailure => world.ask_move("db", "b").await,
             Self::Return => world.ask_move("db", "a").await,
             Self::Follow => world.ask_move("new", "a").await,
+            Self::DeleteBase => {
+                world.ask_abort("db").await;
+                world.snapshots().delete("s", &DeleteParams::default()).await.unwrap();
+            }
+            Self::DeleteOnTheWay => {
+                world.snapshots().delete("s", &DeleteParams::default()).await.unwrap();
+                world.look_all("b").await;
+                world.ask_move("db", "b").await;
+            }
             Self::DeleteSnapshot => _ = world.snapshots().delete("s", &DeleteParams::default()).await.unwrap(),
             Self::Delete | Self::DeleteOrigin | Self::DeleteKept => {
                 world.volumes().delete("db", &DeleteParams::default()).await.unwrap();
@@ -184,6 +214,7 @@ impl Verb {
             Self::Create | Self::CreateZvol | Self::Import => grow(world, "db").await,
             Self::Clone | Self::Copy => grow(world, "new").await,
             Self::DeleteOrigin | Self::DeleteKept => world.delete_all().await,
+            Self::DeleteBase => world.ask_move("db", "b").await,
             _ => {}
         }
     }
@@ -215,6 +246,18 @@ async fn begin_as_snapshot(world: &World, node: &str) {
     let source = VolumeSource { snapshot: "s".into(), volume: "db".into(), short_name: "s".into(), guid };
     world.expect("new", "first");
     world.ask_volume("new", node, |spec| spec.source = Some(source)).await;
+}
+
+/// Has a move bring a person's snapshot and no more.
+async fn bring_one_snapshot(world: &mut World) {
+    world.ask_move("db", "b").await;
+    world.look_all("a").await;
+    world.pools["a"].inject("send", 2, Fault::Fail(ErrorKind::Timeout));
+    world.look_all("b").await;
+    let picture = world.picture();
+    let copy = picture.lines().skip_while(|line| !line.starts_with("b: tank/portolan/db"));
+    let snapshots: Vec<&str> = copy.filter(|line| line.starts_with("    @")).collect();
+    assert!(matches!(snapshots[..], [only] if only.starts_with("    @s ")), "{picture}");
 }
 
 /// What people do about a kill.
@@ -335,6 +378,8 @@ verbs! {
     move_back: Return;
     move_to_the_origin: Follow;
     delete_snapshot: DeleteSnapshot;
+    delete_base: DeleteBase;
+    delete_on_the_way: DeleteOnTheWay;
     delete: Delete;
     delete_origin: DeleteOrigin;
     delete_kept: DeleteKept;

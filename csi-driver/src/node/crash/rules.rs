@@ -6,9 +6,11 @@ use std::sync::{Arc, Mutex};
 use kube::ResourceExt;
 use portolan_crds::{PortableSnapshot, PortableVolume};
 use portolan_tests::api::FakeApi;
+use portolan_zfs::Snapshot;
 use portolan_zfs::memory::Contents;
 
 use super::picture::{Pools, datasets};
+use crate::handoff::is_final_name;
 use crate::volume::{self, UID_PROPERTY};
 
 /// What somebody has written to each volume, by the volume's name.
@@ -73,6 +75,17 @@ fn of_volume(
         if !has(snapshot.guid().unwrap()) {
             wrong.push(format!("loss: snapshot {} is not on {owner}", snapshot.name_any()));
         }
+    }
+    // What was there before the volume was is its maker's.
+    let began_empty = volume.spec.import.is_none() && volume.spec.source.is_none();
+    for (node, copy) in copies.iter().filter(|_| began_empty) {
+        let short = |taken: &Snapshot| taken.name.short().to_owned();
+        let left =
+            copy.snapshots.iter().filter(|taken| !taken.defer_destroy).map(short).filter(|short| !is_final_name(short));
+        let is_asked = |short: &String| snapshots.iter().any(|snapshot| snapshot.short_name() == *short);
+        wrong.extend(
+            left.filter(|short| !is_asked(short)).map(|short| format!("leak: {name}@{short} on {node} has no object")),
+        );
     }
     let data = written.lock().unwrap().get(&name).cloned().unwrap_or_default();
     if volume.metadata.deletion_timestamp.is_none() && own.is_none_or(|own| own.data != data) {

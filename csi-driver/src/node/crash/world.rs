@@ -148,6 +148,13 @@ impl World {
         write::event(&self.volumes(), &volume, Event::Asked(ask, write::now())).await.unwrap();
     }
 
+    /// Ends the move that is under way.
+    pub(super) async fn ask_abort(&self, name: &str) {
+        let volume = self.volumes().get(name).await.unwrap();
+        let event = Event::Aborted { why: "not wanted".into(), at: write::now() };
+        write::event(&self.volumes(), &volume, event).await.unwrap();
+    }
+
     /// Deletes all that there is.
     pub(super) async fn delete_all(&self) {
         for volume in self.api.all::<PortableVolume>() {
@@ -257,6 +264,13 @@ impl World {
 
     pub(super) fn agent(&self, node: &str) -> Arc<Agent<Memory>> {
         self.agents[node].agent.clone()
+    }
+
+    /// One look of a node's agent at each volume.
+    pub(super) async fn look_all(&mut self, node: &'static str) {
+        for volume in self.api.all::<PortableVolume>() {
+            Box::pin(self.look(node, volume)).await;
+        }
     }
 
     /// One look of a node's agent at a volume; whether an agent was killed by it.

@@ -261,6 +261,10 @@ impl Zfs for CommandLine {
         Ok(mounted.trim() == "yes")
     }
 
+    async fn rename_snapshot(&self, name: &SnapshotName, short: &str) -> Result<(), ZfsError> {
+        self.rename_taken(name, short).await
+    }
+
     async fn rename(&self, from: &DatasetName, to: &DatasetName) -> Result<(), ZfsError> {
         self.run_unless_busy(from, &["zfs", "rename", from.as_str(), to.as_str()]).await.map(drop)
     }

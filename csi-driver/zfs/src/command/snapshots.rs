@@ -3,7 +3,7 @@
 use super::{CommandLine, odd_output};
 use crate::error::{ErrorKind, ZfsError};
 use crate::model::Snapshot;
-use crate::name::{DatasetName, SnapshotName};
+use crate::name::{DatasetName, InvalidName, SnapshotName};
 use crate::parse;
 
 const PROPERTIES: &str = "guid,createtxg,creation,userrefs,defer_destroy";
@@ -24,6 +24,12 @@ impl CommandLine {
         let found = parse::snapshots(name.dataset(), &self.run(name.dataset(), &words).await?)
             .map_err(|why| odd_output(&words, &why))?;
         found.into_iter().next().ok_or_else(|| odd_output(&words, "printed nothing"))
+    }
+
+    pub(super) async fn rename_taken(&self, name: &SnapshotName, short: &str) -> Result<(), ZfsError> {
+        let invalid = |error: InvalidName| ZfsError::new(ErrorKind::Other, "zfs rename", error.to_string());
+        let to = name.dataset().snapshot(short).map_err(invalid)?;
+        self.run(name.dataset(), &["zfs", "rename", &name.to_string(), &to.to_string()]).await.map(drop)
     }
 
     /// See [`Zfs::snapshot_all`](crate::Zfs::snapshot_all).

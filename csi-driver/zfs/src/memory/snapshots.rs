@@ -4,7 +4,7 @@ use super::Result;
 use super::state::{Entry, State, Taken, failure};
 use crate::error::ErrorKind;
 use crate::model::Snapshot;
-use crate::name::{DatasetName, Property, SnapshotName};
+use crate::name::{DatasetName, InvalidName, Property, SnapshotName};
 
 impl State {
     pub(super) fn taken(&mut self, name: &SnapshotName, operation: &str) -> Result<&mut Taken> {
@@ -128,6 +128,23 @@ impl State {
                 *origin = moved;
             }
         }
+    }
+
+    pub(super) fn rename_snapshot(&mut self, name: &SnapshotName, short: &str) -> Result<()> {
+        let dataset = name.dataset();
+        let invalid = |error: InvalidName| failure(ErrorKind::Other, "rename", name, &error.to_string());
+        let to = dataset.snapshot(short).map_err(invalid)?;
+        self.taken(name, "rename")?;
+        if self.taken(&to, "rename").is_ok() {
+            return Err(failure(ErrorKind::AlreadyExists, "rename", &to, "dataset already exists"));
+        }
+        self.taken(name, "rename")?.short = short.to_owned();
+        for origin in self.datasets.values_mut().filter_map(|entry| entry.origin.as_mut()) {
+            if origin == name {
+                *origin = to.clone();
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn destroy_snapshot(&mut self, name: &SnapshotName) -> Result<()> {

@@ -237,6 +237,10 @@ impl Zfs for Memory {
         self.call("is_mounted", name, |state| Ok(state.entry(name, "is_mounted")?.mounted)).await
     }
 
+    async fn rename_snapshot(&self, name: &SnapshotName, short: &str) -> Result<()> {
+        self.call("rename_snapshot", format!("{name} {short}"), |state| state.rename_snapshot(name, short)).await
+    }
+
     async fn rename(&self, from: &DatasetName, to: &DatasetName) -> Result<()> {
         self.call("rename", format!("{from} {to}"), |state| {
             if state.entry(from, "rename")?.mounted {
