@@ -339,12 +339,13 @@ async fn a_failed_port_leaves_nothing() {
     let mut refused = pod.port.clone();
     refused.port = port_name("refused", "eth1");
     refused.netns = node.netns("refused");
-    refused.mtu = 1000;
+    let multicast = "ff02::5/64".parse().unwrap();
+    refused.addresses.push(multicast);
     let error = node.dataplane.add_port(&refused).await.unwrap_err().to_string();
-    assert!(error.starts_with("add address fd32::5/64"), "IPv6 needs an MTU of 1280 (RFC 8200, section 5): {error}");
+    assert!(error.starts_with("add address ff02::5/64"), "nobody's address (RFC 4291, section 2.7): {error}");
     // What is there, and may be in use, stays.
     let mut changed = pod.port.clone();
-    changed.mtu = 1000;
+    changed.addresses.push(multicast);
     assert!(node.dataplane.add_port(&changed).await.is_err());
     assert_eq!(node.dataplane.ports(77).await.unwrap(), std::slice::from_ref(&pod.port.port));
     node.dataplane.check_port(&pod.port).await.unwrap();

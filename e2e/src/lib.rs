@@ -4,6 +4,7 @@
 
 pub mod bad_input;
 pub mod encryption;
+pub mod families;
 pub mod faults;
 pub mod ginkgo;
 pub mod lab;

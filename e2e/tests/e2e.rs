@@ -1,7 +1,7 @@
 //! The lab must be up, with the images imported.
 
 use portolan_e2e::{
-    bad_input, encryption, faults,
+    bad_input, encryption, families, faults,
     lab::Lab,
     migration, sanity, scene, snapshots,
     storage_suite::{self, Scope},
@@ -16,11 +16,12 @@ type Part = (&'static str, bool, fn(&Lab) -> anyhow::Result<()>);
 fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     let lab = Lab::connect()?;
     let openzfs = lab.has_zvols();
-    let parts: [Part; 12] = [
+    let parts: [Part; 13] = [
         ("install", true, scene::install),
         ("scene", true, scene::play),
         // The same on each pool, and emulated nodes need many minutes.
         ("bad-input", !openzfs, bad_input::play),
+        ("families", !openzfs, families::play),
         ("snapshots", !openzfs, snapshots::play),
         // On OpenZFS it has not been seen to end yet.
         ("encryption", !openzfs, encryption::play),
