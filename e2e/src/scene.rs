@@ -224,7 +224,7 @@ pub fn nothing_left(lab: &Lab) -> Result<()> {
             ("datasets", "zfs list -H -o name -r portolan | grep '/' || true"),
             (
                 "mounts",
-                r"awk '$1 ~ /^portolan\// || $2 ~ /plugins\/portolan.dev\/volumes|kubernetes.io~csi\/pvc-|netns\/portolan-/' /proc/mounts",
+                r"awk '$1 ~ /^portolan\// || $2 ~ /plugins\/portolan.dev\/volumes|kubernetes.io~csi\/pvc-|^\/run\/netns\/portolan-/' /proc/mounts",
             ),
             ("namespaces", "ls /run/netns 2>/dev/null | grep ^portolan || true"),
             ("links", "ls /sys/class/net | grep -E '^(vx|p[0-9a-f]{8})' || true"),
