@@ -347,6 +347,10 @@ async fn a_failed_port_leaves_nothing() {
     let mut changed = pod.port.clone();
     changed.addresses.push(multicast);
     assert!(node.dataplane.add_port(&changed).await.is_err());
+    let mut small = pod.port.clone();
+    small.mtu = 1000;
+    let error = node.dataplane.add_port(&small).await.unwrap_err().to_string();
+    assert_eq!(error, "MTU 1000 of interface eth1 is too small for its address fd32::5/64; allowed: 1280 or more");
     assert_eq!(node.dataplane.ports(77).await.unwrap(), std::slice::from_ref(&pod.port.port));
     node.dataplane.check_port(&pod.port).await.unwrap();
 }

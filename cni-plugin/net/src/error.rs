@@ -76,6 +76,16 @@ pub enum Error {
         /// The namespace.
         place: String,
     },
+    /// An interface can't have an IPv6 address.
+    #[error("MTU {mtu} of interface {interface} is too small for its address {address}; allowed: 1280 or more")]
+    MtuTooSmall {
+        /// The MTU in bytes.
+        mtu: u32,
+        /// The address.
+        address: IpNet,
+        /// The interface's name.
+        interface: String,
+    },
     /// A pod's interface lacks an address.
     #[error("interface {interface} does not have the address {address} (in {netns})")]
     NoAddress {

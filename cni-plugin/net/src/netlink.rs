@@ -1,6 +1,9 @@
 //! A route netlink socket in a given namespace, and the few requests that are made over it.
 
-use std::{io, net::Ipv4Addr};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use futures::{StreamExt, TryStreamExt};
 use ipnet::{IpNet, Ipv4Net};
@@ -9,6 +12,7 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressFlags, AddressMessage},
     link::{LinkAttribute, LinkMessage},
     neighbour::NeighbourMessage,
+    route::{RouteAddress, RouteAttribute, RouteType},
 };
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 
@@ -141,6 +145,19 @@ impl Netlink {
             IpNet::new(local.or_else(own)?, message.header.prefix_len).ok()
         };
         Ok(listed.iter().filter(|message| message.header.index == index).filter_map(address).collect())
+    }
+
+    /// The IPv6 addresses that the namespace takes for its own, by its routes.
+    pub async fn local_addresses(&self) -> Result<Vec<IpAddr>> {
+        let all = rtnetlink::RouteMessageBuilder::<Ipv6Addr>::new().build();
+        let listed = self.handle.route().get(all).execute().try_collect::<Vec<_>>().await;
+        let listed = listed.map_err(|e| self.error("list routes", e))?;
+        let local = listed.iter().filter(|route| route.header.kind == RouteType::Local);
+        let destinations = local.flat_map(|route| &route.attributes).filter_map(|attribute| match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some(IpAddr::from(*address)),
+            _ => None,
+        });
+        Ok(destinations.collect())
     }
 
     /// A route to a network that is reached directly over a link.

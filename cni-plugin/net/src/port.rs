@@ -30,6 +30,8 @@ use crate::{
 
 /// How long the kernel may take to let frames through a port that is up at both ends.
 const FORWARDING_PATIENCE: Duration = Duration::from_secs(3);
+/// The least MTU of an interface that carries IPv6, in bytes (RFC 8200, section 5).
+const IPV6_LEAST_MTU: u32 = 1280;
 /// How often it is asked.
 const FORWARDING_POLL: Duration = Duration::from_millis(1);
 
@@ -63,6 +65,12 @@ impl Dataplane {
     /// # Errors
     /// What the kernel refuses, or a namespace that isn't there.
     pub async fn add_port(&self, spec: &PortSpec) -> Result<()> {
+        // A smaller one takes all IPv6 addresses from an interface that has some.
+        if let Some(&address) = spec.addresses.iter().find(|a| matches!(a, IpNet::V6(_)))
+            && spec.mtu < IPV6_LEAST_MTU
+        {
+            return Err(Error::MtuTooSmall { mtu: spec.mtu, address, interface: spec.interface.clone() });
+        }
         let network = Netlink::open(&self.namespace(spec.vni)?)?;
         let pod_namespace = Namespace::open(self.root(), &spec.netns)?;
         let pod = Netlink::open(&pod_namespace)?;
@@ -234,9 +242,10 @@ async fn configure_pod(pod: &Netlink, namespace: &Namespace, spec: &PortSpec) ->
     }
     pod.set_link(up(index, spec.mtu), format!("bring {} up", spec.interface)).await?;
     // After it is up: the kernel takes IPv6 addresses from an interface that goes down, and routes to none that is.
-    for address in ipv6 {
-        pod.add_address(index, *address).await?;
+    for address in &ipv6 {
+        pod.add_address(index, **address).await?;
     }
+    wait_until_settled(pod, &ipv6, spec).await?;
     if spec.resolver {
         let flags = NLM_F_CREATE | NLM_F_REPLACE;
         let entry = neighbour(index, BRIDGE_ADDRESS.into(), BRIDGE_MAC);
@@ -253,6 +262,21 @@ fn enable_ipv6(namespace: &Namespace, interface: &str) -> Result<()> {
     let (advertisements, disabled) =
         (format!("ipv6/conf/{interface}/accept_ra"), format!("ipv6/conf/{interface}/disable_ipv6"));
     sysctl::set(namespace, &[(&advertisements, "0"), ("ipv6/conf/lo/disable_ipv6", "0"), (&disabled, "0")])
+}
+
+/// Waits until the kernel takes what is for the addresses for its own. It makes these routes on its own time, also without duplicate
+/// detection; a connection that is opened to an own address before never finds its way.
+async fn wait_until_settled(pod: &Netlink, addresses: &[&IpNet], spec: &PortSpec) -> Result<()> {
+    let end = Instant::now() + FORWARDING_PATIENCE;
+    while !addresses.is_empty() {
+        let local = pod.local_addresses().await?;
+        let Some(&&address) = addresses.iter().find(|address| !local.contains(&address.addr())) else { break };
+        if Instant::now() > end {
+            return Err(Error::NoAddress { address, interface: spec.interface.clone(), netns: spec.netns.clone() });
+        }
+        tokio::time::sleep(FORWARDING_POLL).await;
+    }
+    Ok(())
 }
 
 /// Waits until the bridge lets frames through the port. The kernel turns "both ends are up" into that on its own time, and a
