@@ -153,3 +153,31 @@ async fn a_passing_snapshot_is_no_divergence() {
         assert_eq!(world.picture().contains("@group-g"), stays, "what stays is put out of the way and kept");
     }
 }
+
+/// What the target of a move has said it has none of any more isn't sent to it, though the source still has it.
+#[tokio::test]
+async fn a_deleted_snapshot_does_not_come_again() {
+    let mut world = with_volume().await;
+    for to in ["b", "a"] {
+        world.ask_move("db", to).await;
+        world.settle().await;
+    }
+    world.ask_snapshot("s", "db", |_| ()).await;
+    world.settle().await;
+    world.snapshots().delete("s", &DeleteParams::default()).await.unwrap();
+    world.look_all("b").await;
+    world.ask_move("db", "b").await;
+    world.look_all("a").await;
+    // Were it sent it would be alone: b would let go of it right after the rest.
+    world.pools["a"].inject("send", 2, Fault::Fail(ErrorKind::Timeout));
+    world.look_all("b").await;
+    let shorts = async |node: &str| -> Vec<String> {
+        let found = world.pools[node].snapshots(&name("tank/portolan/db")).await.unwrap();
+        found.iter().map(|taken| taken.name.short().to_owned()).collect()
+    };
+    assert!(shorts("a").await.contains(&"s".to_owned()), "the source has not come to it yet");
+    assert!(!shorts("b").await.contains(&"s".to_owned()), "{:?}", shorts("b").await);
+    world.settle().await;
+    assert!(world.snapshots().get_opt("s").await.unwrap().is_none());
+    assert!(!world.picture().contains("@s "), "{}", world.picture());
+}
