@@ -1,5 +1,6 @@
 //! Streams between two agents: over real TLS on loopback, between two real pools.
 
+mod broken;
 mod rogue;
 mod setup;
 

@@ -1,6 +1,7 @@
 //! A source with a good certificate that doesn't keep to the protocol. Written by the protocol's description, not by its code.
 
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use portolan_csi::transfer::{Identity, server_name};
@@ -8,7 +9,7 @@ use portolan_zfs::{SnapshotName, Zfs};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::server::TlsStream;
-use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client};
 
 use super::setup::read_all;
 
@@ -27,6 +28,8 @@ pub enum Lie {
     HugeFrame,
     /// Stops after the payload without closing.
     Silence,
+    /// Its kernel forgets the connection after half of the payload.
+    Forgets,
 }
 
 /// It listens until the runtime ends.
@@ -57,7 +60,8 @@ async fn answer(stream: &mut TlsStream<TcpStream>, payload: &[u8], lie: Lie) -> 
     let reply = br#"{"ok":true,"base":null,"base_snapshot":null,"error":null}"#;
     stream.write_u32(reply.len() as u32).await?;
     stream.write_all(reply).await?;
-    for frame in payload.chunks(100_000) {
+    let payload_sent = if lie == Lie::Forgets { &payload[..payload.len() / 2] } else { payload };
+    for frame in payload_sent.chunks(100_000) {
         stream.write_u32(frame.len() as u32).await?;
         stream.write_all(frame).await?;
     }
@@ -79,6 +83,11 @@ async fn answer(stream: &mut TlsStream<TcpStream>, payload: &[u8], lie: Lie) -> 
             stream.flush().await?;
             return std::future::pending().await;
         }
+        Lie::Forgets => {
+            stream.flush().await?;
+            forget(stream.get_ref().0);
+            return Ok(());
+        }
     }
     stream.write_u32(0).await?;
     stream.write_u64(length).await?;
@@ -86,8 +95,29 @@ async fn answer(stream: &mut TlsStream<TcpStream>, payload: &[u8], lie: Lie) -> 
     stream.shutdown().await
 }
 
+/// Makes the kernel forget a connection when it is closed, without a word to its peer, as one does that starts anew (`TCP_REPAIR`, tcp(7)).
+pub fn forget(socket: &TcpStream) {
+    let on: libc::c_int = 1;
+    let length = libc::socklen_t::try_from(size_of_val(&on)).unwrap();
+    // SAFETY: the pointer is to a whole int of that length, which lives until the call returns.
+    let done = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_REPAIR, (&raw const on).cast(), length)
+    };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
 /// What a source answers to a request of our making.
 pub async fn ask(identity: &Identity, address: SocketAddr, node: &str, request: &str) -> serde_json::Value {
+    asked(identity, address, node, request).await.0
+}
+
+/// The same, with the connection.
+pub async fn asked(
+    identity: &Identity,
+    address: SocketAddr,
+    node: &str,
+    request: &str,
+) -> (serde_json::Value, client::TlsStream<TcpStream>) {
     let socket = TcpStream::connect(address).await.unwrap();
     let connector = TlsConnector::from(identity.client());
     let mut stream = connector.connect(server_name(node).unwrap(), socket).await.unwrap();
@@ -97,5 +127,5 @@ pub async fn ask(identity: &Identity, address: SocketAddr, node: &str, request: 
     let length = stream.read_u32().await.unwrap();
     let mut reply = vec![0; length as usize];
     stream.read_exact(&mut reply).await.unwrap();
-    serde_json::from_slice(&reply).unwrap()
+    (serde_json::from_slice(&reply).unwrap(), stream)
 }

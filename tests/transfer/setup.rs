@@ -104,7 +104,16 @@ impl Server {
         allow: &'static str,
         limits: Limits,
     ) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::start_at(TcpListener::bind("127.0.0.1:0").await.unwrap(), identity, node, allow, limits)
+    }
+
+    pub fn start_at(
+        listener: TcpListener,
+        identity: &Identity,
+        node: &impl Node<Zfs: Clone>,
+        allow: &'static str,
+        limits: Limits,
+    ) -> Self {
         let address = listener.local_addr().unwrap();
         let (sender, receiver) = watch::channel(Arc::new(identity.clone()));
         let (shutdown, asked) = (CancellationToken::new(), Arc::new(AtomicUsize::new(0)));

@@ -151,7 +151,7 @@ async fn connect(identity: &Identity, limits: Limits, what: &Fetch) -> Result<St
     })?;
     let socket =
         within(limits.handshake, "connecting", TcpStream::connect(what.address)).await.map_err(failed("connecting"))?;
-    prepare(&socket).map_err(failed("preparing the socket"))?;
+    prepare(&socket, limits.silent).map_err(failed("preparing the socket"))?;
     let handshake = TlsConnector::from(identity.client()).connect(name, socket);
     let stream = within(limits.handshake, "TLS handshake", handshake).await.map_err(failed("TLS handshake"))?;
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());

@@ -103,14 +103,14 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
                 info!(%peer, node, volume = request.volume, snapshot = request.snapshot, bytes, "sent a volume");
             }
             Ok(None) => {}
-            Err(error) => warn!(%peer, node, %error, "a transfer failed"),
+            // Without a farewell: its place is another's at once, and a peer that is there still sees that there is no trailer.
+            Err(error) => return warn!(%peer, node, %error, "a transfer failed"),
         }
-        // A peer that is gone has no use for a farewell.
         let _ = within(self.limits.idle, "closing", stream.shutdown()).await;
     }
 
     async fn handshake(&self, socket: TcpStream) -> io::Result<(TlsStream<TcpStream>, String)> {
-        prepare(&socket)?;
+        prepare(&socket, self.limits.silent)?;
         let acceptor = TlsAcceptor::from(self.identity.borrow().server());
         let stream = within(self.limits.handshake, "waiting for the TLS handshake", acceptor.accept(socket)).await?;
         let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());

@@ -19,6 +19,9 @@ pub struct Limits {
     pub handshake: Duration,
     /// Without a byte in either direction.
     pub idle: Duration,
+    /// After which a peer that doesn't answer on TCP's level is taken to be gone, whatever this end does meanwhile. It counts also for a peer
+    /// that answers but takes nothing, so that it should not be shorter than `idle`.
+    pub silent: Duration,
     /// Streams that one source sends at a time.
     pub streams: usize,
     /// Connections that one source has open at a time, whatever their state.
@@ -27,7 +30,13 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { handshake: Duration::from_secs(10), idle: Duration::from_secs(30), streams: 4, connections: 64 }
+        Self {
+            handshake: Duration::from_secs(10),
+            idle: Duration::from_secs(30),
+            silent: Duration::from_secs(30),
+            streams: 4,
+            connections: 64,
+        }
     }
 }
 
@@ -43,14 +52,26 @@ pub(super) async fn within<T>(
     }
 }
 
-/// Sets a socket up: no delay for small messages, and a dead peer is noticed while nothing is sent (tcp(7)).
-pub(super) fn prepare(socket: &TcpStream) -> io::Result<()> {
+/// Keep-alive probes that go unanswered before a connection counts as broken, where nothing else says so before.
+const PROBES: u32 = 4;
+
+/// Sets a socket up: no delay for small messages, and the connection breaks when the peer has left something unanswered for `silent`: a probe
+/// while nothing is sent (keep-alive), data while something is (`TCP_USER_TIMEOUT`, which holds for both and for what is still unsent
+/// when the socket has been closed). Without it the kernel repeats data for a quarter of an hour (tcp(7), `tcp_retries2`).
+pub(super) fn prepare(socket: &TcpStream, silent: Duration) -> io::Result<()> {
     socket.set_nodelay(true)?;
+    let probe = probe(silent);
     sockopt::set_socket_keepalive(socket, true)?;
-    sockopt::set_tcp_keepidle(socket, Duration::from_secs(10))?;
-    sockopt::set_tcp_keepintvl(socket, Duration::from_secs(5))?;
-    sockopt::set_tcp_keepcnt(socket, 3)?;
+    sockopt::set_tcp_keepidle(socket, silent.saturating_sub(probe * PROBES).max(Duration::from_secs(1)))?;
+    sockopt::set_tcp_keepintvl(socket, probe)?;
+    sockopt::set_tcp_keepcnt(socket, PROBES)?;
+    sockopt::set_tcp_user_timeout(socket, u32::try_from(silent.as_millis()).unwrap_or(u32::MAX))?;
     Ok(())
+}
+
+/// Between two probes. The kernel counts whole seconds.
+fn probe(silent: Duration) -> Duration {
+    Duration::from_secs((silent.as_secs() / 6).max(1))
 }
 
 /// Writes a header: length and JSON.
@@ -114,6 +135,19 @@ mod tests {
         let huge = u32::MAX.to_be_bytes();
         assert_eq!(read_header::<Request>(&mut &huge[..]).await.unwrap_err().kind(), io::ErrorKind::InvalidData);
         assert_eq!(read_frame(&mut &huge[..], &mut Vec::new()).await.unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[tokio::test]
+    async fn a_socket_gives_up_on_a_silent_peer_when_it_is_told_to() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        for (silent, idle, between) in [(30, 10, 5), (24, 8, 4), (3, 1, 1), (1, 1, 1)] {
+            let socket = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            prepare(&socket, Duration::from_secs(silent)).unwrap();
+            assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), u32::try_from(silent).unwrap() * 1000);
+            assert!(sockopt::socket_keepalive(&socket).unwrap());
+            let found = (sockopt::tcp_keepidle(&socket).unwrap(), sockopt::tcp_keepintvl(&socket).unwrap());
+            assert_eq!(found, (Duration::from_secs(idle), Duration::from_secs(between)), "{silent} s");
+        }
     }
 
     #[tokio::test]
