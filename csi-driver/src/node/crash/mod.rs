@@ -274,9 +274,10 @@ enum Then {
 /// What became of it: a picture of the end, and what the agents did on the way.
 async fn run(verb: Verb, capabilities: Capabilities, blows: &[Blow], then: Then) -> (String, Vec<String>) {
     let mut world = World::new(capabilities).await;
-    verb.prepare(&mut world).await;
+    // On the heap: unoptimised, all of them together are too much for a test's stack.
+    Box::pin(verb.prepare(&mut world)).await;
     world.begin(blows);
-    verb.ask(&mut world).await;
+    Box::pin(verb.ask(&mut world)).await;
     let mut killed = match then {
         Then::Nothing => {
             world.settle().await;
@@ -285,7 +286,7 @@ async fn run(verb: Verb, capabilities: Capabilities, blows: &[Blow], then: Then)
         Then::Next | Then::Delete => world.settle_unless_killed().await,
     };
     if !killed || then == Then::Next {
-        verb.ask_then(&mut world).await;
+        Box::pin(verb.ask_then(&mut world)).await;
         killed = then == Then::Delete && world.settle_unless_killed().await;
     }
     if killed || then == Then::Delete {
