@@ -23,7 +23,7 @@ fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
         ("bad-input", !openzfs, bad_input::play),
         ("families", !openzfs, families::play),
         ("snapshots", !openzfs, snapshots::play),
-        // On OpenZFS it has not been seen to end yet.
+        // On OpenZFS, where it says more, it takes a quarter of an hour.
         ("encryption", !openzfs, encryption::play),
         ("migration", !openzfs, migration::play),
         ("faults", !openzfs, faults::play),
