@@ -15,6 +15,7 @@ mod event_tests;
 #[cfg(test)]
 mod model;
 mod plan;
+mod reading;
 mod snapshots;
 #[cfg(test)]
 mod tests;
@@ -23,7 +24,8 @@ use portolan_crds::PortableVolume;
 
 pub use copy::{Local, concerns, is_copy, known_guids, shared_guids};
 pub use event::{Ask, DIVERGED, Event, Refused, Round, applied, ready, transition};
-pub use plan::{Action, plan};
+pub use plan::Action;
+pub use reading::{check_whole, copying, is_complete, plan};
 pub use snapshots::{Asked, Known, is_final_name, travels};
 
 /// What one party knows of a volume.

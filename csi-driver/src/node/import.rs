@@ -9,6 +9,7 @@ use portolan_zfs::{Dataset, DatasetName, ErrorKind, Kind, Property, Zfs};
 use super::disk;
 use super::steps::{StepError, Steps};
 use crate::block::mounts::Mounts;
+use crate::handoff;
 use crate::quantity::Human;
 use crate::volume::{self, UID_PROPERTY};
 
@@ -76,6 +77,16 @@ impl Order<'_> {
             },
         };
         self.check(&found)?;
+        if self.volume.spec.is_shared() {
+            // A copy is known to be complete by a snapshot of ours.
+            let taken = zfs.snapshots(&found.name).await?;
+            if let Some(old) = taken.iter().find(|snapshot| handoff::is_final_name(snapshot.name.short())) {
+                return self.refuse(format!(
+                    "has snapshot {}, which is called as ours are, and spec.readOnly is true: rename it (`zfs rename`) or destroy it",
+                    old.name
+                ));
+            }
+        }
         match zfs.children(&found.name).await?.first() {
             Some(child) => self.refuse(format!("has datasets below it ({}): a volume is one dataset", child.name)),
             None => Ok(found),
@@ -145,6 +156,10 @@ impl Order<'_> {
             zfs.set_property(self.to, &property).await?;
         }
         zfs.set_readonly(self.to, false).await?;
+        if found.kind == Kind::Filesystem {
+            // It may not have been mounted since this node failed while it was in use.
+            zfs.set_property(self.to, &volume::open_property(true)?).await?;
+        }
         for property in &self.properties {
             zfs.set_property(self.to, property).await?;
         }
@@ -166,7 +181,7 @@ mod tests {
     use portolan_zfs::memory::{Fault, Memory};
 
     use super::*;
-    use crate::handoff::{self, Action};
+    use crate::handoff::Action;
 
     fn name(text: &str) -> DatasetName {
         DatasetName::new(text).unwrap()

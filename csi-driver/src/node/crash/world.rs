@@ -244,8 +244,8 @@ impl World {
     /// The kubelets' calls, as far as they are answered well; whether an agent was killed by one.
     async fn kubelets(&mut self) -> bool {
         while let Some((node, call)) = self.calls.front().copied() {
-            let driver = self.agents[node].node.clone();
-            match self.unless_killed(node, kubelet::call(driver, call)).await {
+            let asked = self.call(node, call);
+            match self.unless_killed(node, asked).await {
                 None => return true,
                 Some(Ok(())) => _ = self.calls.pop_front(),
                 // Called again in the next round.
@@ -253,6 +253,13 @@ impl World {
             }
         }
         false
+    }
+
+    /// One call of a node's kubelet.
+    pub(super) fn call(&self, node: &str, call: Call) -> impl Future<Output = Result<(), tonic::Status>> + use<> {
+        let reads =
+            self.api.all::<PortableVolume>().iter().any(|it| it.name_any() == kubelet::VOLUME && it.spec.read_only);
+        kubelet::call(self.agents[node].node.clone(), call, reads)
     }
 
     pub(super) fn agent(&self, node: &str) -> Arc<Agent<Memory>> {
