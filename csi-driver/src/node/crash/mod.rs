@@ -255,10 +255,9 @@ enum Then {
 /// What became of it: a picture of the end, and what the agents did on the way.
 async fn run(verb: Verb, capabilities: Capabilities, blows: &[Blow], then: Then) -> (String, Vec<String>) {
     let mut world = World::new(capabilities).await;
-    // Apart: one future of all of it is more than a test's stack holds.
-    Box::pin(verb.prepare(&mut world)).await;
+    verb.prepare(&mut world).await;
     world.begin(blows);
-    Box::pin(verb.ask(&mut world)).await;
+    verb.ask(&mut world).await;
     let mut killed = match then {
         Then::Nothing => {
             world.settle().await;

@@ -209,7 +209,8 @@ impl World {
 
     /// Lets all go on until nothing changes any more.
     pub(super) async fn settle(&mut self) {
-        while self.settle_unless_killed().await {}
+        // Apart, here and below: one future of all of it is more than a test's stack holds.
+        while Box::pin(self.settle_unless_killed()).await {}
     }
 
     /// Lets all go on until nothing changes any more, or until an agent has been killed, and is started again: true.
@@ -218,20 +219,20 @@ impl World {
         for _ in 0..ROUNDS {
             let before = self.changes();
             // A kubelet may come before an agent that has started anew has looked at anything.
-            if std::mem::take(&mut self.restarted) && self.kubelets().await {
+            if std::mem::take(&mut self.restarted) && Box::pin(self.kubelets()).await {
                 return true;
             }
             for node in NODES {
                 for volume in self.api.all::<PortableVolume>() {
-                    if self.look(node, volume).await {
+                    if Box::pin(self.look(node, volume)).await {
                         return true;
                     }
                 }
             }
-            if self.kubelets().await {
+            if Box::pin(self.kubelets()).await {
                 return true;
             }
-            self.control().await;
+            Box::pin(self.control()).await;
             quiet = if self.changes() == before { quiet + 1 } else { 0 };
             if quiet == QUIET {
                 assert!(self.calls.is_empty(), "not done: {:?}\n{}", self.calls, self.picture());
