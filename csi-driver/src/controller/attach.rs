@@ -59,7 +59,8 @@ fn attachments_of(store: &Store<VolumeAttachment>, pv: &str) -> Vec<ObjectRef<Vo
         .collect()
 }
 
-async fn reconcile(attachment: Arc<VolumeAttachment>, hub: Arc<Hub>) -> kube::Result<Action> {
+/// Looks at one of them.
+pub(super) async fn reconcile(attachment: Arc<VolumeAttachment>, hub: Arc<Hub>) -> kube::Result<Action> {
     if attachment.spec.attacher != DRIVER {
         return Ok(Action::await_change());
     }
