@@ -4,13 +4,14 @@
 //! each snapshot that a handoff has it take has everything, and a copy that is known to have one of these is complete. How copies come to
 //! other nodes, and how the owner changes, is the handoff's; all that differs is that nothing is ever made writable.
 
-use portolan_crds::{HandoffPhase, PortableVolume};
+use portolan_crds::{AskedBy, HandoffPhase, PortableVolume};
 
 use super::plan::{self, Action};
 use super::{Asked, Local, is_copy, is_final_name};
 use crate::volume;
 
-/// What node `me` does next about `volume`: see [`super::plan`]'s module.
+/// What node `me` does next about `volume`, whose copy here is `local` (none: the pool is there and has no such dataset) and whose snapshots
+/// are `asked` for.
 pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>, asked: &[Asked]) -> Vec<Action> {
     let mut actions = plan::plan(me, volume, local, asked);
     if !volume.spec.is_shared() || volume.metadata.deletion_timestamp.is_some() {
@@ -23,8 +24,10 @@ pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>, asked: &[A
             return freeze;
         }
     }
-    // One round brings everything.
-    let enough = copying(volume).is_some_and(|target| is_complete(volume, target));
+    // One round brings everything, and the controller is about to end it. What a migration has begun goes its own way.
+    let by = volume.status.as_ref().and_then(|status| status.handoff.as_ref()).map(|handoff| handoff.asked_by);
+    let ends = matches!(by, Some(AskedBy::Reading | AskedBy::Cordon));
+    let enough = ends && copying(volume).is_some_and(|target| is_complete(volume, target));
     actions.retain(|action| match action {
         Action::SetReadonly(on) => *on,
         Action::PublishRound(_) => !enough,
@@ -127,7 +130,7 @@ mod tests {
     }
 
     fn copy_to(volume: &mut PortableVolume, node: &str) {
-        let ask = Ask { to: node.into(), warm: true, ..Ask::default() };
+        let ask = Ask { to: node.into(), by: AskedBy::Reading, warm: true, ..Ask::default() };
         happen(volume, Event::Asked(ask, crate::write::now()));
     }
 
@@ -203,6 +206,13 @@ mod tests {
             actions.iter().any(|action| matches!(action, Action::PublishRound(_)))
         };
         assert!(!rounds(&volume), "it has all there is");
+        let asked_by = |volume: &mut PortableVolume, by| {
+            volume.status.as_mut().unwrap().handoff.as_mut().unwrap().asked_by = by;
+        };
+        asked_by(&mut volume, AskedBy::Migration);
+        assert!(rounds(&volume), "until it is warm");
+        asked_by(&mut volume, AskedBy::Cordon);
+        assert!(!rounds(&volume));
         volume.spec.read_only = false;
         assert!(rounds(&volume), "another's second round");
         volume.spec.read_only = true;

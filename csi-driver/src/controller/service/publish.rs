@@ -44,6 +44,10 @@ pub(super) async fn publish(service: &Service, request: &ControllerPublishVolume
                     return Err(Status::unavailable(why));
                 }
             }
+            // Not that another node has it, which is what FAILED_PRECONDITION says here: it is to be tried again.
+            Decision::Refuse(why) if volume.spec.is_shared() => {
+                return Err(Status::unavailable(format!("volume {id}: {why}")));
+            }
             Decision::Refuse(why) => return Err(Status::failed_precondition(format!("volume {id}: {why}"))),
             Decision::Move | Decision::Place => {
                 let needs = Needs::of(&volume.spec);

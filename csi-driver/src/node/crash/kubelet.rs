@@ -43,8 +43,14 @@ pub(super) async fn call(node: Arc<Node<Memory>>, call: Call, reads: bool) -> Re
     });
     match call {
         Call::Stage => {
-            let wanted =
-                NodeStageVolumeRequest { volume_id, staging_target_path, volume_capability, ..Default::default() };
+            let wanted = NodeStageVolumeRequest {
+                volume_id,
+                staging_target_path,
+                volume_capability,
+                // Of no interest to a volume that isn't encrypted.
+                secrets: [("encryption-passphrase".to_owned(), "correct horse".to_owned())].into(),
+                ..Default::default()
+            };
             driver.node_stage_volume(Request::new(wanted)).await.map(drop)
         }
         Call::Publish => {

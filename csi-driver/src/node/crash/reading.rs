@@ -1,7 +1,7 @@
 //! A volume that nobody writes, and pods that read it on both nodes.
 
-use portolan_crds::{AskedBy, PortableVolume, VolumeSource};
-use portolan_zfs::{Capabilities, Zfs};
+use portolan_crds::{AskedBy, Cipher, PortableVolume, VolumeEncryption, VolumeSource};
+use portolan_zfs::{Capabilities, Dataset, Zfs};
 
 use super::Verb;
 use super::kubelet::{Call, END, START};
@@ -63,8 +63,12 @@ async fn with_two_copies() -> World {
     world
 }
 
+async fn dataset(world: &World, node: &str) -> Dataset {
+    world.pools[node].dataset(&name("tank/portolan/db")).await.unwrap()
+}
+
 async fn mounted(world: &World, node: &str) -> bool {
-    world.pools[node].is_mounted(&name("tank/portolan/db")).await.unwrap()
+    dataset(world, node).await.mounted
 }
 
 #[tokio::test]
@@ -132,6 +136,30 @@ async fn another_owner_comes_when_neither_of_the_two_reads_and_all_read_on() {
         assert!(mounted(&world, "a").await && mounted(&world, "b").await);
         assert_eq!(world.fate.wrong(), Vec::<String>::new());
     }
+}
+
+#[tokio::test]
+async fn an_encrypted_one_is_opened_on_each_node_that_reads_it_and_shut_where_nobody_does() {
+    let mut world = World::new(Capabilities::all()).await;
+    let encryption = Some(VolumeEncryption { cipher: Cipher::Aes256Gcm, secret: None });
+    world.ask_volume("db", "a", |spec| (spec.encryption, spec.read_only) = (encryption, true)).await;
+    world.settle().await;
+    world.begin(&[]);
+    world.ask_kubelet("a", START);
+    world.settle().await;
+    ask_copy(&world, "b").await;
+    world.ask_kubelet("b", START);
+    world.settle().await;
+    for node in ["a", "b"] {
+        let found = dataset(&world, node).await;
+        assert!(found.mounted && found.readonly && found.key_available, "{node}: {found:?}");
+        assert_eq!(found.encryption_root.as_ref(), Some(&found.name), "{node}");
+    }
+    world.ask_kubelet("b", END);
+    world.settle().await;
+    let (a, b) = (dataset(&world, "a").await, dataset(&world, "b").await);
+    assert!(!b.mounted && !b.key_available && a.mounted && a.key_available, "{a:?} {b:?}");
+    assert_eq!(world.fate.wrong(), Vec::<String>::new());
 }
 
 #[tokio::test]
