@@ -144,7 +144,11 @@ async fn receive(node: &impl Node, target: &DatasetName, bytes: &[u8]) -> Result
     receive_with(node, target, bytes, &ReceiveOptions::with(&properties)).await
 }
 
-pub(crate) async fn receive_with(
+/// Receives bytes as these options say.
+///
+/// # Errors
+/// As ZFS says.
+pub async fn receive_with(
     node: &impl Node,
     target: &DatasetName,
     bytes: &[u8],

@@ -1,6 +1,7 @@
 //! portolan-zfs on real pools, and the implementation in memory held to the same behaviour.
 
 pub mod node;
+mod reading;
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};

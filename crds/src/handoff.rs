@@ -88,6 +88,8 @@ pub enum AskedBy {
     Migration,
     /// The owner's node was cordoned: its pods will go soon.
     Cordon,
+    /// A pod reads a volume that nobody writes: the target gets a copy, and the owner stays.
+    Reading,
 }
 
 /// The phases of a handoff, in order. Up to FinalSync it can be aborted, and the source is writable again.

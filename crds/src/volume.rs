@@ -1,14 +1,14 @@
 //! PortableVolume: one volume, and where it lives.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use kube::CustomResource;
+use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::handoff::{Handoff, HandoffReport};
 
 /// A volume that follows its pod: a ZFS dataset on its owner, and warm replicas elsewhere.
-#[derive(CustomResource, Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[derive(CustomResource, Clone, Debug, Default, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[kube(
     group = "portolan.dev",
     version = "v1alpha1",
@@ -56,11 +56,21 @@ pub struct PortableVolumeSpec {
     /// The dataset that the volume is to be, there already on the node of `placement`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub import: Option<VolumeImport>,
+    /// Whether it is never to be written, and a dataset may be read on many nodes at once (all access modes are `ReadOnlyMany`). Fixed when the
+    /// volume is made.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("it is decided when the volume is made: make another volume of this one"))]
+    pub read_only: bool,
     /// Where the volume is wanted.
     pub placement: Placement,
 }
 
 impl PortableVolumeSpec {
+    /// Whether many nodes may read the volume at once, each its own copy, and nobody ever writes it.
+    pub fn is_shared(&self) -> bool {
+        self.read_only && !self.is_zvol()
+    }
+
     /// Whether the volume is a zvol, not a filesystem of ZFS.
     pub fn is_zvol(&self) -> bool {
         self.mode == VolumeMode::Block || self.filesystem != Filesystem::Zfs

@@ -312,6 +312,11 @@ pub fn check_access_modes(modes: &[String]) -> Result<(), Refusal> {
     }
 }
 
+/// Whether nobody is ever to write the volume of a claim with these access modes.
+pub fn only_read(modes: &[String]) -> bool {
+    !modes.is_empty() && modes.iter().all(|mode| mode == "ReadOnlyMany")
+}
+
 /// A dataset that a claim's volume is to be.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Import {

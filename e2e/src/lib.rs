@@ -12,6 +12,7 @@ pub mod migration;
 mod names;
 pub mod sanity;
 pub mod scene;
+pub mod shared_reading;
 pub mod snapshots;
 pub mod storage_suite;
 pub mod uninstall;

@@ -3,7 +3,7 @@
 use portolan_e2e::{
     bad_input, encryption, families, faults,
     lab::Lab,
-    migration, sanity, scene, snapshots,
+    migration, sanity, scene, shared_reading, snapshots,
     storage_suite::{self, Scope},
     uninstall, zfs_contract,
 };
@@ -16,13 +16,14 @@ type Part = (&'static str, bool, fn(&Lab) -> anyhow::Result<()>);
 fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     let lab = Lab::connect()?;
     let openzfs = lab.has_zvols();
-    let parts: [Part; 13] = [
+    let parts: [Part; 14] = [
         ("install", true, scene::install),
         ("scene", true, scene::play),
         // The same on each pool, and emulated nodes need many minutes.
         ("bad-input", !openzfs, bad_input::play),
         ("families", !openzfs, families::play),
         ("snapshots", !openzfs, snapshots::play),
+        ("shared-reading", !openzfs, shared_reading::play),
         // On OpenZFS, where it says more, it takes a quarter of an hour.
         ("encryption", !openzfs, encryption::play),
         ("migration", !openzfs, migration::play),

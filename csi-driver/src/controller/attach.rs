@@ -1,4 +1,4 @@
-//! VolumeAttachments: answered when the node may write the volume, which may need a move first.
+//! VolumeAttachments: answered when the node may write the volume, which may need a move first; or read it, which may need a copy.
 //!
 //! Detaching proves nothing about the node that had the volume and asks nothing of it: the proof that it writes no more is its
 //! own agent's, in the handoff.
@@ -17,6 +17,7 @@ use portolan_crds::{ATTACH_FINALIZER, DRIVER, PortableVolume};
 use serde_json::json;
 
 use super::decide::{self, Decision, Other};
+use super::reading::ask_for_copy;
 use super::wish::{Needs, no_pool};
 use super::{Hub, RESYNC, exhaust, retry, set_finalizer};
 use crate::handoff::{Ask, Event};
@@ -58,7 +59,8 @@ fn attachments_of(store: &Store<VolumeAttachment>, pv: &str) -> Vec<ObjectRef<Vo
         .collect()
 }
 
-async fn reconcile(attachment: Arc<VolumeAttachment>, hub: Arc<Hub>) -> kube::Result<Action> {
+/// Looks at one of them.
+pub(super) async fn reconcile(attachment: Arc<VolumeAttachment>, hub: Arc<Hub>) -> kube::Result<Action> {
     if attachment.spec.attacher != DRIVER {
         return Ok(Action::await_change());
     }
@@ -87,9 +89,15 @@ async fn reconcile(attachment: Arc<VolumeAttachment>, hub: Arc<Hub>) -> kube::Re
             let patch = json!({ "status": { "attached": true, "attachError": null } });
             hub.attachments.patch_status(&attachment.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await?;
             tracing::info!(volume = volume.name_any(), node, "attached");
-            place(&hub, &volume, node).await?;
+            if !volume.spec.is_shared() {
+                place(&hub, &volume, node).await?;
+            }
             Ok(Action::requeue(RESYNC))
         }
+        Decision::Copy => match ask_for_copy(&hub, &volume, node).await? {
+            Some(why) => refuse(&hub, &attachment, &why).await,
+            None => Ok(Action::requeue(WAITING)),
+        },
         Decision::Move => start_move(&hub, &attachment, &volume).await,
         Decision::Place => {
             if let Some(why) = no_pool(&hub.storage_nodes, node, Needs::of(&volume.spec)).await? {

@@ -14,14 +14,16 @@ use k8s_openapi::api::storage::v1::VolumeAttachment;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::ResourceExt;
 use kube::runtime::watcher;
-use portolan_crds::{AskedBy, DRIVER, HandoffPhase, PortableVolume, PortableVolumeStatus, StorageNode, TOPOLOGY_KEY};
+use portolan_crds::{
+    AskedBy, DRIVER, HandoffPhase, PortableVolume, PortableVolumeStatus, Replica, StorageNode, TOPOLOGY_KEY,
+};
 
 use super::Hub;
 use super::capacity::follow;
 use super::migration::plan::is_stale;
 use super::volumes::is_ready;
 use super::wish::{Needs, candidate, why_no_pool};
-use crate::handoff::{Ask, Event};
+use crate::handoff::{self, Ask, Event};
 use crate::volume;
 use crate::write::{self, WriteError};
 
@@ -75,6 +77,11 @@ fn plan(world: &World<'_>, now: Timestamp) -> Vec<(String, Event)> {
         let deleting = volume.metadata.deletion_timestamp.is_some();
         let busy = sending.get(&owner).copied().unwrap_or_default() >= AT_ONCE;
         if status.handoff.is_some() || deleting || busy || !is_used(world, volume, &owner) {
+            continue;
+        }
+        // It stays its owner's, and a node that has a copy needs no other.
+        let copied = |replica: &Replica| replica.node != owner && handoff::is_complete(volume, &replica.node);
+        if volume.spec.is_shared() && status.replicas.iter().any(copied) {
             continue;
         }
         let Some(to) = likeliest(world, volume, &status, &owner) else { continue };
@@ -187,7 +194,7 @@ async fn tell(hub: &Hub, volume: &PortableVolume, event: Event) {
 
 #[cfg(test)]
 mod tests {
-    use portolan_crds::{Handoff, PortableVolumeSpec, Replica};
+    use portolan_crds::{Handoff, PortableVolumeSpec};
     use serde_json::{Value, json};
 
     use super::*;
@@ -309,6 +316,17 @@ mod tests {
         let mut cluster = Cluster::new(vec![near]);
         cluster.pools.remove(1);
         assert_eq!(cluster.targets(), ["c"], "no pool");
+    }
+
+    #[test]
+    fn one_copy_of_what_nobody_writes_is_enough() {
+        let mut volume = volume("v", "a", &[("b", "1")]);
+        volume.spec.read_only = true;
+        assert_eq!(Cluster::new(vec![volume.clone()]).targets(), ["b"], "what b has proves nothing");
+        volume.status.as_mut().unwrap().replicas[0].snapshot = Some("portolan-2".into());
+        assert_eq!(Cluster::new(vec![volume.clone()]).plan(0), []);
+        volume.spec.read_only = false;
+        assert_eq!(Cluster::new(vec![volume]).targets(), ["b"]);
     }
 
     #[test]

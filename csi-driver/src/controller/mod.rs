@@ -10,6 +10,7 @@ mod drain;
 mod encryption;
 mod migration;
 mod provision;
+mod reading;
 mod reclaim;
 mod service;
 pub(crate) mod snapshots;

@@ -85,6 +85,7 @@ fn check(
         size,
         size_bytes,
         mode,
+        read_only: parameters::only_read(spec.access_modes.as_deref().unwrap_or_default()),
         asked,
         source: None,
         secret,
@@ -404,6 +405,11 @@ mod tests {
             check(&claim, claim.spec.as_ref().unwrap(), &class(json!({})), None).map_err(|refusal| refusal.to_string())
         };
         let wish = asked("node-1:tank/old/db", json!({})).unwrap();
+        assert!(
+            !wish.read_only
+                && !asked("n:t", json!({ "accessModes": ["ReadWriteOnce", "ReadOnlyMany"] })).unwrap().read_only
+        );
+        assert!(asked("n:t", json!({ "accessModes": ["ReadOnlyMany"] })).unwrap().read_only);
         let spec = wish.spec("node-1".into());
         assert_eq!(spec.import.unwrap().dataset, "tank/old/db");
         for wrong in ["", "tank/old", ":tank/old", "node-1:", "node-1:/tank", "node-1:tank@s"] {

@@ -13,6 +13,7 @@ use portolan_crds::{HandoffPhase, PortableVolume, VOLUME_FINALIZER, VolumePhase,
 use portolan_runtime::conditions;
 use serde_json::json;
 
+use super::reading::end_copy;
 use super::{Hub, PROVISIONED, RESYNC, exhaust, retry, set_finalizer, unless_gone};
 use crate::volume;
 
@@ -47,6 +48,9 @@ pub(crate) async fn reconcile(volume: Arc<PortableVolume>, hub: Arc<Hub>) -> kub
     if !volume.annotations().contains_key(PROVISIONED) && !volume.spec.claim_uid.is_empty() {
         collect(&volume, &hub).await?;
     }
+    if end_copy(&hub, &volume).await? {
+        return Ok(Action::requeue(RESYNC));
+    }
     if volume.status.as_ref().is_some_and(|status| status.handoff.is_some()) {
         name_dead_source(&volume, &hub).await?;
         return Ok(Action::requeue(MOVING));
@@ -67,8 +71,9 @@ async fn name_dead_source(volume: &PortableVolume, hub: &Hub) -> kube::Result<()
         Some(node) if !is_ready(node) => "is not ready",
         Some(_) => return Ok(()),
     };
+    let what = if volume.spec.is_shared() && handoff.phase == HandoffPhase::PreCopy { "copy" } else { "move" };
     let message = format!(
-        "node {}, which has the data at epoch {}, {why}: the move goes on when it is back",
+        "node {}, which has the data at epoch {}, {why}: the {what} goes on when it is back",
         handoff.from, status.epoch
     );
     if handoff.last_error.as_ref() == Some(&message) {

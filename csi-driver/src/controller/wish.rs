@@ -22,6 +22,8 @@ pub(super) struct Wish {
     pub(super) size: String,
     pub(super) size_bytes: i64,
     pub(super) mode: VolumeMode,
+    /// Whether nobody is ever to write it.
+    pub(super) read_only: bool,
     pub(super) asked: Asked,
     /// What it begins as.
     pub(super) source: Option<VolumeSource>,
@@ -50,6 +52,7 @@ impl Wish {
             claim: self.claim,
             claim_uid: self.claim_uid,
             mode: self.mode,
+            read_only: self.read_only,
             filesystem: self.asked.filesystem,
             parameters: self.asked.parameters,
             source: self.source,

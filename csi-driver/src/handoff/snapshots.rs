@@ -144,6 +144,11 @@ pub fn is_final_name(short: &str) -> bool {
     order(short).is_some()
 }
 
+/// Whether a snapshot is called as those that a handoff takes. A retired one is not: a person took it, and nobody knows when.
+pub(super) fn is_of_handoff(short: &str) -> bool {
+    order(short).is_some_and(|(epoch, _)| epoch > 0)
+}
+
 /// The place of one of our snapshots in the volume's history: epoch, then attempt.
 fn order(name: &str) -> Option<(u64, u64)> {
     let rest = name.strip_prefix(PREFIX)?;
@@ -286,6 +291,7 @@ mod tests {
         assert_eq!(order("portolan-4-3"), Some((4, 3)));
         assert!(order("portolan-4-2") > order("portolan-4") && order("portolan-10") > order("portolan-9-7"));
         assert_eq!((order("daily-1"), order("portolan-x"), order("portolan-1-x")), (None, None, None));
+        assert!(is_of_handoff("portolan-1-2") && !is_of_handoff(&retired_name("7")) && !is_of_handoff("daily"));
     }
 
     fn asked(name: &str, guid: Option<&str>, deleting: bool) -> Asked {

@@ -9,6 +9,7 @@ use portolan_zfs::{Dataset, DatasetName, ErrorKind, Kind, Property, Zfs};
 use super::disk;
 use super::steps::{StepError, Steps};
 use crate::block::mounts::Mounts;
+use crate::handoff;
 use crate::quantity::Human;
 use crate::volume::{self, UID_PROPERTY};
 
@@ -76,6 +77,16 @@ impl Order<'_> {
             },
         };
         self.check(&found)?;
+        if self.volume.spec.is_shared() {
+            // A copy is known to be complete by a snapshot of ours.
+            let taken = zfs.snapshots(&found.name).await?;
+            if let Some(old) = taken.iter().find(|snapshot| handoff::is_final_name(snapshot.name.short())) {
+                return self.refuse(format!(
+                    "has snapshot {}, which is called as ours are, and spec.readOnly is true: rename it (`zfs rename`) or destroy it",
+                    old.name
+                ));
+            }
+        }
         match zfs.children(&found.name).await?.first() {
             Some(child) => self.refuse(format!("has datasets below it ({}): a volume is one dataset", child.name)),
             None => Ok(found),
@@ -145,6 +156,10 @@ impl Order<'_> {
             zfs.set_property(self.to, &property).await?;
         }
         zfs.set_readonly(self.to, false).await?;
+        if found.kind == Kind::Filesystem {
+            // It may not have been mounted since this node failed while it was in use.
+            zfs.set_property(self.to, &volume::open_property(true)?).await?;
+        }
         for property in &self.properties {
             zfs.set_property(self.to, property).await?;
         }
@@ -166,7 +181,7 @@ mod tests {
     use portolan_zfs::memory::{Fault, Memory};
 
     use super::*;
-    use crate::handoff::{self, Action};
+    use crate::handoff::Action;
 
     fn name(text: &str) -> DatasetName {
         DatasetName::new(text).unwrap()
@@ -256,6 +271,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn its_log_is_played_before_anything_is_taken_of_it() {
+        let (zfs, mut volume) = (made_by_hand("tank/old").await, wanted("tank/old"));
+        volume.spec.read_only = true;
+        while !go_on(&zfs, &mut volume).await.unwrap() {}
+        let local = disk::read(&zfs, &Mounts::new("/"), &name("tank/portolan/db")).await.unwrap().unwrap();
+        assert_eq!(
+            handoff::plan("a", &volume, Some(&local), &[]),
+            [Action::SetReadonly(true), Action::Replay],
+            "who read it now would read too little"
+        );
+        volume.spec.read_only = false;
+        let move_it = handoff::Ask { to: "b".into(), ..handoff::Ask::default() };
+        let asked = handoff::Event::Asked(move_it, crate::write::now());
+        volume.status = Some(handoff::transition(&volume, asked).unwrap());
+        let actions = handoff::plan("a", &volume, Some(&local), &[]);
+        assert!(actions.contains(&Action::Replay), "{actions:?}");
+    }
+
+    #[tokio::test]
     async fn what_cannot_be_a_volume_is_refused_and_left_as_it_is() {
         let refused = async |zfs: &Memory, volume: &PortableVolume| {
             let mut volume = volume.clone();
@@ -296,6 +330,12 @@ mod tests {
         let mut shrunk = block.clone();
         shrunk.spec.import = Some(VolumeImport { dataset: "tank/disk".into() });
         assert!(refused(&zfs, &shrunk).await.contains("as much or more"));
+
+        let older = name("tank/old").snapshot("portolan-3").unwrap();
+        zfs.snapshot(&older).await.unwrap();
+        let mut read_only = wanted("tank/old");
+        read_only.spec.read_only = true;
+        assert!(refused(&zfs, &read_only).await.contains("tank/old@portolan-3"));
 
         let marked = Property::new(UID_PROPERTY, "uid-2").unwrap();
         zfs.create_filesystem(&name("tank/portolan/lost"), &[marked], None).await.unwrap();

@@ -220,7 +220,7 @@ fn is_asked_name(short: &str) -> bool {
     ASKED_PREFIXES.iter().any(|prefix| short.starts_with(prefix)) && tail.is_some_and(is_uuid)
 }
 
-/// Mounts of datasets whose volumes aren't this node's to write.
+/// Mounts of datasets whose volumes aren't this node's to write, nor to read.
 fn mounted(me: &str, disk: &Disk, known: &Known) -> Vec<Orphan> {
     let ours = |source: &str| {
         let (dataset, _) = disk.datasets.iter().find(|(dataset, _)| dataset.name.as_str() == source)?;
@@ -229,8 +229,9 @@ fn mounted(me: &str, disk: &Disk, known: &Known) -> Vec<Orphan> {
             None => Some("is gone".to_owned()),
             Some(volume) => {
                 let status = volume::status(volume);
-                let here =
-                    status.owner.as_deref() == Some(me) || status.handoff.is_some_and(|handoff| handoff.from == me);
+                let here = status.owner.as_deref() == Some(me)
+                    || status.handoff.is_some_and(|handoff| handoff.from == me)
+                    || (volume.spec.is_shared() && handoff::is_complete(volume, me));
                 (!here).then(|| format!("is node {}'s", status.owner.unwrap_or_else(|| "no".to_owned())))
             }
         }

@@ -87,10 +87,18 @@ pub(super) async fn subject(hub: &Hub, migration: &VolumeMigration) -> kube::Res
             continue;
         }
         let claim = claim(hub, &namespace, &name).await?;
-        if let Claim::Ours(_) = claim {
+        if let Claim::Ours(volume) = &claim {
+            // What is only read needs no move, nor do others who read it: they count only where it is to have another owner.
+            let shared = volume.spec.is_shared();
+            if shared && migration.spec.claim.as_ref() != Some(&name) {
+                found.claims.insert(name, claim);
+                continue;
+            }
             for pod in pods.iter().filter(|pod| claims_of(pod).contains(&name)) {
                 if !found.pods.iter().any(|known| known.uid() == pod.uid()) {
-                    open.extend(claims_of(pod));
+                    if !shared {
+                        open.extend(claims_of(pod));
+                    }
                     found.pods.push(pod.clone());
                 }
             }

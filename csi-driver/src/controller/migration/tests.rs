@@ -414,6 +414,27 @@ fn a_pod_that_starts_anew_meanwhile_is_the_one_that_is_evicted() {
 type Change = Box<dyn Fn(&mut World, &mut Subject)>;
 
 #[test]
+fn what_is_only_read_does_not_move_with_its_pods() {
+    let scope = |spec: Value, only_read: &[&str], pods: bool| {
+        let mut world = World::new(spec);
+        for name in only_read {
+            world.volumes.get_mut(*name).unwrap().spec.read_only = true;
+        }
+        let mut subject = world.subject();
+        if !pods {
+            subject.pods.clear();
+        }
+        let scope = validate::scope(&world.migration, &subject, &world.target, ZONE)?;
+        Ok(scope.volumes.into_iter().map(|entry| entry.volume).collect::<Vec<_>>())
+    };
+    assert_eq!(scope(json!({ "pod": "db-0" }), &["x"], true), Ok(vec!["y".to_owned()]));
+    let refused = |claim: &str| Err(Refusal::OnlyRead { claim: claim.to_owned() });
+    assert_eq!(scope(json!({ "pod": "db-0" }), &["x", "y"], true), refused("y"));
+    assert_eq!(scope(json!({ "claim": "x" }), &["x"], true), refused("x"), "not its pods' other volumes instead");
+    assert_eq!(scope(json!({ "claim": "x" }), &["x", "y"], false), Ok(vec!["x".to_owned()]), "it gets another owner");
+}
+
+#[test]
 fn what_can_not_be_done_is_refused_by_name() {
     let refused = |spec: Value, change: Change| -> Option<Refusal> {
         let mut world = World::new(spec);

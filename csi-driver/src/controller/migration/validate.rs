@@ -46,6 +46,11 @@ pub(super) enum Refusal {
     AlreadyThere { node: String, what: String },
     #[error("volume {volume} is being deleted")]
     Deleting { volume: String },
+    #[error(
+        "claim {claim} is only read (ReadOnlyMany), each node that has pods reads its own copy, and nothing needs to move with them: allowed \
+         are claims that no pod uses, whose volume gets another owner"
+    )]
+    OnlyRead { claim: String },
     #[error("claim {claim} is being moved by VolumeMigration {other}: delete that, or wait for its end")]
     MigrationRunning { claim: String, other: String },
     #[error("spec.bandwidth: {0}")]
@@ -71,6 +76,7 @@ impl Refusal {
             Self::OtherZone { .. } => "OtherZone",
             Self::AlreadyThere { .. } => "AlreadyThere",
             Self::Deleting { .. } => "VolumeDeleting",
+            Self::OnlyRead { .. } => "OnlyRead",
             Self::MigrationRunning { .. } => "MigrationRunning",
             Self::Bandwidth(_) => "BandwidthInvalid",
         }
@@ -97,7 +103,7 @@ pub(super) fn scope(
     if let Some(pod) = spec.pod.clone().filter(|_| !subject.pod_found) {
         return Err(Refusal::PodMissing { pod, namespace });
     }
-    let mut needs = Needs::default();
+    let (mut needs, mut only_read) = (Needs::default(), None);
     for (name, claim) in &subject.claims {
         let named = spec.claim.as_ref() == Some(name);
         match claim {
@@ -110,11 +116,18 @@ pub(super) fn scope(
             Claim::Ours(volume) if volume.metadata.deletion_timestamp.is_some() => {
                 return Err(Refusal::Deleting { volume: volume.name_any() });
             }
+            Claim::Ours(volume) if volume.spec.is_shared() && named && subject.pods.iter().any(runs) => {
+                return Err(Refusal::OnlyRead { claim: name.clone() });
+            }
+            Claim::Ours(volume) if volume.spec.is_shared() && !named => only_read = Some(name.clone()),
             Claim::Ours(volume) => {
                 needs = needs.and(Needs::of(&volume.spec));
                 volumes.push((name, volume.as_ref()));
             }
         }
+    }
+    if let Some(claim) = only_read.filter(|_| volumes.is_empty()) {
+        return Err(Refusal::OnlyRead { claim });
     }
     if let Some(pod) = spec.pod.clone().filter(|_| volumes.is_empty()) {
         return Err(Refusal::PodWithoutVolumes { pod });

@@ -2,7 +2,7 @@
 
 use kube::ResourceExt;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
-use portolan_crds::{Filesystem, PortableVolume, VolumeMode, VolumePhase, condition};
+use portolan_crds::{Filesystem, PortableVolume, PortableVolumeSpec, VolumeMode, VolumePhase, condition};
 use portolan_runtime::conditions;
 use serde_json::json;
 use tonic::Status;
@@ -31,13 +31,14 @@ const DEFAULT_SIZE: i64 = 1 << 30;
 pub(super) async fn create(service: &Service, request: CreateVolumeRequest) -> Result<CreateVolumeResponse, Status> {
     let id = id_of("name", &request.name)?;
     let mode = check_capabilities(&request.volume_capabilities)?;
+    let read_only = only_read(&request.volume_capabilities)?;
     let mut asked = parameters::parse(&map(request.parameters), mode).map_err(refused)?;
     asked.filesystem = filesystem(&request.volume_capabilities, asked.filesystem)?;
     parameters::change(&mut asked.parameters, &map(request.mutable_parameters)).map_err(refused)?;
     let range = request.capacity_range.unwrap_or_default();
     let size_bytes = size(&range)?;
     parameters::check_size(asked.filesystem, size_bytes).map_err(refused)?;
-    let wish = Wish { size: Human(size_bytes).to_string(), size_bytes, mode, asked, ..Wish::default() };
+    let wish = Wish { size: Human(size_bytes).to_string(), size_bytes, mode, read_only, asked, ..Wish::default() };
     let from = request.volume_content_source;
     let present = service.hub.volumes.get_opt(&id).await.map_err(api_failed)?;
     match &present {
@@ -56,14 +57,14 @@ pub(super) async fn create(service: &Service, request: CreateVolumeRequest) -> R
     let made = match until(&service.hub.volumes, &id, made).await {
         Ok(Some(volume)) => volume,
         Ok(None) => return Err(Status::aborted(format!("volume {id} was deleted while it was made"))),
-        Err(status) => return Err(why_not(service, &id).await.unwrap_or(status)),
+        Err(status) => return Err(why_not_made(service, &id).await.unwrap_or(status)),
     };
     source::release(&service.hub, made.spec.source.as_ref(), &id).await.map_err(api_failed)?;
     Ok(CreateVolumeResponse { volume: Some(list::answer(service, &made, from)) })
 }
 
 /// What the agent says of a volume that is not made in time.
-async fn why_not(service: &Service, id: &str) -> Option<Status> {
+async fn why_not_made(service: &Service, id: &str) -> Option<Status> {
     let volume = service.hub.volumes.get_opt(id).await.ok()??;
     let status = volume::status(&volume);
     let ready = conditions::find(&status.conditions, condition::READY)?;
@@ -188,6 +189,9 @@ fn check_same(
     if (spec.mode, spec.filesystem) != (wish.mode, wish.asked.filesystem) {
         return differs("volume mode or filesystem");
     }
+    if spec.read_only != wish.read_only {
+        return differs("access mode");
+    }
     if spec.encryption.as_ref().map(|encryption| encryption.cipher) != wish.asked.encryption {
         return differs("encryption");
     }
@@ -241,6 +245,39 @@ fn is_possible(mode: Mode) -> bool {
     )
 }
 
+/// Whether a volume is never to be written: many nodes can read it at once then, and else not.
+fn only_read(capabilities: &[VolumeCapability]) -> Result<bool, Status> {
+    match capabilities.iter().filter(|capability| access(capability) == Mode::MultiNodeReaderOnly).count() {
+        0 => Ok(false),
+        all if all == capabilities.len() => Ok(true),
+        _ => Err(Status::invalid_argument(
+            "volume_capabilities has MULTI_NODE_READER_ONLY beside another access mode: allowed is that alone, as nobody can write such a volume",
+        )),
+    }
+}
+
+fn access(capability: &VolumeCapability) -> Mode {
+    capability.access_mode.as_ref().map(|access| access.mode()).unwrap_or_default()
+}
+
+/// Why a volume can't be used so, if it can't. `promised`: what is to be so at any time (CSI, VolumeCapability), not what one node may do now.
+pub(super) fn why_not(spec: &PortableVolumeSpec, wanted: &[VolumeCapability], promised: bool) -> Option<String> {
+    let reads = |mode| matches!(mode, Mode::SingleNodeReaderOnly | Mode::MultiNodeReaderOnly);
+    let modes = || wanted.iter().map(access);
+    if let Some(mode) = modes().find(|mode| spec.read_only && !reads(*mode)) {
+        return Some(format!(
+            "volume_capability.access_mode is {}: the volume is read-only, and allowed are SINGLE_NODE_READER_ONLY and MULTI_NODE_READER_ONLY",
+            mode.as_str_name()
+        ));
+    }
+    let many = modes().any(|mode| mode == Mode::MultiNodeReaderOnly);
+    (promised && many && !spec.is_shared()).then(|| {
+        "volume_capability.access_mode is MULTI_NODE_READER_ONLY: allowed are the SINGLE_NODE_* modes, as only a volume that was made for that \
+         mode alone, and is no zvol, is read on several nodes at once"
+            .to_owned()
+    })
+}
+
 /// The filesystem that a capability names, else the parameters'.
 fn filesystem(capabilities: &[VolumeCapability], asked: Filesystem) -> Result<Filesystem, Status> {
     let named = capabilities.iter().find_map(|capability| match &capability.access_type {
@@ -282,6 +319,9 @@ pub(super) async fn validate(
         Err(status) => refused(status.message().to_owned()),
         Ok(mode) if mode != volume.spec.mode => refused(format!("the volume's mode is {:?}", volume.spec.mode)),
         Ok(_) => {
+            if let Some(why) = why_not(&volume.spec, &request.volume_capabilities, true) {
+                return refused(why);
+            }
             let confirmed = Confirmed {
                 volume_context: request.volume_context,
                 volume_capabilities: request.volume_capabilities,
@@ -386,6 +426,32 @@ mod tests {
         assert!(shared.message().contains("MULTI_NODE_MULTI_WRITER"), "{shared}");
         let both = [capability(mount(), Mode::SingleNodeWriter), capability(block(), Mode::SingleNodeWriter)];
         assert!(check_capabilities(&both).is_err());
+    }
+
+    #[test]
+    fn what_many_nodes_read_nobody_writes() {
+        let mount = |mode| capability(AccessType::Mount(MountVolume::default()), mode);
+        let (many, one, writer) =
+            (mount(Mode::MultiNodeReaderOnly), mount(Mode::SingleNodeReaderOnly), mount(Mode::SingleNodeWriter));
+        assert!(only_read(std::slice::from_ref(&many)).unwrap());
+        assert!(!only_read(&[one.clone(), writer.clone()]).unwrap());
+        let mixed = only_read(&[many.clone(), writer.clone()]).unwrap_err();
+        assert!(mixed.code() == tonic::Code::InvalidArgument && mixed.message().contains("MULTI_NODE_READER_ONLY"));
+        let spec = |read_only, filesystem| PortableVolumeSpec { read_only, filesystem, ..Default::default() };
+        let (shared, zvol, plain) =
+            (spec(true, Filesystem::Zfs), spec(true, Filesystem::Ext4), spec(false, Filesystem::Zfs));
+        let can = |spec: &PortableVolumeSpec, wanted: &VolumeCapability, promised| {
+            why_not(spec, std::slice::from_ref(wanted), promised).is_none()
+        };
+        for promised in [false, true] {
+            assert!(can(&shared, &many, promised) && can(&shared, &one, promised) && !can(&shared, &writer, promised));
+            assert!(can(&plain, &one, promised) && can(&plain, &writer, promised) && !can(&zvol, &writer, promised));
+        }
+        assert!(!can(&plain, &many, true) && !can(&zvol, &many, true), "not on several nodes");
+        assert!(
+            can(&plain, &many, false) && can(&zvol, &many, false),
+            "a PersistentVolume may have other modes beside"
+        );
     }
 
     #[test]

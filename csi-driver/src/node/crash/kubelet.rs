@@ -14,7 +14,7 @@ use crate::proto::csi::{
     VolumeCapability,
 };
 
-const VOLUME: &str = "db";
+pub(super) const VOLUME: &str = "db";
 const TARGET: &str = "/pods/one";
 const STAGING: &str = "/staging/db";
 
@@ -32,17 +32,25 @@ pub(super) const START: [Call; 2] = [Call::Stage, Call::Publish];
 /// What its end takes.
 pub(super) const END: [Call; 2] = [Call::Unpublish, Call::Unstage];
 
-pub(super) async fn call(node: Arc<Node<Memory>>, call: Call) -> Result<(), Status> {
+/// `reads`: the volume's access mode is that of many nodes.
+pub(super) async fn call(node: Arc<Node<Memory>>, call: Call, reads: bool) -> Result<(), Status> {
     let driver = Service(node);
     let (volume_id, target_path, staging_target_path) = (VOLUME.to_owned(), TARGET.to_owned(), STAGING.to_owned());
+    let mode = if reads { Mode::MultiNodeReaderOnly } else { Mode::SingleNodeMultiWriter };
     let volume_capability = Some(VolumeCapability {
         access_type: Some(AccessType::Mount(MountVolume::default())),
-        access_mode: Some(AccessMode { mode: Mode::SingleNodeMultiWriter.into() }),
+        access_mode: Some(AccessMode { mode: mode.into() }),
     });
     match call {
         Call::Stage => {
-            let wanted =
-                NodeStageVolumeRequest { volume_id, staging_target_path, volume_capability, ..Default::default() };
+            let wanted = NodeStageVolumeRequest {
+                volume_id,
+                staging_target_path,
+                volume_capability,
+                // Of no interest to a volume that isn't encrypted.
+                secrets: [("encryption-passphrase".to_owned(), "correct horse".to_owned())].into(),
+                ..Default::default()
+            };
             driver.node_stage_volume(Request::new(wanted)).await.map(drop)
         }
         Call::Publish => {

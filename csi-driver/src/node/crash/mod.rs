@@ -10,6 +10,7 @@ mod fate;
 mod host;
 mod kubelet;
 mod picture;
+mod reading;
 mod rules;
 mod world;
 
@@ -71,6 +72,18 @@ enum Verb {
     DeleteOrigin,
     /// Of which there is a snapshot, which goes later.
     DeleteKept,
+    /// A volume that nobody writes, from a snapshot on another node.
+    CopyToRead,
+    /// What is to be it is there already, and may not have been mounted since its node failed.
+    ImportToRead,
+    /// A pod on a second node begins to read.
+    Read,
+    /// A pod on one of two nodes ends.
+    EndReading,
+    /// It gets another owner, which has a copy.
+    GiveAway,
+    /// Of which there are two copies.
+    DeleteRead,
 }
 
 impl Verb {
@@ -88,7 +101,10 @@ impl Verb {
                 world.ask_volume("db", "a", |spec| spec.filesystem = Filesystem::Ext4).await;
                 return world.settle().await;
             }
-            Self::Import => {
+            Self::Read | Self::EndReading | Self::GiveAway | Self::DeleteRead | Self::CopyToRead => {
+                return reading::prepare(self, world).await;
+            }
+            Self::Import | Self::ImportToRead => {
                 let (pool, old) = (&world.pools["a"], name("tank/old"));
                 pool.create_filesystem(&old, &[Property::new("mountpoint", "/srv/old").unwrap()], None).await.unwrap();
                 pool.mount(&old).await.unwrap();
@@ -185,11 +201,18 @@ impl Verb {
                 }
             }
             Self::Modify | Self::ModifyZvol => grow(world, "db").await,
-            Self::Import => {
+            Self::Import | Self::ImportToRead => {
                 let import = Some(VolumeImport { dataset: "tank/old".into() });
-                world.ask_volume("db", "a", |spec| spec.import = import).await;
+                let read_only = self == Self::ImportToRead;
+                world.ask_volume("db", "a", |spec| (spec.import, spec.read_only) = (import, read_only)).await;
             }
-            Self::Move | Self::MoveAfterFailure => world.ask_move("db", "b").await,
+            Self::CopyToRead => reading::ask(world, "b").await,
+            Self::Read => {
+                reading::ask_copy(world, "b").await;
+                world.ask_kubelet("b", START);
+            }
+            Self::EndReading => world.ask_kubelet("b", END),
+            Self::Move | Self::MoveAfterFailure | Self::GiveAway => world.ask_move("db", "b").await,
             Self::Return => world.ask_move("db", "a").await,
             Self::Follow => world.ask_move("new", "a").await,
             Self::DeleteBase => {
@@ -202,7 +225,7 @@ impl Verb {
                 world.ask_move("db", "b").await;
             }
             Self::DeleteSnapshot => _ = world.snapshots().delete("s", &DeleteParams::default()).await.unwrap(),
-            Self::Delete | Self::DeleteOrigin | Self::DeleteKept => {
+            Self::Delete | Self::DeleteOrigin | Self::DeleteKept | Self::DeleteRead => {
                 world.volumes().delete("db", &DeleteParams::default()).await.unwrap();
             }
         }
@@ -211,7 +234,7 @@ impl Verb {
     /// What is asked for when that is done, or before.
     async fn ask_then(self, world: &mut World) {
         match self {
-            Self::Create | Self::CreateZvol | Self::Import => grow(world, "db").await,
+            Self::Create | Self::CreateZvol | Self::Import | Self::CopyToRead => grow(world, "db").await,
             Self::Clone | Self::Copy => grow(world, "new").await,
             Self::DeleteOrigin | Self::DeleteKept => world.delete_all().await,
             Self::DeleteBase => world.ask_move("db", "b").await,
@@ -220,7 +243,8 @@ impl Verb {
     }
 
     fn has_pod(self) -> bool {
-        matches!(self, Self::Mount | Self::MountAfterFailure | Self::Unmount | Self::Relocate)
+        let before = matches!(self, Self::Mount | Self::MountAfterFailure | Self::Unmount | Self::Relocate);
+        before || matches!(self, Self::Read | Self::EndReading)
     }
 }
 
@@ -303,7 +327,8 @@ async fn run(verb: Verb, capabilities: Capabilities, blows: &[Blow], then: Then)
 
 /// Whether nothing is left but what somebody had before Portolan came.
 fn nothing_is_left(verb: Verb, picture: &str) -> bool {
-    let theirs = |line: &str| verb == Verb::Import && (line.starts_with("a: tank/") || line.starts_with("    "));
+    let imports = matches!(verb, Verb::Import | Verb::ImportToRead);
+    let theirs = |line: &str| imports && (line.starts_with("a: tank/") || line.starts_with("    "));
     picture.lines().all(|line| line.ends_with(": 0 snapshots of the parent") || theirs(line))
 }
 
@@ -384,4 +409,10 @@ verbs! {
     delete: Delete;
     delete_origin: DeleteOrigin;
     delete_kept: DeleteKept;
+    copy_to_read: CopyToRead;
+    import_to_read: ImportToRead;
+    read: Read;
+    end_reading: EndReading;
+    give_away: GiveAway;
+    delete_read: DeleteRead;
 }

@@ -13,7 +13,7 @@ use serde_json::Value;
 pub(super) type Pools = BTreeMap<&'static str, Memory>;
 
 /// Fields that say when something was, or how it came there.
-const VARYING: [&str; 14] = [
+const VARYING: [&str; 15] = [
     "resourceVersion",
     "generation",
     "creationTimestamp",
@@ -24,6 +24,7 @@ const VARYING: [&str; 14] = [
     "finishedAt",
     "downtimeMilliseconds",
     "bytes",
+    "preCopyBytes",
     "base",
     "used",
     "usedBytes",

@@ -10,7 +10,7 @@ use portolan_zfs::Snapshot;
 use portolan_zfs::memory::Contents;
 
 use super::picture::{Pools, datasets};
-use crate::handoff::is_final_name;
+use crate::handoff::{self, is_final_name};
 use crate::volume::{self, UID_PROPERTY};
 
 /// What somebody has written to each volume, by the volume's name.
@@ -40,6 +40,24 @@ pub(super) fn broken(api: &FakeApi, pools: &Pools, written: &Written) -> Vec<Str
     wrong
 }
 
+/// What nobody writes can be written nowhere where it is mounted, and a copy that counts as complete is.
+fn of_readers(volume: &PortableVolume, copies: &[(&str, Contents)], written: &Written, wrong: &mut Vec<String>) {
+    let name = volume.name_any();
+    let data = written.lock().unwrap().get(&name).cloned().unwrap_or_default();
+    for (node, copy) in copies {
+        let log = copy.dataset.user.get(volume::OPEN_PROPERTY).is_some_and(|open| open == "on");
+        if copy.dataset.mounted && !copy.dataset.readonly {
+            wrong.push(format!("write: {name} is mounted on {node} and not read-only"));
+        }
+        if log && !copy.snapshots.iter().all(|taken| !is_final_name(taken.name.short())) {
+            wrong.push(format!("loss: a snapshot of {name} was taken on {node} before its log was played"));
+        }
+        if handoff::is_complete(volume, node) && volume.metadata.deletion_timestamp.is_none() && copy.data != data {
+            wrong.push(format!("loss: {name} on {node} counts as complete and is not what was written"));
+        }
+    }
+}
+
 fn of_volume(
     volume: &PortableVolume,
     pools: &Pools,
@@ -58,6 +76,9 @@ fn of_volume(
     let writable: Vec<&str> = copies.iter().filter(|(_, copy)| !copy.dataset.readonly).map(|(node, _)| *node).collect();
     if writable.len() > 1 {
         wrong.push(format!("split: {name} can be written on {writable:?}"));
+    }
+    if volume.spec.is_shared() {
+        of_readers(volume, &copies, written, wrong);
     }
     let Some(owner) = &status.owner else { return };
     if let Some(other) = writable.iter().find(|node| *node != owner) {

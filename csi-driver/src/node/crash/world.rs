@@ -216,7 +216,8 @@ impl World {
 
     /// Lets all go on until nothing changes any more.
     pub(super) async fn settle(&mut self) {
-        while self.settle_unless_killed().await {}
+        // Apart, here and below: one future of all of it is more than a test's stack holds.
+        while Box::pin(self.settle_unless_killed()).await {}
     }
 
     /// Lets all go on until nothing changes any more, or until an agent has been killed, and is started again: true.
@@ -225,20 +226,20 @@ impl World {
         for _ in 0..ROUNDS {
             let before = self.changes();
             // A kubelet may come before an agent that has started anew has looked at anything.
-            if std::mem::take(&mut self.restarted) && self.kubelets().await {
+            if std::mem::take(&mut self.restarted) && Box::pin(self.kubelets()).await {
                 return true;
             }
             for node in NODES {
                 for volume in self.api.all::<PortableVolume>() {
-                    if self.look(node, volume).await {
+                    if Box::pin(self.look(node, volume)).await {
                         return true;
                     }
                 }
             }
-            if self.kubelets().await {
+            if Box::pin(self.kubelets()).await {
                 return true;
             }
-            self.control().await;
+            Box::pin(self.control()).await;
             quiet = if self.changes() == before { quiet + 1 } else { 0 };
             if quiet == QUIET {
                 assert!(self.calls.is_empty(), "not done: {:?}\n{}", self.calls, self.picture());
@@ -251,8 +252,8 @@ impl World {
     /// The kubelets' calls, as far as they are answered well; whether an agent was killed by one.
     async fn kubelets(&mut self) -> bool {
         while let Some((node, call)) = self.calls.front().copied() {
-            let driver = self.agents[node].node.clone();
-            match self.unless_killed(node, kubelet::call(driver, call)).await {
+            let asked = self.call(node, call);
+            match self.unless_killed(node, asked).await {
                 None => return true,
                 Some(Ok(())) => _ = self.calls.pop_front(),
                 // Called again in the next round.
@@ -260,6 +261,13 @@ impl World {
             }
         }
         false
+    }
+
+    /// One call of a node's kubelet.
+    pub(super) fn call(&self, node: &str, call: Call) -> impl Future<Output = Result<(), tonic::Status>> + use<> {
+        let reads =
+            self.api.all::<PortableVolume>().iter().any(|it| it.name_any() == kubelet::VOLUME && it.spec.read_only);
+        kubelet::call(self.agents[node].node.clone(), call, reads)
     }
 
     pub(super) fn agent(&self, node: &str) -> Arc<Agent<Memory>> {

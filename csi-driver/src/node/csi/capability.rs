@@ -133,6 +133,12 @@ pub(super) fn parse(capability: Option<&VolumeCapability>) -> Result<Wanted, Sta
 
 /// Checks a capability against the volume itself.
 pub(super) fn check(wanted: &Wanted, spec: &PortableVolumeSpec) -> Result<(), Status> {
+    if spec.read_only && !wanted.readonly {
+        return Err(Status::invalid_argument(
+            "volume_capability.access_mode is one that writes: the volume is read-only, and allowed are SINGLE_NODE_READER_ONLY and \
+             MULTI_NODE_READER_ONLY",
+        ));
+    }
     let Access::Mount { filesystem, own, .. } = &wanted.access else {
         return match spec.mode {
             VolumeMode::Block => Ok(()),
@@ -287,5 +293,12 @@ mod tests {
             filesystem(&mount(single, "", &["data=journal"]), Filesystem::Xfs).unwrap_err().contains("allocsize=SIZE")
         );
         assert!(filesystem(&mount(single, "", &["discard"]), Filesystem::Zfs).unwrap_err().contains("discard"));
+        let read_only = PortableVolumeSpec { read_only: true, ..PortableVolumeSpec::default() };
+        let read = |mode| check(&parse(Some(&mount(mode, "", &[]))).unwrap(), &read_only);
+        assert!(read(Mode::MultiNodeReaderOnly).is_ok() && read(Mode::SingleNodeReaderOnly).is_ok());
+        for mode in [single, Mode::SingleNodeMultiWriter, Mode::SingleNodeSingleWriter] {
+            let refused = read(mode).unwrap_err();
+            assert!(refused.message().contains("MULTI_NODE_READER_ONLY"), "{refused}");
+        }
     }
 }

@@ -21,6 +21,11 @@ pub(super) async fn run<Z: Zfs>(
     dataset: &DatasetName,
     range: &CapacityRange,
 ) -> Result<i64, Status> {
+    if volume.spec.is_shared() {
+        // Its owner's dataset has the size; copies have what they came with, and nobody writes to them.
+        let size = volume::status(volume).size_bytes.unwrap_or(volume.spec.size_bytes);
+        return check_size(dataset, size, range).map(|()| size);
+    }
     let found = node.zfs.dataset(dataset).await.map_err(zfs_failed)?;
     let size = match found.kind {
         Kind::Volume { size } => size,

@@ -19,11 +19,18 @@ use crate::block::prepare::{PrepareError, prepare};
 use crate::node::Node;
 use crate::volume;
 
-/// Mounts a dataset.
-pub(super) async fn stage_dataset<Z: Zfs>(node: &Node<Z>, name: &str, dataset: &DatasetName) -> Result<(), Status> {
+/// Mounts a dataset; one that is only read leaves nothing in its log.
+pub(super) async fn stage_dataset<Z: Zfs>(
+    node: &Node<Z>,
+    name: &str,
+    dataset: &DatasetName,
+    only_read: bool,
+) -> Result<(), Status> {
     let mountpoint = volume::mountpoint(&node.kubelet_dir, name);
     node.mounts.make_directory(&mountpoint).map_err(mount_failed)?;
-    super::set_open(node, dataset, true).await?;
+    if !only_read {
+        super::set_open(node, dataset, true).await?;
+    }
     node.zfs.mount(dataset).await.map_err(zfs_failed)?;
     staged(node, dataset, &mountpoint).map(drop)
 }

@@ -105,6 +105,28 @@ async fn check_owner<Z: Zfs>(node: &Node<Z>, volume: &PortableVolume, dataset: &
     Ok(())
 }
 
+/// Whether this node may read its own copy of a volume that nobody writes.
+async fn check_reader<Z: Zfs>(node: &Node<Z>, volume: &PortableVolume, dataset: &DatasetName) -> Result<(), Status> {
+    let name = volume.name_any();
+    let refused = |why: String| {
+        Status::failed_precondition(format!("volume {name} can't be mounted on node {}: {why}", node.name))
+    };
+    let status = volume::status(volume);
+    if volume.metadata.deletion_timestamp.is_some() {
+        return Err(refused("it is being deleted".to_owned()));
+    }
+    // Its owner unmounts before it takes the final snapshot, and a copy that is received into must not be mounted.
+    let beyond = status.handoff.as_ref().filter(|handoff| handoff.phase > HandoffPhase::PreCopy);
+    if let Some(handoff) = beyond.filter(|handoff| handoff.from == node.name || handoff.to == node.name) {
+        let why = format!("it is moving from node {} to {} ({:?})", handoff.from, handoff.to, handoff.phase);
+        return Err(refused(why));
+    }
+    let local = disk::read(node.zfs.as_ref(), &node.mounts, dataset).await;
+    let local = local.map_err(|error| Status::unavailable(format!("can't read dataset {dataset}: {error}")))?;
+    let local = local.ok_or_else(|| refused(format!("there is no dataset {dataset}")))?;
+    handoff::check_whole(&node.name, volume, &local).map_err(refused)
+}
+
 /// Brings the volume to its mountpoint, or waits for its device.
 async fn stage<Z: Zfs>(
     node: &Arc<Node<Z>>,
@@ -119,14 +141,18 @@ async fn stage<Z: Zfs>(
     if let Some(key) = key.as_ref().filter(|_| seal::is_new(&node.name, &volume)) {
         volume = make(node, &volume, dataset, key).await?;
     }
-    check_owner(node, &volume, dataset).await?;
+    let shared = volume.spec.is_shared();
+    match shared {
+        true => check_reader(node, &volume, dataset).await?,
+        false => check_owner(node, &volume, dataset).await?,
+    }
     if let Some(key) = &key {
         seal::open(node.zfs.as_ref(), &node.pool, &volume, dataset, key).await?;
     }
     match (volume.spec.mode, volume.spec.is_zvol()) {
         (VolumeMode::Block, _) => block::stage(node, dataset).await.map(drop)?,
         (VolumeMode::Filesystem, true) => filesystem::stage_zvol(node, &volume, dataset, wanted).await?,
-        (VolumeMode::Filesystem, false) => filesystem::stage_dataset(node, name, dataset).await?,
+        (VolumeMode::Filesystem, false) => filesystem::stage_dataset(node, name, dataset, shared).await?,
     }
     node.forget_unstaged(name);
     tracing::info!(volume = name, "staged");

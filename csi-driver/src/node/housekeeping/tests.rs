@@ -261,6 +261,14 @@ async fn a_mount_of_a_volume_that_is_elsewhere_is_named() {
     let found = judge("a", &pool(), &disk, &known).orphans;
     assert_eq!(found[0].reason, "Mounted");
     assert!(found[0].message.contains("umount /var/lib/kubelet/pods/1") && found[0].message.contains("node b"));
+    // A complete copy of what nobody writes is there to be read.
+    let mut shared = known.clone();
+    shared.volumes[0].spec.read_only = true;
+    let copy = |snapshot: &str| Replica { node: "a".into(), snapshot: Some(snapshot.into()), guid: Some("7".into()) };
+    shared.volumes[0].status.as_mut().unwrap().replicas = vec![copy("daily")];
+    assert_eq!(judge("a", &pool(), &disk, &shared).orphans[0].reason, "Mounted", "it is not complete");
+    shared.volumes[0].status.as_mut().unwrap().replicas = vec![copy("portolan-2")];
+    assert_eq!(judge("a", &pool(), &disk, &shared).orphans, []);
     // On its way: the agent's to unmount.
     let handoff = Handoff { from: "a".into(), to: "b".into(), ..Handoff::default() };
     known.volumes[0].status.as_mut().unwrap().handoff = Some(handoff);
