@@ -4,12 +4,14 @@
 
 pub mod bad_input;
 pub mod encryption;
+pub mod everyone;
 pub mod families;
 pub mod faults;
 pub mod ginkgo;
 pub mod lab;
 pub mod migration;
 mod names;
+pub mod rolling;
 pub mod sanity;
 pub mod scene;
 pub mod shared_reading;
