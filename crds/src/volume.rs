@@ -206,6 +206,10 @@ pub struct VolumeParameters {
     /// ZFS property `volblocksize` in bytes, of a zvol: a power of two from 4 KiB to 128 KiB. Fixed when the volume is made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_size: Option<u32>,
+    /// The most bytes a second that the volume's data take on their way to another node while its pod goes on. A VolumeMigration's own goes before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub bandwidth: Option<i64>,
 }
 
 /// Values of the ZFS property `sync`.

@@ -21,7 +21,7 @@ pub enum Refusal {
     /// A parameter Portolan doesn't know.
     #[error(
         "parameter {name:?} (given: {given:?}) is unknown: allowed are compression, recordsize, volblocksize, atime, sync, \
-         logbias, encryption and {FS_TYPE}"
+         logbias, bandwidth, encryption and {FS_TYPE}"
     )]
     UnknownParameter {
         /// The parameter.
@@ -124,8 +124,8 @@ pub enum Refusal {
 
 /// The parameter that names the filesystem; Kubernetes passes it on as `fsType` of a PersistentVolume.
 pub const FS_TYPE: &str = "csi.storage.k8s.io/fstype";
-/// The parameters that ZFS can change while a volume is in use.
-const CHANGEABLE: [&str; 4] = ["compression", "recordsize", "sync", "logbias"];
+/// The parameters that can be changed while a volume is in use.
+const CHANGEABLE: [&str; 5] = ["compression", "recordsize", "sync", "logbias", "bandwidth"];
 
 /// What a class asks for.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -182,6 +182,7 @@ fn set(parameters: &mut VolumeParameters, name: &str, value: &str) -> Result<(),
         "recordsize" => parameters.record_size = Some(record_size(value)?),
         "sync" => parameters.sync = Some(sync(value)?),
         "logbias" => parameters.logbias = Some(logbias(value)?),
+        "bandwidth" => parameters.bandwidth = Some(bandwidth(value)?),
         _ => return Err(Refusal::UnknownParameter { name: name.to_owned(), given: value.to_owned() }),
     }
     Ok(())
@@ -242,6 +243,12 @@ fn logbias(value: &str) -> Result<Logbias, Refusal> {
         "throughput" => Ok(Logbias::Throughput),
         _ => Err(Refusal::Parameter { name: "logbias", given: value.to_owned(), allowed: "latency or throughput" }),
     }
+}
+
+fn bandwidth(value: &str) -> Result<i64, Refusal> {
+    let allowed = "bytes a second as a quantity above 0, such as 50M";
+    let refused = |_| Refusal::Parameter { name: "bandwidth", given: value.to_owned(), allowed };
+    crate::quantity::bytes(value).map_err(refused)
 }
 
 fn compression(value: &str) -> Result<Compression, Refusal> {
@@ -392,11 +399,15 @@ mod tests {
         assert_eq!(parsed("atime", "off").unwrap().atime, Some(false));
         assert_eq!(parsed("csi.storage.k8s.io/fstype", "ext4"), Ok(VolumeParameters::default()));
         assert_eq!(parsed("sync", "always").unwrap().sync, Some(Sync::Always));
+        assert_eq!(parsed("bandwidth", "50M").unwrap().bandwidth, Some(50_000_000));
         let wrong = [
             ("compression", "fast"),
             ("atime", "yes"),
             ("sync", "off"),
             ("logbias", "fast"),
+            ("bandwidth", "fast"),
+            ("bandwidth", "0"),
+            ("bandwidth", "-5M"),
             (FS_TYPE, "btrfs"),
             ("poolname", "tank"),
             ("encryption", "on"),

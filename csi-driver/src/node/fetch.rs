@@ -110,7 +110,8 @@ pub(super) async fn transfer<Z: Zfs>(
 /// The most bytes a second that a volume's transfer may take. Once its pod is away nothing is held back: it waits for what is left.
 fn limit_of(volume: &PortableVolume) -> Option<u64> {
     let handoff = volume::status(volume).handoff.filter(|handoff| handoff.phase == HandoffPhase::PreCopy)?;
-    handoff.limit_bytes_per_second.and_then(|limit| u64::try_from(limit).ok())
+    let limit = handoff.limit_bytes_per_second.or(volume.spec.parameters.bandwidth)?;
+    u64::try_from(limit).ok()
 }
 
 /// Makes the volume's limit, as it has been seen last, the transfer's.
@@ -176,7 +177,7 @@ async fn tell<Z: Zfs>(steps: &mut Steps<'_, Z>, now: SoFar, rate: u64) -> Result
 
 #[cfg(test)]
 mod tests {
-    use portolan_crds::PortableVolumeStatus;
+    use portolan_crds::{PortableVolumeSpec, PortableVolumeStatus};
 
     use super::*;
 
@@ -191,6 +192,20 @@ mod tests {
         assert_eq!(limit(HandoffPhase::PreCopy, None), None);
         assert_eq!(limit(HandoffPhase::Quiescing, Some(50)), None, "the newest round is what the pod waits for");
         assert_eq!(limit(HandoffPhase::FinalSync, Some(50)), None);
+    }
+
+    #[test]
+    fn a_migrations_limit_goes_before_the_volumes() {
+        let limit = |phase, of_migration| {
+            let mut volume = PortableVolume::new("v", PortableVolumeSpec::default());
+            volume.spec.parameters.bandwidth = Some(7);
+            let handoff = Handoff { phase, limit_bytes_per_second: of_migration, ..Handoff::default() };
+            volume.status = Some(PortableVolumeStatus { handoff: Some(handoff), ..PortableVolumeStatus::default() });
+            limit_of(&volume)
+        };
+        assert_eq!(limit(HandoffPhase::PreCopy, None), Some(7));
+        assert_eq!(limit(HandoffPhase::PreCopy, Some(50)), Some(50));
+        assert_eq!(limit(HandoffPhase::FinalSync, None), None);
     }
 
     #[test]
