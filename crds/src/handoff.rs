@@ -70,6 +70,9 @@ pub struct Handoff {
     /// In about how many seconds it will be there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eta_seconds: Option<i64>,
+    /// What the transfer waits for, while it doesn't run: its turn at the target or at the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waits: Option<String>,
     /// The common snapshot that the stream started from; none for a full one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<String>,

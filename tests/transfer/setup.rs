@@ -2,10 +2,10 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use portolan_csi::transfer::{
-    Authorise, Fetch, Grant, Identity, IdentityError, Limits, Pace, Refusal, RefusalCode, Request, serve,
+    Authorise, Class, Fetch, Grant, Identity, IdentityError, Limits, Pace, Refusal, RefusalCode, Request, Turns, serve,
 };
 use portolan_zfs::{DatasetName, SendOptions, Snapshot, Zfs};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
@@ -67,11 +67,15 @@ impl Authority {
 /// The volume that is encrypted, where one is.
 pub const SEALED: &str = "pvc-sealed";
 
+/// How the names of volumes begin whose pods are down: they may be sent as finals.
+pub const AWAITED: &str = "pvc-awaited";
+
 /// Lets one node have every volume of a pool, and counts who asks.
 struct Only {
     node: &'static str,
     pool: DatasetName,
     asked: Arc<AtomicUsize>,
+    closed: Arc<AtomicBool>,
 }
 
 impl Authorise for Only {
@@ -80,8 +84,12 @@ impl Authorise for Only {
         if peer_node != self.node {
             return Err(Refusal::new(RefusalCode::NotAuthorised, format!("{peer_node} is not the target")));
         }
-        let raw = request.volume == SEALED;
-        Ok(Grant { dataset: self.pool.child(&request.volume).unwrap(), raw, travels: Box::new(|_| true) })
+        if self.closed.load(Ordering::Relaxed) {
+            return Err(Refusal::new(RefusalCode::NotAuthorised, "the handoff has ended"));
+        }
+        let (raw, is_final) = (request.volume == SEALED, request.volume.starts_with(AWAITED));
+        let class = if is_final { Class::Final } else { Class::Background };
+        Ok(Grant { dataset: self.pool.child(&request.volume).unwrap(), raw, class, travels: Box::new(|_| true) })
     }
 }
 
@@ -90,6 +98,8 @@ pub struct Server {
     pub address: SocketAddr,
     pub identity: watch::Sender<Arc<Identity>>,
     pub shutdown: CancellationToken,
+    /// Set, nobody may have anything any more.
+    pub closed: Arc<AtomicBool>,
     asked: Arc<AtomicUsize>,
 }
 
@@ -117,10 +127,11 @@ impl Server {
         let address = listener.local_addr().unwrap();
         let (sender, receiver) = watch::channel(Arc::new(identity.clone()));
         let (shutdown, asked) = (CancellationToken::new(), Arc::new(AtomicUsize::new(0)));
-        let authorise = Arc::new(Only { node: allow, pool: node.pool(), asked: asked.clone() });
+        let closed = Arc::new(AtomicBool::new(false));
+        let authorise = Arc::new(Only { node: allow, pool: node.pool(), asked: asked.clone(), closed: closed.clone() });
         let zfs = Arc::new(node.zfs().clone());
         tokio::spawn(serve(listener, receiver, authorise, zfs, limits, shutdown.clone()));
-        Self { address, identity: sender, shutdown, asked }
+        Self { address, identity: sender, shutdown, closed, asked }
     }
 
     /// How many requests got as far as being judged.
@@ -145,6 +156,7 @@ pub fn fetching(address: SocketAddr, from: &str, snapshot: &Snapshot, target: &i
         target: target.pool().child(volume).unwrap(),
         properties: Vec::new(),
         pace: Pace::default(),
+        turns: Turns::new(usize::MAX),
     }
 }
 

@@ -263,6 +263,7 @@ fn round_received(status: &mut PortableVolumeStatus, node: &str, epoch: i64, gui
     handoff.rounds += 1;
     handoff.warm = is_warm(handoff, round.as_ref());
     handoff.eta_seconds = None;
+    handoff.waits = None;
     handoff.last_error = None;
     if let Some(Round { bytes, milliseconds }) = round {
         handoff.pre_copy_bytes += bytes;
@@ -318,6 +319,7 @@ fn took_over(status: &mut PortableVolumeStatus, node: &str, epoch: i64, guid: &s
     };
     handoff.phase = HandoffPhase::Activating;
     handoff.last_error = None;
+    handoff.waits = None;
     status.owner = Some(node.to_owned());
     status.epoch = epoch;
     record(status, node, Some(received));
@@ -352,6 +354,7 @@ fn forget_progress(handoff: &mut Handoff) {
     handoff.base = None;
     handoff.estimated_bytes = None;
     handoff.eta_seconds = None;
+    handoff.waits = None;
     handoff.last_error = None;
 }
 

@@ -102,7 +102,7 @@ pub(super) async fn reconcile<Z: Zfs>(
         agent.received().remove(&name);
         return Ok(Requeue::await_change());
     }
-    let _lock = node.locks.lock(&name).await;
+    let lock = Some(node.locks.lock(&name).await);
     let dataset = match volume::dataset(&node.pool, &name) {
         Ok(dataset) => dataset,
         Err(error) => {
@@ -111,8 +111,9 @@ pub(super) async fn reconcile<Z: Zfs>(
         }
     };
     let progress = agent.received().remove(&name);
-    let mut steps = Steps { node, dataset, volume: volume.as_ref().clone(), progress };
+    let mut steps = Steps { node, dataset, volume: volume.as_ref().clone(), progress, lock };
     let driven = drive(&mut steps).await;
+    steps.lock().await;
     if let Some(progress) = steps.progress.take() {
         agent.received().insert(name.clone(), progress);
     }

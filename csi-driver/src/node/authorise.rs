@@ -8,7 +8,7 @@ use portolan_zfs::{Snapshot, Zfs};
 
 use super::Node;
 use crate::handoff::{self, Asked, Known};
-use crate::transfer::{Authorise, Grant, Refusal, RefusalCode, Request};
+use crate::transfer::{Authorise, Class, Grant, Refusal, RefusalCode, Request};
 use crate::volume;
 
 /// Asks the API, not a cache: what counts is the volume as it is now.
@@ -41,7 +41,18 @@ impl<Z: Zfs> Authorise for ByVolume<Z> {
             history && handoff::travels(&shared, &asked, &to, &Known { name, guid: snapshot.guid.to_string() })
         };
         // A new volume is encrypted as its source is.
-        Ok(Grant { dataset, raw: found.spec.encryption.is_some(), travels: Box::new(travels) })
+        let (raw, class) = (found.spec.encryption.is_some(), class_of(&found, request));
+        Ok(Grant { dataset, raw, class, travels: Box::new(travels) })
+    }
+}
+
+/// How urgent a transfer of this volume, as its object is, may be. Both ends ask this: the target for what it says, the source for what it believes.
+pub(super) fn class_of(volume: &PortableVolume, request: &Request) -> Class {
+    let handoff = volume.status.as_ref().and_then(|status| status.handoff.as_ref());
+    match handoff.map(|handoff| handoff.phase) {
+        _ if request.restore.is_some() => Class::Restore,
+        Some(HandoffPhase::FinalSync) => Class::Final,
+        _ => Class::Background,
     }
 }
 
@@ -133,6 +144,24 @@ mod tests {
             handoff.phase = HandoffPhase::Quiescing;
         }
         assert!(check("a", "b", &good, &volume).is_err());
+    }
+
+    #[test]
+    fn only_what_a_pod_waits_for_is_urgent() {
+        let request = Request::new("pvc-1", 2, "portolan-2", Guid(7));
+        let class = |phase: Option<HandoffPhase>| {
+            let handoff = phase.map(|phase| Handoff { phase, ..Handoff::default() });
+            let status = PortableVolumeStatus { handoff, ..PortableVolumeStatus::default() };
+            let volume = PortableVolume { status: Some(status), ..PortableVolume::new("pvc-1", Default::default()) };
+            (
+                class_of(&volume, &request),
+                class_of(&volume, &Request { restore: Some("pvc-2".into()), ..request.clone() }),
+            )
+        };
+        assert_eq!(class(Some(HandoffPhase::FinalSync)).0, Class::Final);
+        assert_eq!(class(Some(HandoffPhase::PreCopy)).0, Class::Background);
+        assert_eq!(class(Some(HandoffPhase::Quiescing)).0, Class::Background, "a round's snapshot, not the last");
+        assert_eq!(class(None), (Class::Background, Class::Restore));
     }
 
     #[test]

@@ -5,20 +5,21 @@ use std::time::{Duration, Instant};
 
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
-use portolan_crds::{Handoff, HandoffPhase, PortableVolume};
+use portolan_crds::{Handoff, HandoffPhase, PortableVolume, PortableVolumeStatus};
 use portolan_zfs::{Property, Zfs};
 use tokio::sync::watch;
 
+use super::authorise::class_of;
 use super::speed::{Speed, eta};
 use super::steps::{StepError, Steps};
 use super::write;
 use crate::handoff::{Known, Round};
-use crate::transfer::{self, Fetch, Limits, Pace, Received, Request, SoFar};
+use crate::transfer::{self, Fetch, Fetching, Limits, Next, Offer, Pace, Received, Request, SoFar, Waits};
 use crate::volume;
 
 /// How often the bytes in the status are brought up to date.
 const REPORT_EVERY: Duration = Duration::from_secs(2);
-/// How often a transfer looks whether its limit is another by now.
+/// How often a transfer looks whether its limit is another by now, and one that waits whether it is wanted still.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// How long a fetch waits for this node's certificate before it counts as failed.
 const CERTIFICATE_WITHIN: Duration = Duration::from_secs(5);
@@ -73,7 +74,8 @@ pub(super) async fn run<Z: Zfs>(steps: &mut Steps<'_, Z>, snapshot: Known) -> Re
     Ok(())
 }
 
-/// Fetches what `request` asks node `from` for into the volume's dataset; tells how far it is as it goes.
+/// Fetches what `request` asks node `from` for into the volume's dataset; tells how far it is as it goes. While it waits for its turn the volume
+/// isn't locked.
 pub(super) async fn transfer<Z: Zfs>(
     steps: &mut Steps<'_, Z>,
     from: &str,
@@ -83,25 +85,88 @@ pub(super) async fn transfer<Z: Zfs>(
     let identity = certificate(steps).await?;
     let address = address_of(steps, from).await?;
     let (limit, follows) = watch::channel(limit_of(&steps.volume));
-    let (target, pace) = (steps.dataset.clone(), Pace::following(follows));
-    let fetch = Fetch { address, node: from.to_owned(), request, target, properties, pace };
-    let (so_far, mut speed) = (watch::Sender::new(SoFar::default()), Speed::new(Instant::now()));
-    let zfs = steps.node.zfs.clone();
+    let request = Request { class: class_of(&steps.volume, &request), ..request };
+    let (target, pace, turns) = (steps.dataset.clone(), Pace::following(follows), steps.node.receives.clone());
+    let fetch = Fetch { address, node: from.to_owned(), request: request.clone(), target, properties, pace, turns };
+    let (zfs, mut speed) = (steps.node.zfs.clone(), Speed::new(Instant::now()));
+    let mut fetching = Fetching::new(&identity, zfs.as_ref(), Limits::default(), fetch);
+    loop {
+        match turn(steps, &mut fetching, from, &request).await? {
+            Next::Done(received) => return Ok(received),
+            Next::Stream(offer) => {
+                if offer.has_waited() {
+                    steps.lock().await;
+                    still_wanted(steps, Some(&request)).await?;
+                }
+                receive(steps, &mut fetching, offer, &limit, &mut speed).await?;
+            }
+        }
+    }
+}
+
+/// Gets the next stream. While that waits for its turn others may have the volume, its status says so, and it ends if nobody wants it any more.
+async fn turn<Z: Zfs>(
+    steps: &mut Steps<'_, Z>,
+    fetching: &mut Fetching<'_, Z>,
+    from: &str,
+    request: &Request,
+) -> Result<Next, StepError> {
+    let (waits, now) = watch::channel(None);
+    let next = fetching.next(|now| {
+        waits.send_replace(Some(now));
+    });
+    let mut next = Box::pin(next);
+    let begin = tokio::time::Instant::now();
+    let mut look = tokio::time::interval_at(begin + LOOK_EVERY, LOOK_EVERY);
+    let mut told: Option<tokio::time::Instant> = None;
+    loop {
+        tokio::select! {
+            next = &mut next => return Ok(next?),
+            _ = look.tick() => {
+                let Some(now) = *now.borrow() else { continue };
+                steps.unlock();
+                still_wanted(steps, Some(request)).await?;
+                if told.is_none_or(|told| told.elapsed() >= REPORT_EVERY) {
+                    tell_waits(steps, &sentence(now, &steps.node.name, from)).await;
+                    told = Some(tokio::time::Instant::now());
+                }
+            }
+        }
+    }
+}
+
+/// What a transfer waits for, for people.
+fn sentence(Waits { at_source, before }: Waits, me: &str, from: &str) -> String {
+    match at_source {
+        true => format!("its turn to be sent by node {from}: {before} before it"),
+        false => format!("its turn to be received by node {me}: {before} before it"),
+    }
+}
+
+/// Receives a stream, and tells how far it is.
+async fn receive<Z: Zfs>(
+    steps: &mut Steps<'_, Z>,
+    fetching: &mut Fetching<'_, Z>,
+    offer: Box<Offer>,
+    limit: &watch::Sender<Option<u64>>,
+    speed: &mut Speed,
+) -> Result<(), StepError> {
+    let so_far = watch::Sender::new(SoFar::default());
     let report = |now| {
         so_far.send_replace(now);
     };
-    let transfer = transfer::fetch(&identity, zfs.as_ref(), Limits::default(), fetch, report);
-    let mut transfer = std::pin::pin!(transfer);
+    let mut received = Box::pin(fetching.receive(offer, report));
     let now = tokio::time::Instant::now();
     let mut tick = tokio::time::interval_at(now + REPORT_EVERY, REPORT_EVERY);
     let mut look = tokio::time::interval_at(now + LOOK_EVERY, LOOK_EVERY);
     loop {
         tokio::select! {
-            fetched = &mut transfer => return Ok(fetched?),
-            _ = look.tick() => follow(steps, &limit),
+            received = &mut received => return Ok(received?),
+            _ = look.tick() => follow(steps, limit),
             _ = tick.tick() => {
+                still_wanted(steps, None).await?;
                 let now = *so_far.borrow();
-                tell(steps, now, speed.at(Instant::now(), now.bytes)).await?;
+                tell(steps, now, speed.at(Instant::now(), now.bytes)).await;
             }
         }
     }
@@ -124,6 +189,7 @@ fn follow<Z: Zfs>(steps: &Steps<'_, Z>, limit: &watch::Sender<Option<u64>>) {
 /// The figures of a running transfer. More than was estimated shows that the estimate was too low, and nothing of what is left.
 fn fill(handoff: &mut Handoff, SoFar { bytes, estimate }: SoFar, rate: u64) {
     let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    handoff.waits = None;
     handoff.bytes = number(bytes);
     handoff.rate_bytes_per_second = number(rate);
     handoff.estimated_bytes = estimate.map(|all| number(all.max(bytes)));
@@ -144,26 +210,69 @@ async fn address_of<Z: Zfs>(steps: &Steps<'_, Z>, node: &str) -> Result<SocketAd
     address.and_then(|address| address.parse().ok()).ok_or_else(|| StepError::NoAddress(node.to_owned()))
 }
 
-/// Writes how far it is, and how fast; ends the transfer if the volume is being deleted, or the handoff is another by now. A write that fails is left
-/// to the next.
-async fn tell<Z: Zfs>(steps: &mut Steps<'_, Z>, now: SoFar, rate: u64) -> Result<(), StepError> {
+/// Whether a transfer is of use still: the volume isn't being deleted, and the handoff is the one that it is for. One that only waits must also ask for
+/// what the handoff wants now, and as urgently: it is begun anew if not.
+async fn still_wanted<Z: Zfs>(steps: &mut Steps<'_, Z>, waits: Option<&Request>) -> Result<(), StepError> {
     let name = steps.volume.name_any();
     let seen = steps.node.seen.get(&ObjectRef::new(&name));
     let Some(seen) = seen.filter(|seen| seen.metadata.deletion_timestamp.is_none()) else {
         return Err(StepError::Deleted);
     };
     let running = volume::status(&steps.volume).handoff.map(|handoff| handoff.epoch);
-    let seen = volume::status(&seen);
-    let newest = seen.handoff.map(|handoff| handoff.epoch).max(seen.last_handoff.map(|ended| ended.epoch + 1));
+    let status = volume::status(&seen);
+    let newest = status.handoff.as_ref().map(|handoff| handoff.epoch);
+    let newest = newest.max(status.last_handoff.map(|ended| ended.epoch + 1));
     if running.is_some_and(|epoch| newest > Some(epoch)) {
         return Err(StepError::Superseded);
     }
-    let written = write::status(&steps.node.volumes, &steps.volume, |status| {
+    if waits.is_some_and(|request| is_outdated(&seen, request)) {
+        // The watch may be behind what this was decided on.
+        let now = steps.node.volumes.get(&name).await?;
+        let outdated = waits.is_some_and(|request| is_outdated(&now, request));
+        steps.volume = now;
+        if outdated {
+            return Err(StepError::Superseded);
+        }
+    }
+    Ok(())
+}
+
+/// Whether a handoff wants another snapshot than what was asked for, or wants it more urgently.
+fn is_outdated(volume: &PortableVolume, request: &Request) -> bool {
+    let handoff = volume.status.as_ref().and_then(|status| status.handoff.as_ref());
+    let handoff = handoff.filter(|_| request.restore.is_none());
+    handoff.is_some_and(|handoff| {
+        handoff.guid.as_deref() != Some(&request.guid.to_string()) || class_of(volume, request) != request.class
+    })
+}
+
+/// Writes how far it is, and how fast.
+async fn tell<Z: Zfs>(steps: &mut Steps<'_, Z>, now: SoFar, rate: u64) {
+    write_or_reread(steps, |status| {
         if let Some(handoff) = &mut status.handoff {
             fill(handoff, now, rate);
         }
-    });
-    match written.await {
+    })
+    .await;
+}
+
+/// Writes that it waits, and for what, unless it says so already. A volume that is yet to come has no handoff to say it in.
+async fn tell_waits<Z: Zfs>(steps: &mut Steps<'_, Z>, what: &str) {
+    let mut next = volume::status(&steps.volume);
+    let changed = match &mut next.handoff {
+        Some(handoff) => handoff.waits.replace(what.to_owned()).as_deref() != Some(what),
+        None if next.owner.is_none() => write::not_ready(&mut next, "Waiting", &format!("waits for {what}")),
+        None => false,
+    };
+    if changed {
+        write_or_reread(steps, |status| *status = next).await;
+    }
+}
+
+/// A write that fails is left to the next.
+async fn write_or_reread<Z: Zfs>(steps: &mut Steps<'_, Z>, change: impl FnOnce(&mut PortableVolumeStatus)) {
+    let name = steps.volume.name_any();
+    match write::status(&steps.node.volumes, &steps.volume, change).await {
         Ok(now) => steps.volume = now,
         Err(error) if write::is_conflict(&error) => {
             if let Ok(now) = steps.node.volumes.get(&name).await {
@@ -172,14 +281,15 @@ async fn tell<Z: Zfs>(steps: &mut Steps<'_, Z>, now: SoFar, rate: u64) -> Result
         }
         Err(error) => tracing::debug!(volume = name, %error, "could not write the progress"),
     }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use portolan_crds::{PortableVolumeSpec, PortableVolumeStatus};
+    use portolan_zfs::Guid;
 
     use super::*;
+    use crate::transfer::Class;
 
     #[test]
     fn only_while_the_pod_runs_is_anything_held_back() {
@@ -206,6 +316,38 @@ mod tests {
         assert_eq!(limit(HandoffPhase::PreCopy, None), Some(7));
         assert_eq!(limit(HandoffPhase::PreCopy, Some(50)), Some(50));
         assert_eq!(limit(HandoffPhase::FinalSync, None), None);
+    }
+
+    #[test]
+    fn what_waits_is_begun_anew_when_something_else_is_wanted() {
+        let outdated = |phase, guid: &str, asked: &Request| {
+            let handoff = Handoff { phase, guid: Some(guid.into()), ..Handoff::default() };
+            let status = PortableVolumeStatus { handoff: Some(handoff), ..PortableVolumeStatus::default() };
+            let volume = PortableVolume { status: Some(status), ..PortableVolume::new("v", Default::default()) };
+            is_outdated(&volume, asked)
+        };
+        let round = Request::new("v", 2, "portolan-2", Guid(7));
+        assert!(!outdated(HandoffPhase::PreCopy, "7", &round));
+        assert!(outdated(HandoffPhase::PreCopy, "8", &round), "another round");
+        assert!(outdated(HandoffPhase::FinalSync, "8", &round), "the last");
+        assert!(outdated(HandoffPhase::FinalSync, "7", &round), "what was a round is the last: a pod waits for it");
+        let last = Request { class: Class::Final, ..round.clone() };
+        assert!(!outdated(HandoffPhase::FinalSync, "7", &last));
+        let restore = Request { restore: Some("w".into()), class: Class::Restore, ..round };
+        assert!(!outdated(HandoffPhase::FinalSync, "8", &restore), "a move of a volume that it is not made from");
+    }
+
+    #[test]
+    fn what_it_waits_for_is_told_and_is_over_when_something_comes() {
+        let text = sentence(Waits { at_source: true, before: 3 }, "b", "a");
+        assert_eq!(text, "its turn to be sent by node a: 3 before it");
+        assert_eq!(
+            sentence(Waits { at_source: false, before: 0 }, "b", "a"),
+            "its turn to be received by node b: 0 before it"
+        );
+        let mut handoff = Handoff { waits: Some(text), ..Handoff::default() };
+        fill(&mut handoff, SoFar::default(), 0);
+        assert_eq!(handoff.waits, None);
     }
 
     #[test]

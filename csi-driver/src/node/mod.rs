@@ -45,7 +45,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::block::mounts::Mounts;
 use crate::block::tools::Host;
-use crate::transfer::{self, Limits};
+use crate::transfer::{self, Limits, Turns};
 use locks::Locks;
 use metrics::Metrics;
 
@@ -79,6 +79,12 @@ pub struct Options {
     /// How many volumes the scheduler may place here; 0 is no limit.
     #[arg(long, env = "MAX_VOLUMES", default_value_t = 0)]
     pub max_volumes: u32,
+    /// How many volumes this node sends at a time.
+    #[arg(long, env = "MAX_SENDS", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_sends: u32,
+    /// How many volumes this node receives at a time.
+    #[arg(long, env = "MAX_RECEIVES", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_receives: u32,
 }
 
 /// What all parts of a node's agent share.
@@ -99,6 +105,8 @@ pub struct Node<Z> {
     events: Events,
     metrics: Metrics,
     locks: Locks,
+    /// Of the volumes that come here.
+    receives: Turns,
     /// When a volume was unmounted here, if it hasn't been mounted since.
     unstaged: Mutex<HashMap<String, Timestamp>>,
     nudges: mpsc::UnboundedSender<ObjectRef<PortableVolume>>,
@@ -167,6 +175,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
         events: Events::new(client.clone(), "portolan-storage"),
         metrics: Metrics::register(&mut registry),
         locks: Locks::default(),
+        receives: Turns::new(options.max_receives as usize),
         unstaged: Mutex::default(),
         nudges,
         orphans: Mutex::default(),
@@ -180,7 +189,8 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let transfer_address = SocketAddr::new(options.host_ip, options.transfer_port);
     let reports = storage_node::report(node.clone(), client.clone(), transfer_address, health, shutdown.clone());
     let certificates = certificate::keep(client, options.node_name, identity_sender, shutdown.clone());
-    let transfers = serve_transfers(node.clone(), transfer_address, identity, shutdown.clone());
+    let limits = Limits { streams: options.max_sends as usize, ..Limits::default() };
+    let transfers = serve_transfers(node.clone(), transfer_address, identity, limits, shutdown.clone());
     let housekeeping = housekeeping::keep(node.clone(), shutdown.clone());
     let work = agent::run(controller, node, shutdown.clone());
     tokio::try_join!(
@@ -200,6 +210,7 @@ async fn serve_transfers<Z: Zfs>(
     node: Arc<Node<Z>>,
     address: SocketAddr,
     mut identity: watch::Receiver<Option<Arc<transfer::Identity>>>,
+    limits: Limits,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let first = tokio::select! {
@@ -221,7 +232,7 @@ async fn serve_transfers<Z: Zfs>(
     let zfs = node.zfs.clone();
     let authorise = Arc::new(authorise::ByVolume(node));
     tokio::select! {
-        () = transfer::serve(listener, shown, authorise, zfs, Limits::default(), shutdown) => {}
+        () = transfer::serve(listener, shown, authorise, zfs, limits, shutdown) => {}
         () = follow => {}
     }
     Ok(())

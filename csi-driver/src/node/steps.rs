@@ -7,6 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::ResourceExt;
 use portolan_crds::PortableVolume;
 use portolan_zfs::{DatasetName, ErrorKind, InvalidName, Kind, Property, Zfs, ZfsError};
+use tokio::sync::OwnedMutexGuard;
 
 use super::disk::{self, ReadError};
 use super::fetch::{self, Progress};
@@ -115,7 +116,7 @@ impl From<ReadError> for StepError {
     }
 }
 
-/// One volume, its lock held.
+/// One volume, its lock held but while a transfer waits for its turn.
 pub(super) struct Steps<'a, Z> {
     pub(super) node: &'a Node<Z>,
     pub(super) dataset: DatasetName,
@@ -123,9 +124,23 @@ pub(super) struct Steps<'a, Z> {
     pub(super) volume: PortableVolume,
     /// What has been received and is not yet in the status.
     pub(super) progress: Option<Progress>,
+    /// None while others may have the volume.
+    pub(super) lock: Option<OwnedMutexGuard<()>>,
 }
 
 impl<Z: Zfs> Steps<'_, Z> {
+    /// Waits for the volume if it has been let go.
+    pub(super) async fn lock(&mut self) {
+        if self.lock.is_none() {
+            self.lock = Some(self.node.locks.lock(&self.volume.name_any()).await);
+        }
+    }
+
+    /// Lets others have the volume. What is known of the disk may be otherwise when it is locked again.
+    pub(super) fn unlock(&mut self) {
+        self.lock = None;
+    }
+
     /// Does one action of a plan.
     pub(super) async fn apply(&mut self, action: Action) -> Result<(), StepError> {
         let me = self.node.name.clone();
@@ -146,7 +161,8 @@ impl<Z: Zfs> Steps<'_, Z> {
                 .await?;
             }
             Action::Create => self.create().await?,
-            Action::Restore => restore::run(self).await?,
+            // The largest futures by far: all others would be as large.
+            Action::Restore => Box::pin(restore::run(self)).await?,
             Action::Import => import::run(self).await?,
             Action::Own => {
                 let spec = Box::new(self.volume.spec.clone());
@@ -175,7 +191,7 @@ impl<Z: Zfs> Steps<'_, Z> {
                 self.happen_still(Event::RoundReceived { node: me, epoch, guid, round }).await?;
                 self.progress = None;
             }
-            Action::Fetch(snapshot) => fetch::run(self, snapshot).await?,
+            Action::Fetch(snapshot) => Box::pin(fetch::run(self, snapshot)).await?,
             Action::Adopt => self.adopt().await?,
             Action::TakeOver(guid) => {
                 let epoch = self.epoch();

@@ -14,6 +14,7 @@ use super::error::TransferError;
 use super::identity::{Identity, node_name, server_name};
 use super::pace::{Brake, Pace};
 use super::protocol::{MAX_FRAME, Reply, Request};
+use super::turns::{Place, Turns};
 use super::wire::{Limits, prepare, read_frame, read_header, read_trailer, within, write_header};
 
 /// What to fetch, from where to where.
@@ -31,6 +32,8 @@ pub struct Fetch {
     pub properties: Vec<Property>,
     /// How fast.
     pub pace: Pace,
+    /// How many streams come here at a time: those of all transfers that share it.
+    pub turns: Turns,
 }
 
 /// What was received.
@@ -55,9 +58,55 @@ pub struct SoFar {
 
 type Stream = BufReader<TlsStream<TcpStream>>;
 
-/// Fetches a snapshot, and before it, a stream each, those that the source has between it and the newest that we have too. `progress` is told
-/// how far it is after each frame. Can be called again after any failure, and may be dropped at any time: the target's dataset then has
-/// what it had before, and each snapshot that had come whole.
+/// What a transfer waits for its turn behind.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Waits {
+    /// At the source; else here.
+    pub at_source: bool,
+    /// How many go before it.
+    pub before: usize,
+}
+
+/// A transfer: a stream for each snapshot of the source's between the newest that we have too and the one that is wanted, and that one's.
+/// Can be begun again after any failure, and may be dropped at any time: the target's dataset then has what it had before, and each snapshot that
+/// had come whole.
+pub struct Fetching<'a, Z> {
+    identity: &'a Identity,
+    zfs: &'a Z,
+    limits: Limits,
+    what: Fetch,
+    brake: Brake,
+    bytes: u64,
+    /// Of the first stream.
+    base: Option<SnapshotName>,
+    place: Option<Place>,
+}
+
+/// What a transfer does next.
+pub enum Next {
+    /// Nothing: all is there.
+    Done(Received),
+    /// To receive what the source has begun to send.
+    Stream(Box<Offer>),
+}
+
+/// A stream that the source has begun to send. Dropped, it is called off.
+pub struct Offer {
+    stream: Stream,
+    request: Request,
+    reply: Reply,
+    ours: Option<Vec<Snapshot>>,
+    waited: bool,
+}
+
+impl Offer {
+    /// Whether it had to wait for its turn, so that anything may have happened since it was asked for.
+    pub fn has_waited(&self) -> bool {
+        self.waited
+    }
+}
+
+/// Fetches all of it. `progress` is told how far it is after each frame.
 pub async fn fetch(
     identity: &Identity,
     zfs: &impl Zfs,
@@ -65,46 +114,85 @@ pub async fn fetch(
     what: Fetch,
     progress: impl Fn(SoFar) + Send + Sync,
 ) -> Result<Received, TransferError> {
-    let mut brake = Brake::new(what.pace.clone());
-    let mut so_far = 0;
-    let mut first_base = None;
+    let mut fetching = Fetching::new(identity, zfs, limits, what);
     loop {
-        let ours = snapshots(zfs, &what.target).await?;
+        match fetching.next(|_| {}).await? {
+            Next::Done(received) => return Ok(received),
+            Next::Stream(offer) => fetching.receive(offer, &progress).await?,
+        }
+    }
+}
+
+impl<'a, Z: Zfs> Fetching<'a, Z> {
+    /// A transfer that is about to begin.
+    pub fn new(identity: &'a Identity, zfs: &'a Z, limits: Limits, what: Fetch) -> Self {
+        let brake = Brake::new(what.pace.clone());
+        Self { identity, zfs, limits, what, brake, bytes: 0, base: None, place: None }
+    }
+
+    /// Looks at what is there, waits for a place here and at the source, and asks for the next stream. Nothing is changed here but the
+    /// properties of what is there already. `waits` is told at each change of the queues, and now and then.
+    pub async fn next(&mut self, waits: impl Fn(Waits) + Send + Sync) -> Result<Next, TransferError> {
+        let what = &self.what;
+        let mut ours = snapshots(self.zfs, &what.target).await?;
         if let Some(there) = ours.iter().flatten().find(|snapshot| snapshot.guid == what.request.guid) {
-            if so_far == 0 {
+            if self.bytes == 0 {
                 // What received it may have been stopped before it had set them.
                 for property in &what.properties {
-                    zfs.set_property(&what.target, property).await?;
+                    self.zfs.set_property(&what.target, property).await?;
                 }
             }
-            return Ok(Received { snapshot: there.clone(), bytes: so_far, base: first_base });
+            let (snapshot, base) = (there.clone(), self.base.take());
+            return Ok(Next::Done(Received { snapshot, bytes: self.bytes, base }));
         }
+        let here = self.place.get_or_insert_with(|| what.turns.enter(what.request.class));
+        let mut waited = false;
+        if here.before().is_some() {
+            here.turn(|before| waits(Waits { at_source: false, before })).await;
+            ours = snapshots(self.zfs, &what.target).await?;
+            waited = true;
+        }
+        let request = what.request.clone().having(ours.iter().flatten().map(|snapshot| snapshot.guid));
+        request.validate().map_err(|error| TransferError::Protocol(error.to_string()))?;
+        let mut stream = connect(self.identity, self.limits, what).await?;
+        let told = |before| waits(Waits { at_source: true, before });
+        let (reply, waited_there) = ask(&mut stream, self.limits, what, &request, told).await?;
+        waited |= waited_there;
+        Ok(Next::Stream(Box::new(Offer { stream, request, reply, ours, waited })))
+    }
+
+    /// Receives a stream.
+    pub async fn receive(
+        &mut self,
+        offer: Box<Offer>,
+        progress: impl Fn(SoFar) + Send + Sync,
+    ) -> Result<(), TransferError> {
+        let so_far = self.bytes;
         let told = |now: SoFar| {
             progress(SoFar { bytes: so_far + now.bytes, estimate: now.estimate.map(|left| so_far + left) });
         };
-        let (bytes, base) = one(identity, zfs, limits, &what, ours, &mut brake, told).await?;
+        let (bytes, base) = one(self.zfs, self.limits, &self.what, *offer, &mut self.brake, told).await?;
         if so_far == 0 {
-            first_base = base;
+            self.base = base;
         }
-        so_far += bytes;
+        self.bytes += bytes;
+        Ok(())
     }
 }
 
 /// One stream: its bytes, and the snapshot of ours that it started from.
 async fn one(
-    identity: &Identity,
     zfs: &impl Zfs,
     limits: Limits,
     what: &Fetch,
-    ours: Option<Vec<Snapshot>>,
+    offer: Offer,
     brake: &mut Brake,
     progress: impl Fn(SoFar) + Send + Sync,
 ) -> Result<(u64, Option<SnapshotName>), TransferError> {
-    let request = what.request.clone().having(ours.iter().flatten().map(|snapshot| snapshot.guid));
-    request.validate().map_err(|error| TransferError::Protocol(error.to_string()))?;
-
-    let mut stream = connect(identity, limits, what).await?;
-    let reply = ask(&mut stream, limits, what, &request).await?;
+    let Offer { mut stream, request, reply, ours, waited } = offer;
+    if waited && snapshots(zfs, &what.target).await? != ours {
+        return Err(TransferError::Changed { target: what.target.to_string() });
+    }
     let coming = reply.guid.unwrap_or(request.guid);
     if request.have.contains(&coming) {
         return Err(TransferError::Protocol(format!("a stream of {coming}, which we have")));
@@ -166,14 +254,28 @@ async fn connect(identity: &Identity, limits: Limits, what: &Fetch) -> Result<St
     }
 }
 
-async fn ask(stream: &mut Stream, limits: Limits, what: &Fetch, request: &Request) -> Result<Reply, TransferError> {
+/// Asks, and waits for its turn as long as the source says that it has to: what the source answers in the end, and whether it waited.
+async fn ask(
+    stream: &mut Stream,
+    limits: Limits,
+    what: &Fetch,
+    request: &Request,
+    waits: impl Fn(usize) + Send + Sync,
+) -> Result<(Reply, bool), TransferError> {
     let failed = |source| connection_error(what, "asking", source);
     within(limits.idle, "asking", write_header(stream, request)).await.map_err(failed)?;
-    let reply: Reply = within(limits.idle, "waiting for the reply", read_header(stream)).await.map_err(failed)?;
-    match reply {
-        Reply { ok: true, error: None, .. } => Ok(reply),
-        Reply { error: Some(refusal), .. } => Err(TransferError::Refused { node: what.node.clone(), refusal }),
-        Reply { .. } => Err(TransferError::Protocol("a refusal without a reason".into())),
+    let mut waited = false;
+    loop {
+        let reply: Reply = within(limits.idle, "waiting for the reply", read_header(stream)).await.map_err(failed)?;
+        match reply {
+            Reply { ok: true, error: None, .. } => return Ok((reply, waited)),
+            Reply { error: Some(refusal), .. } => {
+                return Err(TransferError::Refused { node: what.node.clone(), refusal });
+            }
+            Reply { before: Some(before), .. } => waits(before),
+            Reply { .. } => return Err(TransferError::Protocol("a refusal without a reason".into())),
+        }
+        waited = true;
     }
 }
 
@@ -218,6 +320,11 @@ async fn copy(
         Err(Cut::Stream(error)) => {
             receive.abort().await;
             Err(error)
+        }
+        // What it says of a stream that we have cut tells nothing.
+        Err(Cut::Receive(source)) if source.kind() == io::ErrorKind::TimedOut => {
+            receive.abort().await;
+            Err(connection_error(what, "receiving", source))
         }
         Err(Cut::Receive(source)) => Err(receive.abort().await.map_or_else(
             || TransferError::Protocol(format!("zfs recv took no more: {source}")),

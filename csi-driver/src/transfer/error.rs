@@ -80,6 +80,12 @@ pub enum TransferError {
         /// Our dataset.
         target: String,
     },
+    /// Our dataset is another than when we asked: somebody had it while the transfer waited for its turn.
+    #[error("{target} has changed while its transfer waited for its turn")]
+    Changed {
+        /// Our dataset.
+        target: String,
+    },
     /// All was received, but the snapshot's GUID is not the one that was asked for.
     #[error("received {snapshot} does not have GUID {expected}")]
     WrongGuid {
@@ -112,7 +118,8 @@ impl TransferError {
             | Self::Idle { .. }
             | Self::Truncated { .. }
             | Self::Damaged { .. }
-            | Self::Unsettled { .. } => true,
+            | Self::Unsettled { .. }
+            | Self::Changed { .. } => true,
             Self::Refused { refusal, .. } => refusal.code.is_retryable(),
             Self::Zfs(error) => error.is_retryable(),
             Self::WrongPeer { .. }

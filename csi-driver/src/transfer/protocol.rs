@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! target -> source   u32 length, Request as JSON
+//! source -> target   u32 length, Reply as JSON that says who is before it   (again and again, while it waits for its turn)
 //! source -> target   u32 length, Reply as JSON
 //! source -> target   u32 length, payload    (again and again; at most 1 MiB each)
 //! source -> target   u32 0, u64 total length, 32 bytes BLAKE3 of the whole payload
@@ -12,8 +13,10 @@ use std::fmt;
 use portolan_zfs::{DatasetName, Guid};
 use serde::{Deserialize, Serialize};
 
+use super::queue::Class;
+
 /// The one version there is. It stands in the request, which a source of any other version can read as far as this.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// The longest header in bytes.
 pub const MAX_HEADER: usize = 64 * 1024;
 /// The longest payload of a frame in bytes.
@@ -41,6 +44,9 @@ pub struct Request {
     /// The new volume that the snapshot is to become; none for a copy of the same volume.
     #[serde(default)]
     pub restore: Option<String>,
+    /// How urgent it is. A source grants none that the volume's object doesn't bear out.
+    #[serde(default)]
+    pub class: Class,
 }
 
 impl Request {
@@ -54,6 +60,7 @@ impl Request {
             guid,
             have: Vec::new(),
             restore: None,
+            class: Class::Background,
         }
     }
 
@@ -72,7 +79,7 @@ impl Request {
         let malformed = |error: serde_json::Error| InvalidRequest {
             field: "request",
             given: error.to_string().chars().take(200).collect(),
-            allowed: "a request of version 1 as JSON",
+            allowed: "a request of version 2 as JSON",
         };
         check_version(serde_json::from_slice::<Version>(header).map_err(malformed)?.version)?;
         let request: Self = serde_json::from_slice(header).map_err(malformed)?;
@@ -111,7 +118,7 @@ fn check_version(version: u32) -> Result<(), InvalidRequest> {
     if version == VERSION {
         return Ok(());
     }
-    let allowed = "1: the agents of both nodes must be of releases that speak the same version";
+    let allowed = "2: the agents of both nodes must be of releases that speak the same version";
     Err(InvalidRequest { field: "version", given: version.to_string(), allowed })
 }
 
@@ -128,10 +135,13 @@ pub struct InvalidRequest {
 }
 
 /// What the source answers.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Reply {
     /// Whether a stream follows.
     pub ok: bool,
+    /// While the target waits for its turn: how many go before it. Another reply follows.
+    #[serde(default)]
+    pub before: Option<usize>,
     /// The GUID of the snapshot that the stream brings: the one asked for, or one on the way to it.
     #[serde(default)]
     pub guid: Option<Guid>,
@@ -149,11 +159,15 @@ pub struct Reply {
 impl Reply {
     pub(crate) fn stream(guid: Guid, base: Option<(Guid, String)>, estimate: Option<u64>) -> Self {
         let (base, base_snapshot) = base.unzip();
-        Self { ok: true, guid: Some(guid), base, base_snapshot, estimate, error: None }
+        Self { ok: true, guid: Some(guid), base, base_snapshot, estimate, ..Self::default() }
     }
 
     pub(crate) fn refusal(refusal: Refusal) -> Self {
-        Self { ok: false, guid: None, base: None, base_snapshot: None, estimate: None, error: Some(refusal) }
+        Self { error: Some(refusal), ..Self::default() }
+    }
+
+    pub(crate) fn waits(before: usize) -> Self {
+        Self { before: Some(before), ..Self::default() }
     }
 }
 
@@ -184,8 +198,6 @@ pub enum RefusalCode {
     NotAuthorised,
     /// There is no such volume or snapshot here.
     NotFound,
-    /// Too many transfers are running.
-    Busy,
     /// The source failed.
     Failed,
     /// A word of a later version.
@@ -196,7 +208,7 @@ pub enum RefusalCode {
 impl RefusalCode {
     /// Whether asking again may help.
     pub fn is_retryable(self) -> bool {
-        matches!(self, Self::NotAuthorised | Self::Busy | Self::Failed)
+        matches!(self, Self::NotAuthorised | Self::Failed)
     }
 }
 
@@ -206,7 +218,6 @@ impl fmt::Display for RefusalCode {
             Self::Invalid => "invalid request",
             Self::NotAuthorised => "not authorised",
             Self::NotFound => "not found",
-            Self::Busy => "busy",
             Self::Failed => "failed",
             Self::Unknown => "unknown reason",
         })
@@ -257,7 +268,7 @@ mod tests {
             change(&mut request);
             request.validate().unwrap_err().field
         };
-        assert_eq!(field(|r| r.version = 2), "version");
+        assert_eq!(field(|r| r.version = 1), "version");
         assert_eq!(field(|r| r.volume = "../etc".into()), "volume");
         assert_eq!(field(|r| r.volume = "a@b".into()), "volume");
         assert_eq!(field(|r| r.epoch = 0), "epoch");
@@ -271,8 +282,8 @@ mod tests {
     #[test]
     fn another_version_is_told_from_a_malformed_request() {
         let field = |text: &str| Request::parse(text.as_bytes()).unwrap_err().field;
-        assert_eq!(field(r#"{"version":2,"volumes":["a","b"]}"#), "version");
-        assert_eq!(field(r#"{"version":1,"volumes":["a","b"]}"#), "request");
+        assert_eq!(field(r#"{"version":1,"volumes":["a","b"]}"#), "version");
+        assert_eq!(field(r#"{"version":2,"volumes":["a","b"]}"#), "request");
         assert_eq!(field("{}"), "request");
         let good = serde_json::to_vec(&Request::new("v", 1, "s", Guid(7))).unwrap();
         assert_eq!(Request::parse(&good).unwrap().guid, Guid(7));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use portolan_zfs::{DatasetName, ErrorKind, Guid, SendOptions, SendStream, Snapshot, SnapshotName, Zfs, ZfsError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
@@ -17,12 +17,16 @@ use tracing::{debug, info, warn};
 
 use super::identity::{Identity, node_name};
 use super::protocol::{Refusal, RefusalCode, Reply, Request, Trailer};
+use super::queue::Class;
+use super::turns::{Place, Turns};
 use super::wire::{Limits, prepare, read_header_bytes, within, write_header};
 
 /// How much of a stream goes into one frame.
 const CHUNK: usize = 256 * 1024;
 /// How long a stream waits to be estimated.
 const ESTIMATE_WITHIN: Duration = Duration::from_secs(1);
+/// How often a target that waits for its turn is told so, in case nothing changes: it is not to take the source for dead.
+const TELL_EVERY: Duration = Duration::from_secs(3);
 
 /// What a node may have.
 pub struct Grant {
@@ -30,6 +34,8 @@ pub struct Grant {
     pub dataset: DatasetName,
     /// Whether it is encrypted: its blocks go as they are on disk, and neither end needs the key.
     pub raw: bool,
+    /// The most urgent class that it may be sent in.
+    pub class: Class,
     /// Whether a snapshot that lies on the way to the one asked for goes along.
     pub travels: Box<dyn Fn(&Snapshot) -> bool + Send + Sync>,
 }
@@ -46,7 +52,7 @@ struct Server<A, Z> {
     authorise: Arc<A>,
     zfs: Arc<Z>,
     limits: Limits,
-    streams: Semaphore,
+    turns: Turns,
 }
 
 /// Serves until `shutdown`; streams that then run are cut, and their targets will ask again. The identity is looked at for each connection.
@@ -58,7 +64,7 @@ pub async fn serve<A: Authorise, Z: Zfs>(
     limits: Limits,
     shutdown: CancellationToken,
 ) {
-    let server = Arc::new(Server { identity, authorise, zfs, limits, streams: Semaphore::new(limits.streams) });
+    let server = Arc::new(Server { identity, authorise, zfs, limits, turns: Turns::new(limits.streams) });
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -84,8 +90,8 @@ pub async fn serve<A: Authorise, Z: Zfs>(
 }
 
 /// A running `zfs send`, with its place among the streams.
-struct Opened<'a> {
-    _permit: SemaphorePermit<'a>,
+struct Opened {
+    _place: Place,
     guid: Guid,
     base: Option<(Guid, String)>,
     estimate: Option<u64>,
@@ -131,7 +137,11 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
                 return Ok(None);
             }
         };
-        match self.open(node, &request).await {
+        let opened = match self.authorise(node, &request).await {
+            Ok(grant) => self.turn(stream, node, &request, grant).await?,
+            Err(refusal) => Err(refusal),
+        };
+        match opened {
             Ok(opened) => {
                 let reply = Reply::stream(opened.guid, opened.base, opened.estimate);
                 within(self.limits.idle, "replying", write_header(stream, &reply)).await?;
@@ -146,11 +156,55 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
         }
     }
 
-    /// From a valid request to a running `zfs send`, with its place among the streams.
-    async fn open(&self, node: &str, request: &Request) -> Result<Opened<'_>, Refusal> {
-        let Grant { dataset, raw, travels } = self.authorise.authorise(node, request).await?;
-        let busy = || Refusal::new(RefusalCode::Busy, format!("{} streams are running", self.limits.streams));
-        let permit = self.streams.try_acquire().map_err(|_| busy())?;
+    /// What the node may have, in the class that it says.
+    async fn authorise(&self, node: &str, request: &Request) -> Result<Grant, Refusal> {
+        let grant = self.authorise.authorise(node, request).await?;
+        if request.class < grant.class {
+            let message = format!("class is {:?}: allowed for what it asks for is {:?}", request.class, grant.class);
+            return Err(Refusal::new(RefusalCode::NotAuthorised, message));
+        }
+        Ok(grant)
+    }
+
+    /// Waits until it is the target's turn and starts to send. Nothing of the dataset is touched or held before. A target that goes away, or says
+    /// anything, loses its place. Whether it may have the volume is asked again when its turn has come: much may have happened.
+    async fn turn(
+        &self,
+        stream: &mut TlsStream<TcpStream>,
+        node: &str,
+        request: &Request,
+        mut grant: Grant,
+    ) -> io::Result<Result<Opened, Refusal>> {
+        let place = self.turns.enter(request.class);
+        let mut waited = false;
+        while let Some(before) = place.before() {
+            if !waited {
+                info!(node, volume = request.volume, class = ?request.class, before, "a transfer waits for its turn");
+            }
+            waited = true;
+            within(self.limits.idle, "telling a target that it waits", write_header(stream, &Reply::waits(before)))
+                .await?;
+            tokio::select! {
+                () = place.changed_from(Some(before)) => {}
+                () = tokio::time::sleep(TELL_EVERY) => {}
+                said = stream.read_u8() => return Err(match said {
+                    Ok(_) => io::Error::new(io::ErrorKind::InvalidData, "the target spoke while it waited for its turn"),
+                    Err(error) => error,
+                }),
+            }
+        }
+        if waited {
+            grant = match self.authorise(node, request).await {
+                Ok(grant) => grant,
+                Err(refusal) => return Ok(Err(refusal)),
+            };
+        }
+        Ok(self.open(request, grant, place).await)
+    }
+
+    /// From a granted request to a running `zfs send`.
+    async fn open(&self, request: &Request, grant: Grant, place: Place) -> Result<Opened, Refusal> {
+        let Grant { dataset, raw, travels, .. } = grant;
         let snapshots = self.zfs.snapshots(&dataset).await.map_err(|error| refusal_of(&error))?;
         let wanted = snapshots.iter().find(|snapshot| snapshot.guid == request.guid);
         let wanted = wanted.filter(|snapshot| snapshot.name.short() == request.snapshot).ok_or_else(|| {
@@ -163,7 +217,7 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
             tokio::join!(self.zfs.send(&next.name, &options), self.estimate(&wanted.name, &options));
         let source = source.map_err(|error| refusal_of(&error))?;
         let base = base.map(|base| (base.guid, base.name.short().to_owned()));
-        Ok(Opened { _permit: permit, guid: next.guid, base, estimate, source })
+        Ok(Opened { _place: place, guid: next.guid, base, estimate, source })
     }
 
     /// About how many bytes of stream lead from the base to a snapshot. Nothing fails or waits long for want of it.

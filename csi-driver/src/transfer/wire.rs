@@ -22,7 +22,7 @@ pub struct Limits {
     /// After which a peer that doesn't answer on TCP's level is taken to be gone, whatever this end does meanwhile. It counts also for a peer
     /// that answers but takes nothing, so that it should not be shorter than `idle`.
     pub silent: Duration,
-    /// Streams that one source sends at a time.
+    /// Streams that one source sends at a time; at least one.
     pub streams: usize,
     /// Connections that one source has open at a time, whatever their state.
     pub connections: usize,
@@ -35,7 +35,7 @@ impl Default for Limits {
             idle: Duration::from_secs(30),
             silent: Duration::from_secs(30),
             streams: 4,
-            connections: 64,
+            connections: 256,
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::node::agent;
 use crate::volume;
 
 /// A volume that node a has made and written to.
-async fn with_volume() -> World {
+pub(super) async fn with_volume() -> World {
     let mut world = World::new(Capabilities::default()).await;
     world.ask_volume("db", "a", |_| ()).await;
     world.settle().await;
@@ -24,7 +24,7 @@ async fn with_volume() -> World {
     world
 }
 
-async fn get(world: &World, name: &str) -> PortableVolume {
+pub(super) async fn get(world: &World, name: &str) -> PortableVolume {
     world.volumes().get(name).await.unwrap()
 }
 

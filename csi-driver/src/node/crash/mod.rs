@@ -12,6 +12,7 @@ mod kubelet;
 mod picture;
 mod reading;
 mod rules;
+mod waiting;
 mod world;
 
 use portolan_crds::{Compression, Filesystem, SnapshotGroup, VolumeImport, VolumeSource};

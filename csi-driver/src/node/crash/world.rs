@@ -38,7 +38,7 @@ use crate::node::agent::{self, Agent};
 use crate::node::locks::Locks;
 use crate::node::metrics::Metrics;
 use crate::node::{Node, authorise, write};
-use crate::transfer::{self, Identity, Limits};
+use crate::transfer::{self, Identity, Limits, Turns};
 use crate::volume;
 
 const NODES: [&str; 2] = ["a", "b"];
@@ -274,6 +274,10 @@ impl World {
         self.agents[node].agent.clone()
     }
 
+    pub(super) fn node(&self, node: &str) -> Arc<Node<Memory>> {
+        self.agents[node].node.clone()
+    }
+
     /// One look of a node's agent at each volume.
     pub(super) async fn look_all(&mut self, node: &'static str) {
         for volume in self.api.all::<PortableVolume>() {
@@ -281,12 +285,17 @@ impl World {
         }
     }
 
-    /// One look of a node's agent at a volume; whether an agent was killed by it.
-    pub(super) async fn look(&mut self, node: &'static str, volume: PortableVolume) -> bool {
+    /// Lets a node's watches come up with the API.
+    pub(super) fn see(&mut self, node: &str) {
         let process = self.agents.get_mut(node).unwrap();
         fill(&mut process.volumes, self.api.all());
         fill(&mut process.snapshots, self.api.all());
-        let agent = process.agent.clone();
+    }
+
+    /// One look of a node's agent at a volume; whether an agent was killed by it.
+    pub(super) async fn look(&mut self, node: &'static str, volume: PortableVolume) -> bool {
+        self.see(node);
+        let agent = self.agent(node);
         self.unless_killed(node, agent::reconcile(Arc::new(volume), agent)).await.is_none()
     }
 
@@ -363,6 +372,7 @@ impl World {
             events: Events::new(client, "test"),
             metrics: Metrics::register(&mut prometheus_client::registry::Registry::default()),
             locks: Locks::default(),
+            receives: Turns::new(4),
             unstaged: Mutex::default(),
             nudges: mpsc::unbounded_channel().0,
             orphans: Mutex::default(),
