@@ -443,6 +443,36 @@ async fn what_will_come_is_estimated_where_zfs_can() {
     fetch(&ca.identity("node-b"), &d, Limits::default(), what, |now| assert_eq!(now.estimate, None)).await.unwrap();
 }
 
+/// Blocks are neither uncompressed at the source nor compressed again at the target where both can do without; a sealed one's are raw.
+#[tokio::test]
+async fn blocks_go_as_they_are_compressed_where_both_can() {
+    let (able, unable) = (Capabilities::all(), Capabilities { compressed_send: false, ..Capabilities::all() });
+    let ca = Authority::new();
+    for (at_source, at_target, compressed) in
+        [(able, able, true), (able, unable, false), (unable, able, false), (unable, unable, false)]
+    {
+        let (a, b) = (memory().with_capabilities(at_source), memory().with_capabilities(at_target));
+        let one = source(&a).await;
+        let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
+        let mut what = fetching(server.address, "node-a", &one, &b);
+        what.properties = vec![Property::canmount_noauto(), b.mountpoint("pvc-1")];
+        fetch(&ca.identity("node-b"), &b, Limits::default(), what.clone(), |_| {}).await.unwrap();
+        let sent = format!("send {}{}", one.name, if compressed { " -c" } else { "" });
+        assert!(a.calls().contains(&sent), "{sent}: {:?}", a.calls());
+        b.mount(&what.target).await.unwrap();
+        assert_eq!(b.read(&what.target).unwrap(), b"content");
+    }
+    let (a, b) = (memory().with_capabilities(able), memory().with_capabilities(able));
+    let key = Key::passphrase("correct horse").unwrap();
+    let sealed = a.pool().child(SEALED).unwrap();
+    a.create_filesystem(&sealed, &[Property::canmount_noauto(), a.mountpoint(SEALED)], Some(&key)).await.unwrap();
+    let one = write_and_snapshot(&a, &sealed, b"secret", "portolan-1").await;
+    let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
+    let what = fetching(server.address, "node-a", &one, &b);
+    fetch(&ca.identity("node-b"), &b, Limits::default(), what, |_| {}).await.unwrap();
+    assert!(a.calls().contains(&format!("send {}", one.name)), "{:?}", a.calls());
+}
+
 /// A volume with a snapshot.
 async fn source(node: &Memory) -> portolan_zfs::Snapshot {
     let volume = create(node, "pvc-1").await;

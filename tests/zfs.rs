@@ -241,6 +241,28 @@ async fn a_key_is_only_ever_on_standard_input() {
     }
 }
 
+/// A `zpool` that knows the features, or a ZFS before them, which refuses the question.
+#[tokio::test]
+async fn a_pool_takes_compressed_blocks_if_its_features_are_enabled() {
+    let (folder, volume) = (tempfile::tempdir().unwrap(), DatasetName::new("tank/v").unwrap());
+    let script = folder.path().join("featured");
+    let text = format!(
+        "[ $# = 1 ] && {{ printf '\tsend [-DLPbcehnpsVvw] [-i snapshot]\n' >&2; exit 2; }}\n\
+         [ \"$2\" = version ] && {{ echo zfs-2.3.2-1; exit; }}\n\
+         echo \"$@\" > {0}/words; cat {0}/values\n",
+        folder.path().display()
+    );
+    std::fs::write(&script, text).unwrap();
+    let zfs = CommandLine::new(Runner::new().with_prefix(["sh", script.to_str().unwrap()]));
+    assert!(!zfs.receives_compressed(&volume).await.unwrap(), "the features are not known");
+    for (values, takes) in [("active\nenabled\n", true), ("active\ndisabled\n", false)] {
+        std::fs::write(folder.path().join("values"), values).unwrap();
+        assert_eq!(zfs.receives_compressed(&volume).await.unwrap(), takes);
+    }
+    let words = std::fs::read_to_string(folder.path().join("words")).unwrap();
+    assert_eq!(words, "zpool get -H -o value feature@lz4_compress,feature@zstd_compress tank\n");
+}
+
 /// Where a key is loaded already, `load-key` doesn't look at the one it is given.
 #[tokio::test]
 async fn a_key_is_checked_where_one_is_loaded() {

@@ -1,6 +1,8 @@
 //! Streams that go on where they were cut, that start from bookmarks, that are compressed, and how long they will be.
 
-use portolan_zfs::{Base, DatasetName, ErrorKind, Property, ReceiveOptions, SendOptions, Snapshot, Zfs};
+use portolan_zfs::{
+    Base, DatasetName, ErrorKind, Implementation, Property, ReceiveOptions, SendOptions, Snapshot, Zfs,
+};
 
 use super::{Node, create, drained, kind, noise, receive_with, stream, write_and_snapshot};
 
@@ -132,4 +134,26 @@ pub(super) async fn compressed_and_estimated(a: &impl Node, b: &impl Node) {
         assert_eq!(kind(zfs.send(&one.name, &compressed).await), ErrorKind::Unsupported);
     }
     zfs.destroy_with_snapshots(&source).await.unwrap();
+
+    // What a pool says that it takes is what can be sent to it, and shorter where blocks are compressed.
+    let takes = b.zfs().receives_compressed(&target).await.unwrap();
+    assert!(!takes || b.zfs().probe().await.unwrap().capabilities.compressed_send);
+    if takes && can.compressed_send {
+        let source = create(a, "soft").await;
+        zfs.set_property(&source, &Property::new("compression", "on").unwrap()).await.unwrap();
+        let text = b"portolan ".repeat(1 << 16);
+        let one = write_and_snapshot(a, &source, &text, "one").await;
+        let long = drained(zfs.send(&one.name, &plain).await.unwrap()).await.len();
+        let bytes = drained(zfs.send(&one.name, &compressed).await.unwrap()).await;
+        let is_real = zfs.probe().await.unwrap().implementation == Implementation::OpenZfs;
+        assert!(!is_real || bytes.len() < long / 2, "{} of {long}", bytes.len());
+        receive_with(b, &target, &bytes, &options(b, &target, false)).await.unwrap();
+        assert!(content(b, &target).await == text);
+        // A plain delta follows a compressed stream, so that what one end can may change.
+        let two = write_and_snapshot(a, &source, &noise(1 << 16), "two").await;
+        receive_with(b, &target, &stream(a, &two, Some(&one)).await, &options(b, &target, false)).await.unwrap();
+        assert!(content(b, &target).await == noise(1 << 16));
+        b.zfs().destroy_with_snapshots(&target).await.unwrap();
+        zfs.destroy_with_snapshots(&source).await.unwrap();
+    }
 }

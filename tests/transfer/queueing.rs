@@ -170,7 +170,13 @@ async fn who_goes_away_or_dies_while_it_waits_leaves_no_gap() {
     let stays = Waiter::start(&identity, &b, what, &turns);
     stays.told(true, 2).await;
     cancelled.task.abort();
+    let gone = Instant::now();
     stays.told(true, 1).await;
+    assert!(
+        gone.elapsed() < Duration::from_secs(2),
+        "its end is seen, not only that it takes nothing: {:?}",
+        gone.elapsed()
+    );
     // Its kernel says nothing by itself, but answers what the source tells it.
     forget(dies.get_ref().0);
     drop(dies);

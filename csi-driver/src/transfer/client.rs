@@ -80,6 +80,8 @@ pub struct Fetching<'a, Z> {
     /// Of the first stream.
     base: Option<SnapshotName>,
     place: Option<Place>,
+    /// Whether our pool takes compressed blocks, once it has been looked at.
+    compressed: Option<bool>,
 }
 
 /// What a transfer does next.
@@ -127,7 +129,7 @@ impl<'a, Z: Zfs> Fetching<'a, Z> {
     /// A transfer that is about to begin.
     pub fn new(identity: &'a Identity, zfs: &'a Z, limits: Limits, what: Fetch) -> Self {
         let brake = Brake::new(what.pace.clone());
-        Self { identity, zfs, limits, what, brake, bytes: 0, base: None, place: None }
+        Self { identity, zfs, limits, what, brake, bytes: 0, base: None, place: None, compressed: None }
     }
 
     /// Looks at what is there, waits for a place here and at the source, and asks for the next stream. Nothing is changed here but the
@@ -152,9 +154,14 @@ impl<'a, Z: Zfs> Fetching<'a, Z> {
             ours = snapshots(self.zfs, &what.target).await?;
             waited = true;
         }
-        let request = what.request.clone().having(ours.iter().flatten().map(|snapshot| snapshot.guid));
+        let mut request = what.request.clone().having(ours.iter().flatten().map(|snapshot| snapshot.guid));
         request.validate().map_err(|error| TransferError::Protocol(error.to_string()))?;
-        let mut stream = connect(self.identity, self.limits, what).await?;
+        let (stream, compressed) = tokio::join!(
+            connect(self.identity, self.limits, what),
+            takes_compressed(self.zfs, &what.target, &mut self.compressed)
+        );
+        request.compressed = compressed;
+        let mut stream = stream?;
         let told = |before| waits(Waits { at_source: true, before });
         let (reply, waited_there) = ask(&mut stream, self.limits, what, &request, told).await?;
         waited |= waited_there;
@@ -221,6 +228,16 @@ async fn one(
 /// failure of our own ZFS, a deadline for one, all of the verified stream may be there, and the next attempt finds it.
 fn must_not_count(cause: &TransferError) -> bool {
     !matches!(cause, TransferError::Zfs(_))
+}
+
+/// Whether our pool takes compressed blocks: looked at once, and not worth a failure.
+async fn takes_compressed(zfs: &impl Zfs, target: &DatasetName, known: &mut Option<bool>) -> bool {
+    if let Some(known) = known {
+        return *known;
+    }
+    let takes = zfs.receives_compressed(target).await;
+    let takes = takes.inspect_err(|error| tracing::debug!(%error, "no compressed stream")).unwrap_or(false);
+    *known.insert(takes)
 }
 
 /// Our snapshots, or none if we have no such dataset.

@@ -44,13 +44,16 @@ pub struct Request {
     /// The new volume that the snapshot is to become; none for a copy of the same volume.
     #[serde(default)]
     pub restore: Option<String>,
+    /// Whether the target's pool takes blocks as they are compressed at the source.
+    #[serde(default)]
+    pub compressed: bool,
     /// How urgent it is. A source grants none that the volume's object doesn't bear out.
     #[serde(default)]
     pub class: Class,
 }
 
 impl Request {
-    /// Asks for a snapshot; what we have is filled in by [`fetch`](super::fetch).
+    /// Asks for a snapshot; what we have and can take is filled in by [`fetch`](super::fetch).
     pub fn new(volume: impl Into<String>, epoch: i64, snapshot: impl Into<String>, guid: Guid) -> Self {
         Self {
             version: VERSION,
@@ -60,6 +63,7 @@ impl Request {
             guid,
             have: Vec::new(),
             restore: None,
+            compressed: false,
             class: Class::Background,
         }
     }

@@ -212,12 +212,19 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
             Refusal::new(RefusalCode::NotFound, message)
         })?;
         let (base, next) = next_step(&snapshots, wanted, &request.have, &travels);
-        let options = SendOptions { raw, ..SendOptions::since(base.map(|base| &base.name)) };
+        // What is raw is compressed as it is.
+        let compressed = request.compressed && !raw && self.sends_compressed().await?;
+        let options = SendOptions { raw, compressed, ..SendOptions::since(base.map(|base| &base.name)) };
         let (source, estimate) =
             tokio::join!(self.zfs.send(&next.name, &options), self.estimate(&wanted.name, &options));
         let source = source.map_err(|error| refusal_of(&error))?;
         let base = base.map(|base| (base.guid, base.name.short().to_owned()));
         Ok(Opened { _place: place, guid: next.guid, base, estimate, source })
+    }
+
+    async fn sends_compressed(&self) -> Result<bool, Refusal> {
+        let probe = self.zfs.probe().await.map_err(|error| refusal_of(&error))?;
+        Ok(probe.capabilities.compressed_send)
     }
 
     /// About how many bytes of stream lead from the base to a snapshot. Nothing fails or waits long for want of it.

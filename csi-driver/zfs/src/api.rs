@@ -29,6 +29,10 @@ pub trait Zfs: Send + Sync + 'static {
     /// What identifies that pool, whatever it is called.
     fn pool_guid(&self, dataset: &DatasetName) -> impl Future<Output = Result<Guid>> + Send;
 
+    /// Whether that pool takes streams of blocks as they are compressed at the sender, whichever compression Portolan knows they have
+    /// ([`SendOptions::compressed`]): the features `lz4_compress` and `zstd_compress` must be enabled (zfs-send(8), `-c`; zpool-features(7)).
+    fn receives_compressed(&self, dataset: &DatasetName) -> impl Future<Output = Result<bool>> + Send;
+
     /// The room in a dataset.
     fn space(&self, dataset: &DatasetName) -> impl Future<Output = Result<Space>> + Send;
 

@@ -146,6 +146,13 @@ pub(crate) fn space(text: &str) -> Result<Space, String> {
     Ok(Space { used: number(properties, "used")?, available: number(properties, "available")? })
 }
 
+/// Whether so many pool features are all enabled, from their values, a line each: a feature is `disabled`, `enabled`, or in use and so `active`
+/// (zpool-features(7)).
+pub(crate) fn are_enabled(printed: &str, count: usize) -> bool {
+    let mut values = printed.lines().map(str::trim).filter(|line| !line.is_empty());
+    values.clone().count() == count && values.all(|value| matches!(value, "enabled" | "active"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,5 +210,18 @@ mod tests {
         let found = snapshots(&DatasetName::new("tank/v").unwrap(), text).unwrap();
         let names: Vec<_> = found.iter().map(|s| (s.name.short(), s.guid.0, s.holds)).collect();
         assert_eq!(names, [("a", 3, 0), ("b", u64::MAX, 1)]);
+    }
+
+    #[test]
+    fn features_are_all_enabled_or_not() {
+        for (printed, all) in [
+            ("active\nenabled\n", true),
+            ("active\ndisabled\n", false),
+            ("active\n", false),
+            ("-\n-\n", false),
+            ("", false),
+        ] {
+            assert_eq!(are_enabled(printed, 2), all, "{printed:?}");
+        }
     }
 }

@@ -128,6 +128,19 @@ impl Zfs for CommandLine {
         printed.trim().parse().map_err(|error| odd_output(&words, &format!("{error}")))
     }
 
+    async fn receives_compressed(&self, dataset: &DatasetName) -> Result<bool, ZfsError> {
+        if !self.probed().await?.capabilities.compressed_send {
+            return Ok(false);
+        }
+        // In one command, and refused as a whole by a ZFS that doesn't know them all.
+        let features = "feature@lz4_compress,feature@zstd_compress";
+        match self.zpool(&["get", "-H", "-o", "value", features, dataset.pool()]).await {
+            Ok(printed) => Ok(parse::are_enabled(&printed, 2)),
+            Err(error) if error.kind == ErrorKind::PoolUnavailable => Err(error),
+            Err(_) => Ok(false),
+        }
+    }
+
     async fn space(&self, dataset: &DatasetName) -> Result<Space, ZfsError> {
         let words = ["zfs", "get", "-Hp", "-o", parse::COLUMNS, "used,available", dataset.as_str()];
         parse::space(&self.run(dataset, &words).await?).map_err(|why| odd_output(&words, &why))

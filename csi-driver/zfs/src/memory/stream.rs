@@ -21,6 +21,9 @@ struct Header {
     /// How much of the data the receiver has already, if it is the rest of a stream.
     rest_from: Option<usize>,
     length: usize,
+    /// Whether the blocks are as they are compressed at the sender, which not every receiver can take. The data here aren't.
+    #[serde(default)]
+    compressed: bool,
     /// A raw stream's cipher and what its key is known by.
     seal: Option<(String, u64)>,
 }
@@ -51,7 +54,7 @@ impl State {
             None => None,
         };
         let seal = if options.raw { self.seal_of(name.dataset())? } else { None };
-        encoded(self.taken(name, "send")?, base, None, seal)
+        encoded(self.taken(name, "send")?, base, None, seal, options.compressed)
     }
 
     pub(super) fn check_options(&mut self, name: &SnapshotName, options: &SendOptions) -> Result<()> {
@@ -84,13 +87,17 @@ impl State {
         let seal = self.seal_of(&name)?;
         let taken = self.datasets.get(&name).and_then(|entry| entry.snapshots.iter().find(|taken| taken.guid == guid));
         let from = usize::try_from(from).map_err(|_| invalid())?;
-        encoded(taken.ok_or_else(gone)?, Some(base).filter(|base| *base != 0), Some(from), seal)
+        encoded(taken.ok_or_else(gone)?, Some(base).filter(|base| *base != 0), Some(from), seal, false)
     }
 
     pub(super) fn receive(&mut self, name: &DatasetName, bytes: &[u8], options: &ReceiveOptions) -> Result<()> {
         let broken = || failure(ErrorKind::BrokenStream, "receive", name, "invalid backup stream");
         let line = bytes.iter().position(|byte| *byte == b'\n').ok_or_else(broken)?;
         let header: Header = serde_json::from_slice(&bytes[..line]).map_err(|_| broken())?;
+        if header.compressed && !self.capabilities.compressed_send {
+            let why = "pool must be upgraded to receive this stream";
+            return Err(failure(ErrorKind::BrokenStream, "receive", name, why));
+        }
         let made = self.check_destination(name, &header)?;
         let body = &bytes[line + 1..];
         let mut data = match header.rest_from {
@@ -196,9 +203,15 @@ impl State {
     }
 }
 
-fn encoded(taken: &Taken, base: Option<u64>, rest_from: Option<usize>, seal: Option<(String, u64)>) -> Result<Vec<u8>> {
+fn encoded(
+    taken: &Taken,
+    base: Option<u64>,
+    rest_from: Option<usize>,
+    seal: Option<(String, u64)>,
+    compressed: bool,
+) -> Result<Vec<u8>> {
     let (short, guid, size, length) = (taken.short.clone(), taken.guid, taken.size, taken.data.len());
-    let header = Header { base, short, guid, size, rest_from, length, seal };
+    let header = Header { base, short, guid, size, rest_from, length, compressed, seal };
     let odd = |error: serde_json::Error| ZfsError::new(ErrorKind::Other, "send", error.to_string());
     let mut bytes = serde_json::to_vec(&header).map_err(odd)?;
     bytes.push(b'\n');

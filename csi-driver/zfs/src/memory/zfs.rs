@@ -30,6 +30,10 @@ impl Zfs for Memory {
         self.pool_health(dataset).await.map(|health| health.to_string())
     }
 
+    async fn receives_compressed(&self, _: &DatasetName) -> Result<bool> {
+        Ok(self.lock().capabilities.compressed_send)
+    }
+
     async fn pool_guid(&self, dataset: &DatasetName) -> Result<Guid> {
         self.call("pool_guid", dataset, |state| match dataset.pool() == state.pool {
             true => Ok(Guid(state.guid)),
@@ -257,7 +261,8 @@ impl Zfs for Memory {
     }
 
     async fn send(&self, name: &SnapshotName, options: &SendOptions) -> Result<SendStream> {
-        let bytes = self.call("send", name, |state| state.stream(name, options)).await?;
+        let about = if options.compressed { format!("{name} -c") } else { name.to_string() };
+        let bytes = self.call("send", about, |state| state.stream(name, options)).await?;
         Ok(self.sending(bytes, name.to_string()))
     }
 
