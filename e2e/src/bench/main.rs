@@ -5,6 +5,7 @@ mod bare;
 mod load;
 mod snapshots;
 mod stats;
+mod transfer;
 mod volumes;
 mod watch;
 
@@ -29,11 +30,14 @@ struct Sizes {
     /// Pairs of runs of each program, and seconds of a run.
     pairs: usize,
     seconds: u32,
+    /// Bytes of a volume that is sent to another node.
+    transfer: u64,
 }
 
-const FULL: Sizes = Sizes { volumes: 100, rounds: 2, pods: 20, snapshots: 30, pairs: 5, seconds: 10 };
+const FULL: Sizes =
+    Sizes { volumes: 100, rounds: 2, pods: 20, snapshots: 30, pairs: 5, seconds: 10, transfer: 512 << 20 };
 /// To see whether it works: `QUICK=1`.
-const QUICK: Sizes = Sizes { volumes: 4, rounds: 1, pods: 2, snapshots: 2, pairs: 2, seconds: 2 };
+const QUICK: Sizes = Sizes { volumes: 4, rounds: 1, pods: 2, snapshots: 2, pairs: 2, seconds: 2, transfer: 32 << 20 };
 
 fn main() -> ExitCode {
     let mut report = String::new();
@@ -65,6 +69,8 @@ fn run(lab: &Lab, report: &mut String) -> Result<()> {
     add(volumes::one_by_one(lab, &watches, &mut bare, &node, &sizes)?);
     lab.step("volumes, many at once");
     add(volumes::many(lab, &watches, &mut bare, &sizes)?);
+    lab.step("a volume from node to node");
+    add(transfer::measure(lab, &watches, &mut bare, &node, &sizes)?);
     lab.step("two databases, one on a volume and one on a bare dataset");
     load::start(lab, &mut bare, &node)?;
     lab.step("snapshots and clones");
