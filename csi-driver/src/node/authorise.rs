@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kube::api::ListParams;
-use portolan_crds::{HandoffPhase, PortableVolume};
+use portolan_crds::{AskedBy, HandoffPhase, PortableVolume};
 use portolan_zfs::{Snapshot, Zfs};
 
 use super::Node;
@@ -49,9 +49,10 @@ impl<Z: Zfs> Authorise for ByVolume<Z> {
 /// How urgent a transfer of this volume, as its object is, may be. Both ends ask this: the target for what it says, the source for what it believes.
 pub(super) fn class_of(volume: &PortableVolume, request: &Request) -> Class {
     let handoff = volume.status.as_ref().and_then(|status| status.handoff.as_ref());
-    match handoff.map(|handoff| handoff.phase) {
+    match handoff.map(|handoff| (handoff.phase, handoff.asked_by)) {
         _ if request.restore.is_some() => Class::Restore,
-        Some(HandoffPhase::FinalSync) => Class::Final,
+        Some((HandoffPhase::FinalSync, _)) => Class::Final,
+        Some((_, AskedBy::Reading)) => Class::Restore,
         _ => Class::Background,
     }
 }
@@ -149,8 +150,8 @@ mod tests {
     #[test]
     fn only_what_a_pod_waits_for_is_urgent() {
         let request = Request::new("pvc-1", 2, "portolan-2", Guid(7));
-        let class = |phase: Option<HandoffPhase>| {
-            let handoff = phase.map(|phase| Handoff { phase, ..Handoff::default() });
+        let asked_for = |phase: Option<HandoffPhase>, asked_by| {
+            let handoff = phase.map(|phase| Handoff { phase, asked_by, ..Handoff::default() });
             let status = PortableVolumeStatus { handoff, ..PortableVolumeStatus::default() };
             let volume = PortableVolume { status: Some(status), ..PortableVolume::new("pvc-1", Default::default()) };
             (
@@ -158,9 +159,11 @@ mod tests {
                 class_of(&volume, &Request { restore: Some("pvc-2".into()), ..request.clone() }),
             )
         };
+        let class = |phase| asked_for(phase, AskedBy::Migration);
         assert_eq!(class(Some(HandoffPhase::FinalSync)).0, Class::Final);
         assert_eq!(class(Some(HandoffPhase::PreCopy)).0, Class::Background);
         assert_eq!(class(Some(HandoffPhase::Quiescing)).0, Class::Background, "a round's snapshot, not the last");
+        assert_eq!(asked_for(Some(HandoffPhase::PreCopy), AskedBy::Reading).0, Class::Restore);
         assert_eq!(class(None), (Class::Background, Class::Restore));
     }
 

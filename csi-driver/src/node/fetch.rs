@@ -91,11 +91,13 @@ pub(super) async fn transfer<Z: Zfs>(
     let (zfs, mut speed) = (steps.node.zfs.clone(), Speed::new(Instant::now()));
     let mut fetching = Fetching::new(&identity, zfs.as_ref(), Limits::default(), fetch);
     loop {
+        // An earlier attempt, at another node, may have ended while it waited.
+        steps.lock().await;
         match turn(steps, &mut fetching, from, &request).await? {
             Next::Done(received) => return Ok(received),
             Next::Stream(offer) => {
+                steps.lock().await;
                 if offer.has_waited() {
-                    steps.lock().await;
                     still_wanted(steps, Some(&request)).await?;
                 }
                 receive(steps, &mut fetching, offer, &limit, &mut speed).await?;

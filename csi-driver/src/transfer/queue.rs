@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub enum Class {
     /// The last of a move: its pod is down until it is there.
     Final,
-    /// A new volume's data: its first pod may wait for them.
+    /// A new volume's data, or a copy for a node that reads: the first pod there may wait for them.
     Restore,
     /// Nobody waits for it: its pod runs on.
     #[default]

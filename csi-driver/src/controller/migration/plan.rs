@@ -395,10 +395,13 @@ impl Move<'_> {
         format!("the scheduler has put pod {name} on node {node}, not {}: {why}", self.target())
     }
 
-    /// What the agents complain of.
+    /// What the agents wait for, and what they complain of.
     fn add_errors(&self, status: &mut VolumeMigrationStatus) {
         for (name, volume) in self.volumes() {
             let handoff = volume.status.as_ref().and_then(|status| status.handoff.as_ref());
+            if let Some(waits) = handoff.and_then(|handoff| handoff.waits.as_ref()) {
+                status.message.push_str(&format!("; volume {name} waits for {waits}"));
+            }
             if let Some(error) = handoff.and_then(|handoff| handoff.last_error.as_ref()) {
                 status.message.push_str(&format!("; volume {name}: {error}"));
             }

@@ -494,3 +494,19 @@ fn what_can_not_be_done_is_refused_by_name() {
         assert!(found.to_string().contains(words), "{reason}: {found}");
     }
 }
+
+#[test]
+fn what_a_volume_waits_for_is_in_the_message() {
+    let mut world = World::new(json!({ "pod": "db-0" }));
+    world.begin();
+    world.look(false);
+    let (name, volume) = world.volumes.iter_mut().next().unwrap();
+    let (name, handoff) = (name.clone(), volume.status.as_mut().unwrap().handoff.as_mut().unwrap());
+    handoff.waits = Some("its turn to be sent by node a: 2 before it".into());
+    world.look(false);
+    let message = world.migration.status.unwrap().message;
+    assert!(
+        message.ends_with(&format!("; volume {name} waits for its turn to be sent by node a: 2 before it")),
+        "{message}"
+    );
+}
