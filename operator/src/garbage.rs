@@ -1,8 +1,8 @@
 //! Clears away what nobody owns any more: sticky addresses of pods that won't come back, and what nodes that are gone had claimed.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Debug;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{Node, Pod};
@@ -17,14 +17,17 @@ use crate::network::apply::{Error, delete};
 /// How often is looked.
 const EVERY: Duration = Duration::from_secs(30);
 
+/// How long a node has been gone when others may have its addresses: its Node object may have been deleted while its pods go on.
+const QUARANTINE: Duration = Duration::from_secs(600);
+
 /// Collects until `stop` is cancelled.
 pub async fn run(client: Client, stop: CancellationToken) {
-    let mut suspects = BTreeSet::new();
+    let mut gone = Gone::default();
     loop {
         if let Err(error) = claims(&client).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "collecting IPClaims failed");
         }
-        if let Err(error) = nodes(&client, &mut suspects).await {
+        if let Err(error) = nodes(&client, &mut gone).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "collecting what gone nodes left failed");
         }
         tokio::select! {
@@ -102,8 +105,28 @@ async fn is_abandoned(client: &Client, claim: &IPClaim) -> Result<bool, Error> {
     Ok(judge(claim, same.as_ref()) != Verdict::Keep)
 }
 
-/// Deletes blocks and slices of nodes whose Node object is gone: now, and already at the last look (a node may register anew).
-async fn nodes(client: &Client, suspects: &mut BTreeSet<String>) -> Result<(), Error> {
+/// The nodes that have no Node object, and when that was seen first. A new leader begins anew: that makes it later, never sooner.
+#[derive(Default)]
+struct Gone(BTreeMap<String, Instant>);
+
+impl Gone {
+    /// At `now` exactly these were missing.
+    fn look(&mut self, missing: BTreeSet<String>, now: Instant) {
+        self.0.retain(|node, _| missing.contains(node));
+        for node in missing {
+            self.0.entry(node).or_insert(now);
+        }
+    }
+
+    /// Whether a node has been gone for so long.
+    fn since(&self, node: &str, now: Instant, long: Duration) -> bool {
+        self.0.get(node).is_some_and(|first| now.duration_since(*first) >= long)
+    }
+}
+
+/// Deletes what is left of nodes whose Node object is gone: slices if it was already at the last look (a node may register anew), so that nothing is
+/// sent there; blocks after the quarantine.
+async fn nodes(client: &Client, gone: &mut Gone) -> Result<(), Error> {
     let blocks: Vec<IPBlock> = list(client, "IPBlocks").await?;
     let slices: Vec<NetworkNodeSlice> = list(client, "NetworkNodeSlices").await?;
     let nodes = Api::<Node>::all(client.clone()).list_metadata(&ListParams::default()).await;
@@ -111,17 +134,16 @@ async fn nodes(client: &Client, suspects: &mut BTreeSet<String>) -> Result<(), E
     let present: BTreeSet<String> = nodes.items.iter().map(ResourceExt::name_any).collect();
 
     let mentioned = blocks.iter().map(|it| &it.spec.node).chain(slices.iter().map(|it| &it.spec.node));
-    let missing: BTreeSet<String> = mentioned.filter(|node| !present.contains(*node)).cloned().collect();
-    let gone: BTreeSet<String> = missing.intersection(suspects).cloned().collect();
-    for slice in slices.iter().filter(|slice| gone.contains(&slice.spec.node)) {
+    let now = Instant::now();
+    gone.look(mentioned.filter(|node| !present.contains(*node)).cloned().collect(), now);
+    for slice in slices.iter().filter(|slice| gone.since(&slice.spec.node, now, EVERY)) {
         delete(client, slice).await?;
         tracing::info!(slice = slice.name_any(), "deleted: its node is gone");
     }
-    for block in blocks.iter().filter(|block| gone.contains(&block.spec.node)) {
+    for block in blocks.iter().filter(|block| gone.since(&block.spec.node, now, QUARANTINE)) {
         delete(client, block).await?;
-        tracing::info!(block = block.name_any(), "deleted: its node is gone");
+        tracing::info!(block = block.name_any(), "deleted: its node has been gone for long enough");
     }
-    *suspects = missing;
     Ok(())
 }
 
@@ -138,6 +160,22 @@ mod tests {
     fn owner(replicas: i32, start: i32) -> StatefulSet {
         let spec = json!({"replicas": replicas, "ordinals": {"start": start}, "selector": {}, "template": {}, "serviceName": ""});
         serde_json::from_value(json!({"metadata": {"name": "db"}, "spec": spec})).unwrap()
+    }
+
+    #[test]
+    fn a_node_that_is_back_once_was_never_gone() {
+        let (mut gone, begin) = (Gone::default(), Instant::now());
+        let missing = |nodes: &[&str]| nodes.iter().map(|node| (*node).to_owned()).collect::<BTreeSet<_>>();
+        let at = |seconds| begin + Duration::from_secs(seconds);
+        gone.look(missing(&["a", "b"]), at(0));
+        assert!(!gone.since("a", at(0), EVERY), "it may only be registering anew");
+        gone.look(missing(&["a"]), at(300));
+        assert!(gone.since("a", at(300), EVERY) && !gone.since("a", at(300), QUARANTINE));
+        gone.look(missing(&["a", "b"]), at(600));
+        assert!(gone.since("a", at(600), QUARANTINE));
+        assert!(!gone.since("b", at(600), EVERY), "it was there in between");
+        gone.look(missing(&[]), at(700));
+        assert!(!gone.since("a", at(9000), EVERY));
     }
 
     #[test]
