@@ -132,6 +132,9 @@ pub struct Endpoint {
     pub second_address: Option<String>,
     /// MAC address, `02:…`.
     pub mac: String,
+    /// The interface's name in the pod.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<String>,
     /// The pod's namespace.
     pub namespace: String,
     /// The pod's name.

@@ -23,12 +23,27 @@ pub fn play(lab: &Lab) -> Result<()> {
     for pod in ["server", "stranger"] {
         is_ready(lab, pod)?;
     }
+    network_status(lab)?;
     by_the_clusters_dns(lab)?;
     missed_by_admission(lab)?;
     lab.step("all of it is deleted; then look for what is left");
     lab.kubectl(&["delete", "namespace", NAMESPACE, "--timeout=2m"])?;
     lab.kubectl(&["delete", "containernetwork", "known", "--timeout=60s"])?;
     nothing_left(lab)
+}
+
+/// What other programs look for a pod's addresses in.
+fn network_status(lab: &Lab) -> Result<()> {
+    let annotation = "/metadata/annotations/k8s.v1.cni.cncf.io~1network-status";
+    lab.wait("the pod is told of its interface", 30, || {
+        let pod = lab.json(&["-n", NAMESPACE, "get", "pod", "server"])?;
+        let told: Value = serde_json::from_str(text(&pod, annotation)?)?;
+        let ip = text(&told, "/0/ips/0")?;
+        ensure!(told[0]["name"] == "portolan/known" && told[0]["interface"] == "eth1", "{told}");
+        ensure!(ip.starts_with("10.78.0."), "{told}");
+        lab.show(&told);
+        Ok(())
+    })
 }
 
 /// As docs/dns.md tells an operator to set it up, and back.

@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use kube::Client;
 use portolan_operator::authority::{self, Authority};
 use portolan_operator::metrics::Metrics;
-use portolan_operator::{garbage, network, uninstall, webhook};
+use portolan_operator::{garbage, network, network_status, uninstall, webhook};
 use portolan_runtime::events::Events;
 use portolan_runtime::http::Health;
 use portolan_runtime::leader;
@@ -143,6 +143,7 @@ async fn lead(
         tokio::join!(
             network::run(client.clone(), events.clone(), metrics.clone(), leading.clone()),
             authority::run(client.clone(), Arc::clone(authority), account, events, metrics.clone(), leading.clone()),
+            network_status::run(client.clone(), leading.clone()),
             garbage::run(client.clone(), leading),
         );
     })

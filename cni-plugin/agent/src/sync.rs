@@ -69,6 +69,7 @@ impl Agent {
                 address: e.address.to_string(),
                 second_address: e.second.map(|second| second.addr().to_string()),
                 mac: e.mac.to_string(),
+                interface: Some(e.interface.clone()),
                 namespace: e.namespace.clone(),
                 pod: e.pod.clone(),
                 owner: e.owner.clone(),

@@ -76,15 +76,18 @@ pub async fn run(client: Client, events: Events, metrics: Metrics, stop: Cancell
     tokio::select! {
         () = stop.cancelled() => {}
         () = work => {}
-        () = tell(node_events, &changed) => {}
-        () = tell(slice_events, &changed) => {}
-        () = tell(claim_events, &changed) => {}
-        () = tell(network_events, &changed) => {}
+        () = notify(node_events, &changed) => {}
+        () = notify(slice_events, &changed) => {}
+        () = notify(claim_events, &changed) => {}
+        () = notify(network_events, &changed) => {}
     }
 }
 
 /// Says on `changed` that something changed; a full channel says so already.
-async fn tell<K>(events: impl Stream<Item = Result<watcher::Event<K>, watcher::Error>>, changed: &mpsc::Sender<()>) {
+pub(crate) async fn notify<K>(
+    events: impl Stream<Item = Result<watcher::Event<K>, watcher::Error>>,
+    changed: &mpsc::Sender<()>,
+) {
     let mut events = std::pin::pin!(events);
     while let Some(event) = events.next().await {
         match event {
