@@ -65,6 +65,7 @@ impl Node {
             mac: endpoint_mac("backend", address),
             mtu: 1450,
             resolver: true,
+            redirected: None,
             namespace: "shop".into(),
             pod: pod.into(),
             uid: pod.into(),

@@ -68,7 +68,7 @@ impl Node {
             mac: endpoint_mac(&vni.to_string(), address.into()),
             addresses: vec![IpNet::new(address.into(), 24).unwrap(), IpNet::new(ipv6(last).into(), 64).unwrap()],
             mtu: 1450,
-            resolver: true,
+            resolvers: vec![BRIDGE_ADDRESS],
             locked: true,
         };
         self.dataplane.add_port(&port).await.unwrap();
@@ -277,6 +277,47 @@ async fn the_resolver_of_the_own_node_answers() {
     let (length, from) = client.recv_from(&mut buffer).unwrap();
     assert_eq!((&buffer[..length], from.ip()), (&b"answer"[..], BRIDGE_ADDRESS.into()));
     assert!(others.recv_from(&mut buffer).is_err(), "the other node's resolver must hear nothing");
+}
+
+/// What a pod is told by others is the DNS server's address can be ours, too, for it alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_can_reach_the_resolver_at_another_address() {
+    let cluster_dns = Ipv4Addr::new(10, 96, 0, 10);
+    let (a, _b) = two_nodes();
+    a.dataplane.ensure_network(&a.spec(77, false)).await.unwrap();
+    let (pod, other) = (a.plug(77, "pod", 5).await, a.plug(77, "other", 6).await);
+    let port = PortSpec { resolvers: vec![BRIDGE_ADDRESS, cluster_dns], ..pod.port.clone() };
+    for _ in 0..2 {
+        a.dataplane.add_port(&port).await.unwrap();
+    }
+    let server = a.dataplane.run_in(77, || udp((cluster_dns, 53))).unwrap();
+    let client = pod.inside(|| udp((Ipv4Addr::UNSPECIFIED, 0)));
+    client.send_to(b"question", (cluster_dns, 53)).unwrap();
+    let mut buffer = [0; 20];
+    let (_, from) = server.recv_from(&mut buffer).unwrap();
+    assert_eq!(from.ip(), pod.address, "the server knows pods by their addresses");
+    server.send_to(b"answer", from).unwrap();
+    let (length, from) = client.recv_from(&mut buffer).unwrap();
+    assert_eq!((&buffer[..length], from.ip()), (&b"answer"[..], cluster_dns.into()));
+    let sent = other.inside(|| udp((Ipv4Addr::UNSPECIFIED, 0))).send_to(b"question", (cluster_dns, 53));
+    assert!(sent.is_err(), "who wasn't asked for it has no way there");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pods_namespace_is_found_by_its_address() {
+    let (a, _b) = two_nodes();
+    a.dataplane.ensure_network(&a.spec(77, false)).await.unwrap();
+    let pod = a.plug(77, "pod", 5).await;
+    let found = async |address| a.dataplane.namespace_with(address).await.unwrap();
+    assert_eq!(found(pod.address.into()).await.as_deref(), Some(pod.port.netns.as_path()));
+    assert_eq!(found(pod.ipv6.into()).await.as_deref(), Some(pod.port.netns.as_path()));
+    assert_eq!(found([10, 32, 0, 6].into()).await, None);
+    assert_eq!(found(BRIDGE_ADDRESS.into()).await, None, "a network's own namespace is no pod's");
+    let twin = a.plug(77, "twin", 7).await;
+    let inside = format!("--net={}", a.file("twin").display());
+    run("nsenter", &[&inside, "ip", "address", "add", "10.32.0.5/32", "dev", "eth1"]);
+    assert_eq!(found(pod.address.into()).await, None, "one of the two is on its way out");
+    assert_eq!(found(twin.address.into()).await.as_deref(), Some(twin.port.netns.as_path()));
 }
 
 #[tokio::test(flavor = "multi_thread")]

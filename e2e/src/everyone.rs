@@ -26,6 +26,7 @@ pub fn play(lab: &Lab) -> Result<()> {
     network_status(lab)?;
     by_the_clusters_dns(lab)?;
     missed_by_admission(lab)?;
+    redirected(lab)?;
     lab.step("all of it is deleted; then look for what is left");
     lab.kubectl(&["delete", "namespace", NAMESPACE, "--timeout=2m"])?;
     lab.kubectl(&["delete", "containernetwork", "known", "--timeout=60s"])?;
@@ -51,7 +52,8 @@ fn by_the_clusters_dns(lab: &Lab) -> Result<()> {
     lab.step("names for everyone: a pod on no network asks the cluster's DNS for a full name");
     let full = "server.names.known.portolan.internal.";
     ensure!(address(lab, "stranger", full).is_err(), "{full} is known before anybody has asked for that");
-    serve_everyone(lab, true)?;
+    let everyone = |enabled| format!("dns.everyone.enabled={enabled},dns.everyone.clusterIP={SERVER}");
+    upgrade(lab, &everyone(true))?;
     let before = corefile(lab)?;
     let block = format!("portolan.internal:53 {{\n    errors\n    forward . {SERVER}\n}}\n");
     set_corefile(lab, &format!("{before}{block}"))?;
@@ -66,7 +68,7 @@ fn by_the_clusters_dns(lab: &Lab) -> Result<()> {
         address(lab, "stranger", "kubernetes.default.svc.cluster.local.")
     })?;
     set_corefile(lab, &before)?;
-    serve_everyone(lab, false)
+    upgrade(lab, &everyone(false))
 }
 
 /// A pod that is made while the operator is away starts all the same, and its lack of names is told.
@@ -96,6 +98,25 @@ fn missed_by_admission(lab: &Lab) -> Result<()> {
     names_injected(lab, "True").map(drop)
 }
 
+/// As before, and the chart's value lets such pods ask all the same.
+fn redirected(lab: &Lab) -> Result<()> {
+    lab.step("the same with dns.redirect: it finds the network's names, and all others");
+    upgrade(lab, "dns.redirect=true")?;
+    lab.kubectl(&["-n", NAMESPACE, "delete", "pod", "missed", "--timeout=60s"])?;
+    let operator = ["-n", RELEASE_NAMESPACE, "get", "deployment", "portolan-operator"];
+    let replicas = lab.json(&operator)?["spec"]["replicas"].clone();
+    scale_operator(lab, &json!(0))?;
+    lab.apply(include_str!("../manifests/names-missed.yaml"))?;
+    is_ready(lab, "missed")?;
+    ensure!(!asks_the_node(lab, "missed")?, "admission is away, and the pod has the node's resolver");
+    let own = lab.wait("its own name is known to it", 30, || address(lab, "missed", "missed.known."))?;
+    ensure!(own.starts_with("10.78.0."), "missed.known. is {own}");
+    address(lab, "missed", "kubernetes.default.svc.cluster.local.")?;
+    scale_operator(lab, &replicas)?;
+    names_injected(lab, "True")?;
+    upgrade(lab, "dns.redirect=false")
+}
+
 fn is_ready(lab: &Lab, pod: &str) -> Result<()> {
     lab.wait(&format!("pod {pod} is Ready"), 90, || ready(&lab.json(&["-n", NAMESPACE, "get", "pod", pod])?))
 }
@@ -110,11 +131,10 @@ fn asks_the_node(lab: &Lab, pod: &str) -> Result<bool> {
     Ok(lab.kubectl(&["-n", NAMESPACE, "exec", pod, "--", "cat", "/etc/resolv.conf"])?.contains(RESOLVER))
 }
 
-fn serve_everyone(lab: &Lab, enabled: bool) -> Result<()> {
+fn upgrade(lab: &Lab, values: &str) -> Result<()> {
     let chart = repository().join("charts/portolan").canonicalize()?;
-    let values = format!("dns.everyone.enabled={enabled},dns.everyone.clusterIP={SERVER}");
     let upgrade = ["upgrade", "portolan", &chart.to_string_lossy(), "--namespace", RELEASE_NAMESPACE, "--reuse-values"];
-    lab.helm(&[&upgrade[..], &["--set", &values, "--wait", "--timeout", "5m"]].concat()).map(drop)
+    lab.helm(&[&upgrade[..], &["--set", values, "--wait", "--timeout", "5m"]].concat()).map(drop)
 }
 
 fn corefile(lab: &Lab) -> Result<String> {

@@ -8,6 +8,7 @@ pub mod everyone;
 pub mod families;
 pub mod faults;
 pub mod ginkgo;
+pub mod hotplug;
 pub mod lab;
 pub mod migration;
 mod names;

@@ -1,4 +1,4 @@
-//! A Deployment is restarted while somebody asks for its name 200 times a second: each question is answered, and no answer has a pod that has
+//! A Deployment is restarted while somebody asks for its name all the time: each question is answered, and no answer has a pod that has
 //! begun to end.
 
 use std::{
@@ -24,7 +24,7 @@ type Milliseconds = u64;
 /// One answer.
 struct Answer {
     at: Milliseconds,
-    code: String,
+    status: String,
     addresses: Vec<String>,
 }
 
@@ -33,7 +33,7 @@ struct Answer {
 /// # Errors
 /// At the first thing that isn't so.
 pub fn play(lab: &Lab) -> Result<()> {
-    lab.step("a Deployment is restarted while a pod asks for its name 200 times a second");
+    lab.step("a Deployment is restarted while a pod asks for its name, hundreds of times a second");
     lab.apply(include_str!("../manifests/rolling.yaml"))?;
     lab.kubectl(&["-n", NAMESPACE, "rollout", "status", "deployment/web", "--timeout=2m"])?;
     lab.wait("the asking pod is Ready", 90, || ready(&lab.json(&["-n", NAMESPACE, "get", "pod", "asking"])?))?;
@@ -42,9 +42,9 @@ pub fn play(lab: &Lab) -> Result<()> {
         ensure!(found.trim() == "3", "{found}");
         Ok(())
     })?;
-    let script = include_str!("../manifests/asking.pl");
-    asking(lab, &format!("cat > /tmp/asking.pl <<'END'\n{script}\nEND"))?;
-    asking(lab, "perl /tmp/asking.pl web.rolling > /tmp/answers 2>&1 &")?;
+    let script = include_str!("../manifests/asking.sh");
+    asking(lab, &format!("cat > /tmp/asking.sh <<'END'\n{script}\nEND"))?;
+    asking(lab, "bash /tmp/asking.sh web.rolling. > /tmp/answers 2>&1 &")?;
     let ended = restart(lab)?;
     asking(lab, "sleep 3; touch /tmp/stop; sleep 1")?;
     let answers = parse(&asking(lab, "cat /tmp/answers")?)?;
@@ -95,9 +95,9 @@ fn addresses(lab: &Lab) -> Result<BTreeMap<String, String>> {
 fn parse(printed: &str) -> Result<Vec<Answer>> {
     let parse = |line: &str| -> Option<Answer> {
         let mut words = line.split(' ');
-        let (at, _, code) = (words.next()?.parse().ok()?, words.next()?, words.next()?.to_owned());
+        let (at, status) = (words.next()?.parse().ok()?, words.next()?.to_owned());
         let addresses = words.next()?.split(',').filter(|address| !address.is_empty()).map(str::to_owned).collect();
-        Some(Answer { at, code, addresses })
+        Some(Answer { at, status, addresses })
     };
     printed.lines().map(|line| parse(line).with_context(|| format!("the asking pod printed {line:?}"))).collect()
 }
@@ -105,10 +105,10 @@ fn parse(printed: &str) -> Result<Vec<Answer>> {
 fn judge(lab: &Lab, answers: &[Answer], ended: &BTreeMap<String, Milliseconds>) -> Result<()> {
     let (first, last) = answers.first().zip(answers.last()).context("nothing was asked")?;
     let seconds = last.at.saturating_sub(first.at) / 1000;
-    let answered = |answer: &&Answer| answer.code == "0" && !answer.addresses.is_empty();
+    let answered = |answer: &&Answer| answer.status == "0" && !answer.addresses.is_empty();
     if let Some(failed) = answers.iter().find(|answer| !answered(answer)) {
         let count = answers.iter().filter(|answer| !answered(answer)).count();
-        bail!("{count} of {} questions failed, the first with code {}", answers.len(), failed.code);
+        bail!("{count} of {} questions failed, the first with status {}", answers.len(), failed.status);
     }
     let mut latest = 0;
     for (address, end) in ended {

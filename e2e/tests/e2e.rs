@@ -1,7 +1,7 @@
 //! The lab must be up, with the images imported.
 
 use portolan_e2e::{
-    bad_input, encryption, everyone, families, faults,
+    bad_input, encryption, everyone, families, faults, hotplug,
     lab::Lab,
     migration, rolling, sanity, scene, shared_reading, snapshots,
     storage_suite::{self, Scope},
@@ -16,13 +16,14 @@ type Part = (&'static str, bool, fn(&Lab) -> anyhow::Result<()>);
 fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     let lab = Lab::connect()?;
     let openzfs = lab.has_zvols();
-    let parts: [Part; 16] = [
+    let parts: [Part; 17] = [
         ("install", true, scene::install),
         ("scene", true, scene::play),
         // The same on each pool, and emulated nodes need many minutes.
         ("bad-input", !openzfs, bad_input::play),
         ("families", !openzfs, families::play),
         ("everyone", !openzfs, everyone::play),
+        ("hotplug", !openzfs, hotplug::play),
         ("rolling", !openzfs, rolling::play),
         ("snapshots", !openzfs, snapshots::play),
         ("shared-reading", !openzfs, shared_reading::play),

@@ -35,7 +35,7 @@ fn ipv6_port(node: &Node, pod: &str, last: u8) -> PortSpec {
         mac: endpoint_mac("77", ipv6(last).into()),
         addresses: vec![IpNet::new(ipv6(last).into(), 64).unwrap(), IpNet::from(IpAddr::from(ASKS_FROM))],
         mtu: 1450,
-        resolver: true,
+        resolvers: vec![BRIDGE_ADDRESS],
         locked: true,
     }
 }

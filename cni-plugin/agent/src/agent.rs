@@ -2,10 +2,10 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -25,6 +25,7 @@ use crate::{
     collect,
     conflist::{self, ConflistError},
     everyone::Everyone,
+    hotplug::{self, Busy},
     journal::{Journal, JournalError},
     metrics::Metrics,
     network::Underlay,
@@ -86,8 +87,12 @@ pub(crate) struct Agent {
     pub peers: Peers,
     /// Told whenever there may be something to do.
     pub changed: Arc<Notify>,
+    /// The pods whose networks are being changed.
+    pub busy: Busy,
     /// The right to change networks and ports.
     pub applied: Mutex<Applied>,
+    /// Where pods ask that should ask our DNS server and don't, if they are to reach it there.
+    pub redirect: OnceLock<Ipv4Addr>,
     synced: AtomicBool,
 }
 
@@ -134,10 +139,18 @@ pub async fn run(settings: Settings, shutdown: CancellationToken) -> Result<(), 
     health.set_ready(true);
     tracing::info!(node = agent.cluster.node, "ready");
     if let Some(servers) = upstream(&agent, &settings).await {
+        let address = servers.iter().find_map(|server| match server.ip() {
+            IpAddr::V4(address) => Some(address),
+            IpAddr::V6(_) => None,
+        });
+        if let Some(address) = address.filter(|_| settings.dns_redirect) {
+            let _ = agent.redirect.set(address);
+        }
         resolvers.set_upstream(servers).await;
     }
     let keeper = Keeper::new(settings.names());
     tasks.push(tokio::spawn(peers::run(Arc::clone(&agent), shutdown.clone())));
+    tasks.push(tokio::spawn(hotplug::run(Arc::clone(&agent), shutdown.clone())));
     let everyone = everyone(&settings, &agent.metrics, &shutdown);
     tasks.push(tokio::spawn(sync::run(agent, resolvers, everyone, keeper, shutdown.clone())));
     let served = web.await;
@@ -174,7 +187,9 @@ async fn prepare(
         metrics,
         peers: Peers::default(),
         changed,
+        busy: Busy::default(),
         applied: Mutex::default(),
+        redirect: OnceLock::new(),
         synced: AtomicBool::new(false),
     })
 }

@@ -16,6 +16,8 @@ pub struct Wish {
     pub network: String,
     /// The interface's name in the pod.
     pub interface: String,
+    /// Whether the annotation names it.
+    pub named: bool,
 }
 
 /// An annotation that can't be followed.
@@ -54,7 +56,7 @@ pub fn parse(text: &str) -> Result<Vec<Wish>, AnnotationError> {
                 "after '@' an interface's name: 1 to 15 letters, digits, '_', '.' or '-', neither eth0 nor lo",
             ));
         }
-        wishes.push(Wish { network: network.to_owned(), interface });
+        wishes.push(Wish { network: network.to_owned(), interface, named: part.contains('@') });
     }
     let networks: BTreeSet<&str> = wishes.iter().map(|w| w.network.as_str()).collect();
     if networks.len() < wishes.len() {

@@ -47,6 +47,10 @@ pub(crate) enum PlugError {
     NoPod(String),
     #[error("the agent has not heard from the API server yet")]
     NotSynced,
+    #[error("the pod's networks are being changed")]
+    Busy,
+    #[error("no network namespace in /run/netns has the pod's address {0}, or several have it")]
+    NoNamespace(IpAddr),
     #[error(transparent)]
     Api(#[from] ApiError),
     #[error(transparent)]
@@ -62,9 +66,13 @@ impl PlugError {
         match self {
             Self::Annotation(_) | Self::NoSuchNetwork { .. } | Self::Overlap { .. } => Failure::ANNOTATION,
             Self::NoAddress { .. } | Self::ForeignClaim { .. } | Self::ResolverRangeFull { .. } => Failure::NO_ADDRESS,
-            Self::NotReady { .. } | Self::AddressInUse { .. } | Self::NoPod(_) | Self::NotSynced | Self::Api(_) => {
-                Failure::TRY_AGAIN
-            }
+            Self::NotReady { .. }
+            | Self::AddressInUse { .. }
+            | Self::NoPod(_)
+            | Self::NotSynced
+            | Self::Busy
+            | Self::NoNamespace(_)
+            | Self::Api(_) => Failure::TRY_AGAIN,
             Self::Net(_) | Self::Journal(_) | Self::Unplug(_) => Failure::SETUP,
         }
     }

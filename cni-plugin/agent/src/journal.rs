@@ -10,7 +10,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use portolan_net::{Mac, PortSpec, port_name};
+use portolan_net::{BRIDGE_ADDRESS, Mac, PortSpec, port_name};
 use serde::{Deserialize, Serialize};
 
 /// One interface of one pod of this node.
@@ -43,6 +43,9 @@ pub struct Endpoint {
     pub mtu: u32,
     /// Whether the pod reaches the DNS server by this interface.
     pub resolver: bool,
+    /// The address of the cluster's DNS, if the pod reaches our server there, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redirected: Option<Ipv4Addr>,
     /// The pod's namespace.
     pub namespace: String,
     /// The pod's name.
@@ -73,6 +76,11 @@ impl Endpoint {
         [Some(first), self.second, asks_from].into_iter().flatten().collect()
     }
 
+    /// At which addresses it reaches the DNS server.
+    pub fn resolvers(&self) -> impl Iterator<Item = Ipv4Addr> + use<> {
+        [self.resolver.then_some(BRIDGE_ADDRESS), self.redirected].into_iter().flatten()
+    }
+
     /// Its port.
     pub fn port(&self) -> PortSpec {
         PortSpec {
@@ -83,7 +91,7 @@ impl Endpoint {
             mac: self.mac,
             addresses: self.interface_addresses(),
             mtu: self.mtu,
-            resolver: self.resolver,
+            resolvers: self.resolvers().collect(),
             locked: true,
         }
     }
@@ -197,6 +205,7 @@ mod tests {
             mac: Mac([2, 0, 0, 0, 0, 1]),
             mtu: 1450,
             resolver: true,
+            redirected: None,
             namespace: "shop".into(),
             pod: "db-0".into(),
             uid: "u".into(),

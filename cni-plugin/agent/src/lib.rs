@@ -18,6 +18,7 @@ mod agent;
 mod cluster;
 mod error;
 mod everyone;
+mod hotplug;
 mod metrics;
 mod missed;
 mod names;

@@ -17,6 +17,7 @@ use crate::{
     annotation::{self, Wish},
     collect::{UnplugError, unplug},
     error::PlugError,
+    hotplug,
     journal::Endpoint,
     missed, names,
     network::Network,
@@ -29,7 +30,7 @@ impl Agent {
         let started = Instant::now();
         let result = match request.command {
             Command::Add => self.add(&request).await,
-            Command::Delete => self.unplug_container(&request.container).await,
+            Command::Delete => self.delete(&request).await,
             Command::Check => self.check(&request.container).await,
             Command::Collect => self.collect_unlisted(request.attachments.as_deref()).await,
             Command::Status | Command::Version => self.status(),
@@ -53,8 +54,11 @@ impl Agent {
         for error in names::errors(&pod) {
             self.events.warning(&pod.object_ref(&()), "NameLeftOut", "Plug", &error.to_string()).await;
         }
+        let Some(_busy) = self.busy.enter(&pod.uid().unwrap_or_default()) else {
+            return Err(PlugError::Busy.failure());
+        };
         match self.plug(&request.container, netns.into(), &pod, text).await {
-            Ok(()) if missed::is_missed(&pod, &self.namespace) => {
+            Ok(()) if missed::is_missed(&pod, &self.namespace) && self.redirect.get().is_none() => {
                 self.events.warning(&pod.object_ref(&()), missed::REASON, "Plug", &missed::message(&pod)).await;
                 Ok(())
             }
@@ -71,31 +75,47 @@ impl Agent {
             return Err(PlugError::NotSynced);
         }
         let wishes = annotation::parse(text)?;
+        self.plug_all(container, &netns, pod, &wishes, &[]).await.map(drop)
+    }
+
+    /// Plugs a pod into all of these networks or into none, beside those that it is on. The first of all is where it reaches the DNS server.
+    pub(crate) async fn plug_all(
+        &self,
+        container: &str,
+        netns: &Path,
+        pod: &Pod,
+        wishes: &[Wish],
+        present: &[Endpoint],
+    ) -> Result<Vec<Endpoint>, PlugError> {
         // All networks and addresses first: the frequent mistakes cost nothing.
         let mut networks = Vec::new();
-        for wish in &wishes {
-            networks.push(self.cluster.network(&wish.network).await?);
+        for name in wishes.iter().map(|wish| &wish.network).chain(present.iter().map(|there| &there.network)) {
+            networks.push(self.cluster.network(name).await?);
         }
         refuse_overlaps(&networks)?;
         let mut plans = Vec::new();
         for (position, (wish, network)) in wishes.iter().zip(networks).enumerate() {
-            let (endpoint, reservation) = self.plan(container, &netns, pod, wish, &network, position == 0).await?;
+            let is_first = position == 0 && present.is_empty();
+            let (endpoint, reservation) = self.plan(container, netns, pod, wish, &network, is_first).await?;
             plans.push((network, endpoint, reservation));
         }
         for (network, endpoint, _) in &plans {
             if let Err(error) = self.plug_one(network, endpoint).await {
-                self.roll_back(container).await;
+                self.roll_back(plans.iter().map(|(_, endpoint, _)| endpoint)).await;
                 return Err(error);
             }
         }
         self.changed.notify_one();
-        Ok(())
+        Ok(plans.into_iter().map(|(_, endpoint, _)| endpoint).collect())
     }
 
-    /// Nothing half-made stays of a pod that was refused.
-    async fn roll_back(&self, container: &str) {
-        if let Err(error) = self.unplug_container(container).await {
-            tracing::warn!(container, error = error.msg, "what was made of a refused pod stays for the collection");
+    /// Nothing half-made stays of what was refused.
+    async fn roll_back(&self, endpoints: impl Iterator<Item = &Endpoint>) {
+        for endpoint in endpoints {
+            if let Err(error) = self.unplug(endpoint).await {
+                let (pod, network) = (&endpoint.pod, &endpoint.network);
+                tracing::warn!(pod, network, %error, "what was made of a refused pod stays for the collection");
+            }
         }
     }
 
@@ -111,14 +131,16 @@ impl Agent {
         let same =
             |e: &Endpoint| e.container == container && e.interface == wish.interface && e.network == network.name;
         // The runtime asks again: the same answer.
-        let (addresses, asks_from, reservation) = match self.journal.select(same).first() {
-            Some(before) => (before.addresses().collect(), before.asks_from, None),
+        let (addresses, asks_from, redirected, reservation) = match self.journal.select(same).first() {
+            Some(before) => (before.addresses().collect(), before.asks_from, before.redirected, None),
             None => {
                 let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
                 let set = pod::stateful_set(pod);
                 let holder = Holder { namespace: &namespace, pod: &name, stateful_set: set.as_ref(), resolver };
                 let reservation = self.addresses.acquire(network, &holder).await?;
-                (reservation.addresses.clone(), reservation.asks_from, Some(reservation))
+                let missed = resolver && missed::is_missed(pod, &self.namespace);
+                let redirected = self.redirect.get().copied().filter(|_| missed);
+                (reservation.addresses.clone(), reservation.asks_from, redirected, Some(reservation))
             }
         };
         let mut addresses = network.with_prefixes(&addresses);
@@ -137,6 +159,7 @@ impl Agent {
             mac: endpoint_mac(&network.name, first.addr()),
             mtu: network.mtu(self.underlay),
             resolver,
+            redirected,
             namespace: pod.namespace().unwrap_or_default(),
             pod: pod.name_any(),
             uid: pod.uid().unwrap_or_default(),
@@ -173,11 +196,18 @@ impl Agent {
         Ok(())
     }
 
-    async fn unplug(&self, endpoint: &Endpoint) -> Result<(), UnplugError> {
+    pub(crate) async fn unplug(&self, endpoint: &Endpoint) -> Result<(), UnplugError> {
         let _right = self.applied.lock().await;
         unplug(&self.dataplane, &self.journal, endpoint).await?;
         self.changed.notify_one();
         Ok(())
+    }
+
+    async fn delete(&self, request: &Request) -> Result<(), Failure> {
+        if let Some(uid) = request.pod.as_ref().and_then(|pod| pod.uid.as_deref()) {
+            self.unplug_container(&hotplug::container_of(uid)).await?;
+        }
+        self.unplug_container(&request.container).await
     }
 
     async fn unplug_container(&self, container: &str) -> Result<(), Failure> {
@@ -198,7 +228,9 @@ impl Agent {
     /// GC: what the runtime doesn't list is gone. Without a list, nothing is.
     async fn collect_unlisted(&self, attachments: Option<&[Attachment]>) -> Result<(), Failure> {
         let Some(listed) = attachments else { return Ok(()) };
-        let unlisted = |e: &Endpoint| listed.iter().all(|a| a.container != e.container);
+        // The runtime knows nothing of those that it asked no ADD for: they go with their namespace.
+        let unlisted =
+            |e: &Endpoint| listed.iter().all(|a| a.container != e.container) && !hotplug::is_ours(&e.container);
         for endpoint in self.journal.select(unlisted) {
             self.unplug(&endpoint).await.map_err(|e| PlugError::from(e).failure())?;
         }

@@ -1,5 +1,7 @@
 //! What the agent needs to know of a Pod.
 
+use std::net::IpAddr;
+
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 
@@ -29,6 +31,11 @@ pub(crate) fn is_ready(pod: &Pod) -> bool {
 /// Whether the pod is wanted.
 pub(crate) fn is_current(pod: &Pod) -> bool {
     pod.metadata.deletion_timestamp.is_none()
+}
+
+/// The address that the cluster gave the pod.
+pub(crate) fn address(pod: &Pod) -> Option<IpAddr> {
+    pod.status.as_ref()?.pod_ip.as_ref()?.parse().ok()
 }
 
 /// The pod's workload. A ReplicaSet's pod belongs to the Deployment that the ReplicaSet's name is made from.

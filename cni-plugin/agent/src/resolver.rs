@@ -1,12 +1,13 @@
-//! The DNS servers: one a network, with its sockets in the network's namespace.
+//! The DNS servers: one a network, with its sockets in the network's namespace; and another one where pods of it are that ask at the address
+//! of the cluster's DNS.
 
 use std::{
     collections::BTreeMap,
-    net::{SocketAddr, TcpListener, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
 };
 
 use portolan_dns::{Domain, Metrics, Upstream, Zone, ZoneHandle};
-use portolan_net::{BRIDGE_ADDRESS, Dataplane};
+use portolan_net::Dataplane;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -21,7 +22,8 @@ pub struct Resolvers {
     domain: Option<Domain>,
     upstream: Vec<SocketAddr>,
     metrics: Metrics,
-    running: BTreeMap<u32, Running>,
+    /// By network and address.
+    running: BTreeMap<(u32, Ipv4Addr), Running>,
 }
 
 struct Running {
@@ -42,9 +44,11 @@ impl Resolvers {
         let zone = ZoneHandle::new(Zone::new(snapshot.zones).within(domain.clone()));
         let mut resolvers = Self { zone, domain, upstream: snapshot.upstream, metrics, running: BTreeMap::new() };
         for endpoint in journal.select(|_| true) {
-            // After the node has started anew there is no such namespace yet.
-            if let Err(error) = resolvers.ensure(dataplane, &endpoint.network, endpoint.vni) {
-                tracing::debug!(network = endpoint.network, %error, "no DNS server yet");
+            for at in endpoint.resolvers() {
+                // After the node has started anew there is no such namespace yet.
+                if let Err(error) = resolvers.ensure(dataplane, &endpoint.network, endpoint.vni, at) {
+                    tracing::debug!(network = endpoint.network, %error, "no DNS server yet");
+                }
             }
         }
         resolvers
@@ -56,7 +60,7 @@ impl Resolvers {
             return;
         }
         self.upstream = upstream;
-        let running: Vec<u32> = self.running.keys().copied().collect();
+        let running: Vec<u32> = self.running.keys().map(|(vni, _)| *vni).collect();
         for vni in running {
             self.stop(vni).await;
         }
@@ -72,16 +76,22 @@ impl Resolvers {
         self.zone.replace(zone.within(self.domain.clone()));
     }
 
-    /// Sees to it that a network's server runs.
+    /// Sees to it that a network's server runs at an address.
     ///
     /// # Errors
     /// When its sockets can't be opened in the network's namespace.
-    pub fn ensure(&mut self, dataplane: &Dataplane, network: &str, vni: u32) -> Result<(), portolan_net::Error> {
-        if self.running.get(&vni).is_some_and(|r| !r.task.is_finished()) {
+    pub fn ensure(
+        &mut self,
+        dataplane: &Dataplane,
+        network: &str,
+        vni: u32,
+        at: Ipv4Addr,
+    ) -> Result<(), portolan_net::Error> {
+        if self.running.get(&(vni, at)).is_some_and(|r| !r.task.is_finished()) {
             return Ok(());
         }
-        let at = (BRIDGE_ADDRESS, PORT);
-        let (udp, tcp) = dataplane.run_in(vni, || Ok((UdpSocket::bind(at)?, TcpListener::bind(at)?)))?;
+        let bind = || Ok((UdpSocket::bind((at, PORT))?, TcpListener::bind((at, PORT))?));
+        let (udp, tcp) = dataplane.run_in(vni, bind)?;
         let stop = CancellationToken::new();
         let (name, zone) = (network.to_owned(), self.zone.clone());
         let (upstream, stopped) = (Upstream { servers: self.upstream.clone() }, stop.clone().cancelled_owned());
@@ -91,13 +101,15 @@ impl Resolvers {
                 tracing::error!(network = name, error = %error, "DNS server ended");
             }
         });
-        self.running.insert(vni, Running { stop, task });
+        self.running.insert((vni, at), Running { stop, task });
         Ok(())
     }
 
-    /// Ends a network's server. Its sockets are closed when this returns: they would keep the namespace alive.
+    /// Ends a network's servers. Their sockets are closed when this returns: they would keep the namespace alive.
     pub async fn stop(&mut self, vni: u32) {
-        if let Some(Running { stop, task }) = self.running.remove(&vni) {
+        for (_, Running { stop, task }) in
+            self.running.extract_if((vni, Ipv4Addr::UNSPECIFIED)..=(vni, Ipv4Addr::BROADCAST), |_, _| true)
+        {
             stop.cancel();
             if let Err(error) = task.await {
                 tracing::error!(vni, %error, "DNS server did not end well");

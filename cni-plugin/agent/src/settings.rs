@@ -49,6 +49,9 @@ pub struct Settings {
     /// The domain in which all networks' names are full ones (portolan.internal); none if not given.
     #[arg(long)]
     pub dns_domain: Option<Domain>,
+    /// Pods that admission has missed reach our DNS server at the address of the cluster's.
+    #[arg(long)]
+    pub dns_redirect: bool,
     /// UDP and TCP port, on this node's address, at which full names are answered to everyone; not at all if not given.
     #[arg(long, requires = "dns_domain")]
     pub dns_everyone_port: Option<u16>,

@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use kube::{ResourceExt, runtime::reflector::ObjectRef};
 use portolan_crds::{NetworkNodeSlice, NetworkNodeSliceSpec};
 use portolan_dns::{Member, Zone};
-use portolan_net::{Forwarding, NetworkSpec};
+use portolan_net::{BRIDGE_ADDRESS, Forwarding, NetworkSpec};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -61,6 +61,8 @@ impl Agent {
 
     /// The endpoints of this node as the API knows their pods.
     fn local(&self, endpoints: &[Endpoint]) -> Vec<Local> {
+        let redirected: BTreeSet<String> =
+            self.journal.select(|e| e.redirected.is_some()).into_iter().map(|e| e.container).collect();
         let local = |e: &Endpoint| {
             let pod = self.cluster.pods.get(&ObjectRef::new(&e.pod).within(&e.namespace));
             let pod = pod.filter(|p| p.metadata.uid.as_deref() == Some(&e.uid));
@@ -78,7 +80,8 @@ impl Agent {
                 ports: names.ports,
                 publish_not_ready: names.publish_not_ready,
                 prefer_same_node: names.prefer_same_node,
-                not_admitted: pod.as_ref().is_some_and(|p| missed::is_missed(p, &self.namespace)),
+                not_admitted: !redirected.contains(&e.container)
+                    && pod.as_ref().is_some_and(|p| missed::is_missed(p, &self.namespace)),
             };
             Local { endpoint, asks_from: e.asks_from, current: pod.is_some_and(|p| pod::is_current(&p)) }
         };
@@ -249,7 +252,11 @@ impl Sync<'_> {
             tracing::debug!(network = name, changes, "forwarding");
             applied.forwarding.insert(vni, (wanted, Instant::now()));
         }
-        self.resolvers.ensure(&self.agent.dataplane, name, vni).map_err(|e| e.to_string())
+        let at: BTreeSet<_> = endpoints.iter().filter_map(|e| e.redirected).chain([BRIDGE_ADDRESS]).collect();
+        for at in at {
+            self.resolvers.ensure(&self.agent.dataplane, name, vni, at).map_err(|e| e.to_string())?;
+        }
+        Ok(())
     }
 
     /// After a start: ports of the journal that the kernel lost, or that were never finished.

@@ -50,18 +50,41 @@ impl Dataplane {
     /// # Errors
     /// When the directory of namespaces can't be read.
     pub fn networks(&self) -> Result<Vec<u32>> {
+        let names = self.named_namespaces()?;
+        let mut found: Vec<u32> = names.iter().filter_map(|name| name.strip_prefix(PREFIX)?.parse().ok()).collect();
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    /// The path on the host of the named namespace that has an address on one of its interfaces: container runtimes name those of their
+    /// pods. None if there is no such namespace, or several: one of them is on its way out then.
+    ///
+    /// # Errors
+    /// When the directory of namespaces can't be read. A namespace that goes meanwhile is no error.
+    pub async fn namespace_with(&self, address: IpAddr) -> Result<Option<PathBuf>> {
+        let mut found = Vec::new();
+        for name in self.named_namespaces()?.into_iter().filter(|name| !name.starts_with(PREFIX)) {
+            let path = Path::new(NETNS_DIRECTORY).join(name);
+            let Ok(namespace) = Namespace::open(&self.root, &path) else { continue };
+            let Ok(netlink) = Netlink::open(&namespace) else { continue };
+            if netlink.has_address(address).await.unwrap_or(false) {
+                found.push(path);
+            }
+        }
+        Ok(found.pop().filter(|_| found.is_empty()))
+    }
+
+    fn named_namespaces(&self) -> Result<Vec<String>> {
         let fail = |source| Error::Namespace { path: NETNS_DIRECTORY.into(), action: "list", source };
         let entries = match std::fs::read_dir(within(&self.root, Path::new(NETNS_DIRECTORY))) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             other => other.map_err(fail)?,
         };
-        let mut found = Vec::new();
+        let mut names = Vec::new();
         for entry in entries {
-            let name = entry.map_err(fail)?.file_name();
-            found.extend(name.to_str().and_then(|n| n.strip_prefix(PREFIX)).and_then(|n| n.parse::<u32>().ok()));
+            names.extend(entry.map_err(fail)?.file_name().into_string().ok());
         }
-        found.sort_unstable();
-        Ok(found)
+        Ok(names)
     }
 
     /// The namespace of a network.

@@ -1,7 +1,7 @@
 //! Plugging a pod into a network, and unplugging it.
 
 use std::{
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     os::fd::AsRawFd,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -19,7 +19,7 @@ use rtnetlink::{
 };
 
 use crate::{
-    BRIDGE, BRIDGE_ADDRESS, BRIDGE_MAC, Dataplane, Mac,
+    BRIDGE, BRIDGE_MAC, Dataplane, Mac,
     error::{Error, Result},
     forwarding::{bridge_entry, neighbour},
     mac::is_port_name,
@@ -52,8 +52,8 @@ pub struct PortSpec {
     pub addresses: Vec<IpNet>,
     /// The interface's MTU in bytes.
     pub mtu: u32,
-    /// Whether the pod reaches the node's DNS server by this interface: its first one.
-    pub resolver: bool,
+    /// At which addresses the pod reaches the node's DNS server by this interface; none if it isn't its first one.
+    pub resolvers: Vec<Ipv4Addr>,
     /// Whether frames with another source MAC than the port's own are dropped.
     pub locked: bool,
 }
@@ -196,6 +196,9 @@ async fn plug(network: &Netlink, spec: &PortSpec) -> Result<()> {
         .send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("forward {} to {}", spec.mac, spec.port))
         .await?;
     lock(network, index, spec).await?;
+    for resolver in &spec.resolvers {
+        network.add_address(bridge, Ipv4Net::from(*resolver).into()).await?;
+    }
     for address in ipv4(&spec.addresses) {
         let entry = neighbour(bridge, address, spec.mac);
         network.send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("add neighbour {address}")).await?;
@@ -246,11 +249,11 @@ async fn configure_pod(pod: &Netlink, namespace: &Namespace, spec: &PortSpec) ->
         pod.add_address(index, **address).await?;
     }
     wait_until_settled(pod, &ipv6, spec).await?;
-    if spec.resolver {
+    for resolver in &spec.resolvers {
         let flags = NLM_F_CREATE | NLM_F_REPLACE;
-        let entry = neighbour(index, BRIDGE_ADDRESS.into(), BRIDGE_MAC);
-        pod.send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("add neighbour {BRIDGE_ADDRESS}")).await?;
-        pod.add_link_route(index, Ipv4Net::from(BRIDGE_ADDRESS)).await?;
+        let entry = neighbour(index, (*resolver).into(), BRIDGE_MAC);
+        pod.send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("add neighbour {resolver}")).await?;
+        pod.add_link_route(index, Ipv4Net::from(*resolver)).await?;
     }
     Ok(())
 }

@@ -97,6 +97,7 @@ impl World {
             mac: Mac::default(),
             mtu: 1450,
             resolver: true,
+            redirected: None,
             namespace: "shop".into(),
             pod: pod.into(),
             uid: pod.into(),
