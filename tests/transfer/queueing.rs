@@ -3,18 +3,16 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use portolan_csi::transfer::{
-    Class, Fetch, Fetching, Identity, Limits, Next, RefusalCode, TransferError, Turns, Waits, fetch,
-};
+use portolan_csi::transfer::{Class, Fetch, Fetching, Identity, Limits, Next, TransferError, Turns, Waits, fetch};
 use portolan_tests::contract::{Node, create, noise, write_and_snapshot};
 use portolan_zfs::memory::Memory;
-use portolan_zfs::{Snapshot, Zfs};
+use portolan_zfs::{Capabilities, Snapshot, Zfs};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio_rustls::client::TlsStream;
 
 use super::broken::request_of;
-use super::rogue::{asked, forget};
+use super::rogue::{Lie, Rogue, asked, forget};
 use super::setup::{self, Authority, Server, fetching};
 use super::{memory, source};
 
@@ -87,7 +85,7 @@ async fn what_a_pod_waits_for_goes_first_and_equals_in_the_order_of_their_coming
         let volume = create(&a, name).await;
         let snapshot = write_and_snapshot(&a, &volume, name.as_bytes(), "portolan-1").await;
         let mut what = fetching(server.address, "node-a", &snapshot, &b);
-        what.request.class = class;
+        what.class = class;
         what.properties = vec![portolan_zfs::Property::canmount_noauto(), b.mountpoint(name)];
         let waiter = Waiter::start(&identity, b.zfs(), what, &turns);
         waiter.told(true, before).await;
@@ -128,28 +126,31 @@ async fn a_final_doesnt_wait_for_the_end_of_what_nobody_waits_for() {
     let volume = create(&a, "pvc-awaited").await;
     let last = write_and_snapshot(&a, &volume, b"last", "portolan-1").await;
     let mut what = fetching(server.address, "node-a", &last, &awaited);
-    what.request.class = Class::Final;
+    what.class = Class::Final;
     let fetched = tokio::time::timeout(PATIENCE, fetch(&identity, &awaited, ONE, what, |_| {})).await;
     fetched.expect("it waits").unwrap();
     assert!(turns.lock().unwrap().is_empty() && !waiter.task.is_finished());
 }
 
+/// How urgent a transfer is at the source is what the source knows of it, not what the target thinks.
 #[tokio::test]
 async fn nobody_is_urgent_who_only_says_so() {
-    let (a, b, ca) = (memory(), memory(), Authority::new());
+    let (a, ca) = (memory(), Authority::new());
     let one = source(&a).await;
-    let server = Server::start(&ca.identity("node-a"), &a, "node-b").await;
-    for class in [Class::Final, Class::Restore] {
+    let server = Server::start_with(&ca.identity("node-a"), &a, "node-b", ONE).await;
+    let identity = ca.identity("node-b");
+    let long = create(&a, "pvc-long").await;
+    let long = write_and_snapshot(&a, &long, &noise(64 << 20), "portolan-1").await;
+    let _holder = occupy(&identity, &server, &long).await;
+    let mut waiters = Vec::new();
+    for (before, class) in [Class::Background, Class::Final, Class::Restore].into_iter().enumerate() {
+        let b = memory();
         let mut what = fetching(server.address, "node-a", &one, &b);
-        what.request.class = class;
-        let error = fetch(&ca.identity("node-b"), &b, ONE, what, |_| {}).await.unwrap_err();
-        assert!(
-            matches!(&error, TransferError::Refused { refusal, .. } if refusal.code == RefusalCode::NotAuthorised),
-            "{error}"
-        );
-        assert!(error.to_string().contains("class"), "{error}");
+        what.class = class;
+        let waiter = Waiter::start(&identity, &b, what, &Arc::default());
+        waiter.told(true, before).await;
+        waiters.push(waiter);
     }
-    assert!(!a.calls().iter().any(|call| call.starts_with("send ")), "nothing was sent");
 }
 
 #[tokio::test]
@@ -236,4 +237,26 @@ async fn what_has_changed_meanwhile_is_seen() {
     drop(holder);
     let error = waiter.task.await.unwrap().unwrap_err();
     assert!(error.to_string().contains("the handoff has ended"), "{error}");
+}
+
+/// During an upgrade some agents are of the release before: whichever end they are, volumes go there.
+#[tokio::test]
+async fn agents_of_the_release_before_are_understood() {
+    let (a, ca) = (memory().with_capabilities(Capabilities::all()), Authority::new());
+    let (identity, one) = (ca.identity("node-b"), source(&a).await);
+    let server = Server::start_with(&ca.identity("node-a"), &a, "node-b", ONE).await;
+    let request = request_of(&one).replace(r#""version":2"#, r#""version":1"#);
+    let (reply, _) = asked(&identity, server.address, "node-a", &request).await;
+    assert_eq!(reply["ok"], true, "{reply}");
+    let long = create(&a, "pvc-long").await;
+    let long = write_and_snapshot(&a, &long, &noise(64 << 20), "portolan-1").await;
+    let _holder = occupy(&identity, &server, &long).await;
+    let (reply, _) = asked(&identity, server.address, "node-a", &request).await;
+    // It would take a word that it has to wait for an answer.
+    assert_eq!((&reply["error"]["code"], &reply["before"]), (&"failed".into(), &serde_json::Value::Null), "{reply}");
+
+    let b = memory().with_capabilities(Capabilities::all());
+    let old = Rogue::start(&ca.identity("node-a"), &a, &one.name, Lie::FirstVersion).await;
+    fetch(&identity, &b, ONE, fetching(old.address, "node-a", &one, &b), |_| {}).await.unwrap();
+    assert_eq!(b.snapshots(&b.pool().child("pvc-1").unwrap()).await.unwrap()[0].guid, one.guid);
 }

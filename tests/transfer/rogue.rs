@@ -8,6 +8,7 @@ use portolan_csi::transfer::{Identity, server_name};
 use portolan_zfs::{SnapshotName, Zfs};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::server::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client};
 
@@ -18,6 +19,8 @@ use super::setup::read_all;
 pub enum Lie {
     /// Nothing.
     None,
+    /// Nothing, but it is of the first release: it speaks version 1, and refuses what that doesn't have.
+    FirstVersion,
     /// Another hash than the payload's.
     WrongHash,
     /// Another length than the payload's.
@@ -42,7 +45,11 @@ impl Rogue {
         let payload = read_all(zfs, snapshot).await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let acceptor = TlsAcceptor::from(Arc::clone(&identity.server()));
+        let mut config = ServerConfig::clone(&identity.server());
+        if lie == Lie::FirstVersion {
+            config.alpn_protocols = vec![b"portolan-transfer/1".to_vec()];
+        }
+        let acceptor = TlsAcceptor::from(Arc::new(config));
         tokio::spawn(async move {
             let (socket, _) = listener.accept().await.unwrap();
             let mut stream = acceptor.accept(socket).await.unwrap();
@@ -57,6 +64,11 @@ async fn answer(stream: &mut TlsStream<TcpStream>, payload: &[u8], lie: Lie) -> 
     let length = stream.read_u32().await?;
     let mut request = vec![0; length as usize];
     stream.read_exact(&mut request).await?;
+    if lie == Lie::FirstVersion {
+        let request: serde_json::Map<_, _> = serde_json::from_slice(&request)?;
+        let known = ["version", "volume", "epoch", "snapshot", "guid", "have", "restore"];
+        assert!(request["version"] == 1 && request.keys().all(|key| known.contains(&key.as_str())), "{request:?}");
+    }
     let reply = br#"{"ok":true,"base":null,"base_snapshot":null,"error":null}"#;
     stream.write_u32(reply.len() as u32).await?;
     stream.write_all(reply).await?;
@@ -68,7 +80,7 @@ async fn answer(stream: &mut TlsStream<TcpStream>, payload: &[u8], lie: Lie) -> 
     let mut hash = *blake3::hash(payload).as_bytes();
     let mut length = payload.len() as u64;
     match lie {
-        Lie::None => {}
+        Lie::None | Lie::FirstVersion => {}
         Lie::WrongHash => hash[31] ^= 1,
         Lie::WrongLength => length += 1,
         Lie::NoTrailer => {

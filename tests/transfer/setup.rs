@@ -157,6 +157,7 @@ pub fn fetching(address: SocketAddr, from: &str, snapshot: &Snapshot, target: &i
         properties: Vec::new(),
         pace: Pace::default(),
         turns: Turns::new(usize::MAX),
+        class: Class::Background,
     }
 }
 

@@ -46,7 +46,7 @@ impl<Z: Zfs> Authorise for ByVolume<Z> {
     }
 }
 
-/// How urgent a transfer of this volume, as its object is, may be. Both ends ask this: the target for what it says, the source for what it believes.
+/// How urgent a transfer of this volume, as its object is, is. Each end asks this for its own queue.
 pub(super) fn class_of(volume: &PortableVolume, request: &Request) -> Class {
     let handoff = volume.status.as_ref().and_then(|status| status.handoff.as_ref());
     match handoff.map(|handoff| (handoff.phase, handoff.asked_by)) {

@@ -14,7 +14,7 @@ use super::speed::{Speed, eta};
 use super::steps::{StepError, Steps};
 use super::write;
 use crate::handoff::{Known, Round};
-use crate::transfer::{self, Fetch, Fetching, Limits, Next, Offer, Pace, Received, Request, SoFar, Waits};
+use crate::transfer::{self, Class, Fetch, Fetching, Limits, Next, Offer, Pace, Received, Request, SoFar, Waits};
 use crate::volume;
 
 /// How often the bytes in the status are brought up to date.
@@ -59,6 +59,12 @@ impl Progress {
     }
 }
 
+/// What a transfer was asked for, and how urgent that was then.
+struct Asked {
+    request: Request,
+    class: Class,
+}
+
 /// Fetches the handoff's final snapshot, and those on the way to it.
 pub(super) async fn run<Z: Zfs>(steps: &mut Steps<'_, Z>, snapshot: Known) -> Result<(), StepError> {
     let Some(handoff) = volume::status(&steps.volume).handoff else { return Ok(()) };
@@ -85,20 +91,21 @@ pub(super) async fn transfer<Z: Zfs>(
     let identity = certificate(steps).await?;
     let address = address_of(steps, from).await?;
     let (limit, follows) = watch::channel(limit_of(&steps.volume));
-    let request = Request { class: class_of(&steps.volume, &request), ..request };
     let (target, pace, turns) = (steps.dataset.clone(), Pace::following(follows), steps.node.receives.clone());
-    let fetch = Fetch { address, node: from.to_owned(), request: request.clone(), target, properties, pace, turns };
+    let asked = Asked { class: class_of(&steps.volume, &request), request: request.clone() };
+    let (node, class) = (from.to_owned(), asked.class);
+    let fetch = Fetch { address, node, request, target, properties, pace, turns, class };
     let (zfs, mut speed) = (steps.node.zfs.clone(), Speed::new(Instant::now()));
     let mut fetching = Fetching::new(&identity, zfs.as_ref(), Limits::default(), fetch);
     loop {
         // An earlier attempt, at another node, may have ended while it waited.
         steps.lock().await;
-        match turn(steps, &mut fetching, from, &request).await? {
+        match turn(steps, &mut fetching, from, &asked).await? {
             Next::Done(received) => return Ok(received),
             Next::Stream(offer) => {
                 steps.lock().await;
                 if offer.has_waited() {
-                    still_wanted(steps, Some(&request)).await?;
+                    still_wanted(steps, Some(&asked)).await?;
                 }
                 receive(steps, &mut fetching, offer, &limit, &mut speed).await?;
             }
@@ -111,7 +118,7 @@ async fn turn<Z: Zfs>(
     steps: &mut Steps<'_, Z>,
     fetching: &mut Fetching<'_, Z>,
     from: &str,
-    request: &Request,
+    asked: &Asked,
 ) -> Result<Next, StepError> {
     let (waits, now) = watch::channel(None);
     let next = fetching.next(|now| {
@@ -127,7 +134,7 @@ async fn turn<Z: Zfs>(
             _ = look.tick() => {
                 let Some(now) = *now.borrow() else { continue };
                 steps.unlock();
-                still_wanted(steps, Some(request)).await?;
+                still_wanted(steps, Some(asked)).await?;
                 if told.is_none_or(|told| told.elapsed() >= REPORT_EVERY) {
                     tell_waits(steps, &sentence(now, &steps.node.name, from)).await;
                     told = Some(tokio::time::Instant::now());
@@ -214,7 +221,7 @@ async fn address_of<Z: Zfs>(steps: &Steps<'_, Z>, node: &str) -> Result<SocketAd
 
 /// Whether a transfer is of use still: the volume isn't being deleted, and the handoff is the one that it is for. One that only waits must also ask for
 /// what the handoff wants now, and as urgently: it is begun anew if not.
-async fn still_wanted<Z: Zfs>(steps: &mut Steps<'_, Z>, waits: Option<&Request>) -> Result<(), StepError> {
+async fn still_wanted<Z: Zfs>(steps: &mut Steps<'_, Z>, waits: Option<&Asked>) -> Result<(), StepError> {
     let name = steps.volume.name_any();
     let seen = steps.node.seen.get(&ObjectRef::new(&name));
     let Some(seen) = seen.filter(|seen| seen.metadata.deletion_timestamp.is_none()) else {
@@ -227,10 +234,10 @@ async fn still_wanted<Z: Zfs>(steps: &mut Steps<'_, Z>, waits: Option<&Request>)
     if running.is_some_and(|epoch| newest > Some(epoch)) {
         return Err(StepError::Superseded);
     }
-    if waits.is_some_and(|request| is_outdated(&seen, request)) {
+    if waits.is_some_and(|asked| is_outdated(&seen, asked)) {
         // The watch may be behind what this was decided on.
         let now = steps.node.volumes.get(&name).await?;
-        let outdated = waits.is_some_and(|request| is_outdated(&now, request));
+        let outdated = waits.is_some_and(|asked| is_outdated(&now, asked));
         steps.volume = now;
         if outdated {
             return Err(StepError::Superseded);
@@ -240,11 +247,11 @@ async fn still_wanted<Z: Zfs>(steps: &mut Steps<'_, Z>, waits: Option<&Request>)
 }
 
 /// Whether a handoff wants another snapshot than what was asked for, or wants it more urgently.
-fn is_outdated(volume: &PortableVolume, request: &Request) -> bool {
+fn is_outdated(volume: &PortableVolume, Asked { request, class }: &Asked) -> bool {
     let handoff = volume.status.as_ref().and_then(|status| status.handoff.as_ref());
     let handoff = handoff.filter(|_| request.restore.is_none());
     handoff.is_some_and(|handoff| {
-        handoff.guid.as_deref() != Some(&request.guid.to_string()) || class_of(volume, request) != request.class
+        handoff.guid.as_deref() != Some(&request.guid.to_string()) || class_of(volume, request) != *class
     })
 }
 
@@ -291,7 +298,6 @@ mod tests {
     use portolan_zfs::Guid;
 
     use super::*;
-    use crate::transfer::Class;
 
     #[test]
     fn only_while_the_pod_runs_is_anything_held_back() {
@@ -322,20 +328,22 @@ mod tests {
 
     #[test]
     fn what_waits_is_begun_anew_when_something_else_is_wanted() {
-        let outdated = |phase, guid: &str, asked: &Request| {
+        let outdated = |phase, guid: &str, asked: &Asked| {
             let handoff = Handoff { phase, guid: Some(guid.into()), ..Handoff::default() };
             let status = PortableVolumeStatus { handoff: Some(handoff), ..PortableVolumeStatus::default() };
             let volume = PortableVolume { status: Some(status), ..PortableVolume::new("v", Default::default()) };
             is_outdated(&volume, asked)
         };
-        let round = Request::new("v", 2, "portolan-2", Guid(7));
+        let request = Request::new("v", 2, "portolan-2", Guid(7));
+        let round = Asked { request: request.clone(), class: Class::Background };
         assert!(!outdated(HandoffPhase::PreCopy, "7", &round));
         assert!(outdated(HandoffPhase::PreCopy, "8", &round), "another round");
         assert!(outdated(HandoffPhase::FinalSync, "8", &round), "the last");
         assert!(outdated(HandoffPhase::FinalSync, "7", &round), "what was a round is the last: a pod waits for it");
-        let last = Request { class: Class::Final, ..round.clone() };
+        let last = Asked { class: Class::Final, ..round };
         assert!(!outdated(HandoffPhase::FinalSync, "7", &last));
-        let restore = Request { restore: Some("w".into()), class: Class::Restore, ..round };
+        let restore = Request { restore: Some("w".into()), ..request };
+        let restore = Asked { request: restore, class: Class::Restore };
         assert!(!outdated(HandoffPhase::FinalSync, "8", &restore), "a move of a volume that it is not made from");
     }
 

@@ -11,9 +11,10 @@ use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::error::TransferError;
-use super::identity::{Identity, node_name, server_name};
+use super::identity::{Identity, node_name, server_name, version_of};
 use super::pace::{Brake, Pace};
-use super::protocol::{MAX_FRAME, Reply, Request};
+use super::protocol::{MAX_FRAME, OLDEST, Reply, Request};
+use super::queue::Class;
 use super::turns::{Place, Turns};
 use super::wire::{Limits, prepare, read_frame, read_header, read_trailer, within, write_header};
 
@@ -34,6 +35,8 @@ pub struct Fetch {
     pub pace: Pace,
     /// How many streams come here at a time: those of all transfers that share it.
     pub turns: Turns,
+    /// How urgent it is among them. The source finds out by itself.
+    pub class: Class,
 }
 
 /// What was received.
@@ -147,7 +150,7 @@ impl<'a, Z: Zfs> Fetching<'a, Z> {
             let (snapshot, base) = (there.clone(), self.base.take());
             return Ok(Next::Done(Received { snapshot, bytes: self.bytes, base }));
         }
-        let here = self.place.get_or_insert_with(|| what.turns.enter(what.request.class));
+        let here = self.place.get_or_insert_with(|| what.turns.enter(what.class));
         let mut waited = false;
         if here.before().is_some() {
             here.turn(|before| waits(Waits { at_source: false, before })).await;
@@ -160,8 +163,9 @@ impl<'a, Z: Zfs> Fetching<'a, Z> {
             connect(self.identity, self.limits, what),
             takes_compressed(self.zfs, &what.target, &mut self.compressed)
         );
-        request.compressed = compressed;
         let mut stream = stream?;
+        request.version = version_of(stream.get_ref().get_ref().1.alpn_protocol());
+        request.compressed = compressed && request.version > OLDEST;
         let told = |before| waits(Waits { at_source: true, before });
         let (reply, waited_there) = ask(&mut stream, self.limits, what, &request, told).await?;
         waited |= waited_there;

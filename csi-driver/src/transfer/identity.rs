@@ -12,10 +12,12 @@ use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use super::protocol::{OLDEST, VERSION};
+
 /// What stands before a node's name in the common name of its certificate.
 const PREFIX: &str = "node:";
-/// What both sides speak (ALPN, RFC 7301).
-const PROTOCOL: &[u8] = b"portolan-transfer/1";
+/// What both sides speak (ALPN, RFC 7301), the newest first: the server takes the first that the client has too.
+const PROTOCOLS: [(&[u8], u32); 2] = [(b"portolan-transfer/2", VERSION), (b"portolan-transfer/1", OLDEST)];
 
 /// A node's certificate and key and the authority it trusts. To rotate, make a new one.
 #[derive(Clone)]
@@ -96,6 +98,16 @@ pub fn server_name(node: &str) -> Result<ServerName<'static>, InvalidDnsNameErro
     ServerName::try_from(format!("{node}.node.portolan.dev"))
 }
 
+fn protocols() -> Vec<Vec<u8>> {
+    PROTOCOLS.map(|(name, _)| name.to_vec()).into()
+}
+
+/// The version of the protocol that was agreed on with the handshake.
+pub(super) fn version_of(agreed: Option<&[u8]>) -> u32 {
+    let known = PROTOCOLS.into_iter().find(|(name, _)| agreed == Some(*name));
+    known.map_or(OLDEST, |(_, version)| version)
+}
+
 /// The node that a verified certificate names.
 pub(super) fn node_name(certificate: &CertificateDer<'_>) -> Result<String, IdentityError> {
     let bad = |why: &dyn fmt::Display| IdentityError::NotANode(why.to_string());
@@ -125,7 +137,7 @@ fn client_config(
         .with_protocol_versions(&[&TLS13])?
         .with_root_certificates(roots.clone())
         .with_client_auth_cert(chain, key)?;
-    config.alpn_protocols = vec![PROTOCOL.to_vec()];
+    config.alpn_protocols = protocols();
     // A resumed session would outlive the certificates that it was made with.
     config.resumption = Resumption::disabled();
     Ok(config)
@@ -142,7 +154,7 @@ fn server_config(
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(verifier)
         .with_single_cert(chain, key)?;
-    config.alpn_protocols = vec![PROTOCOL.to_vec()];
+    config.alpn_protocols = protocols();
     config.send_tls13_tickets = 0;
     Ok(config)
 }

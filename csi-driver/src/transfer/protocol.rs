@@ -7,16 +7,19 @@
 //! source -> target   u32 length, payload    (again and again; at most 1 MiB each)
 //! source -> target   u32 0, u64 total length, 32 bytes BLAKE3 of the whole payload
 //! ```
+//!
+//! Version 1 has no replies that say who is before one, and no compressed streams. The version is agreed on with the TLS handshake (ALPN), and
+//! stands in the request.
 
 use std::fmt;
 
 use portolan_zfs::{DatasetName, Guid};
 use serde::{Deserialize, Serialize};
 
-use super::queue::Class;
-
-/// The one version there is. It stands in the request, which a source of any other version can read as far as this.
+/// The newest version. A request's stands in it, so that a source of any other version can read it as far as this.
 pub const VERSION: u32 = 2;
+/// The oldest version that is spoken still: the nodes' agents aren't upgraded all at once.
+pub const OLDEST: u32 = 1;
 /// The longest header in bytes.
 pub const MAX_HEADER: usize = 64 * 1024;
 /// The longest payload of a frame in bytes.
@@ -44,12 +47,9 @@ pub struct Request {
     /// The new volume that the snapshot is to become; none for a copy of the same volume.
     #[serde(default)]
     pub restore: Option<String>,
-    /// Whether the target's pool takes blocks as they are compressed at the source.
-    #[serde(default)]
+    /// Whether the target's pool takes blocks as they are compressed at the source. Not in version 1.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub compressed: bool,
-    /// How urgent it is. A source grants none that the volume's object doesn't bear out.
-    #[serde(default)]
-    pub class: Class,
 }
 
 impl Request {
@@ -64,7 +64,6 @@ impl Request {
             have: Vec::new(),
             restore: None,
             compressed: false,
-            class: Class::Background,
         }
     }
 
@@ -83,7 +82,7 @@ impl Request {
         let malformed = |error: serde_json::Error| InvalidRequest {
             field: "request",
             given: error.to_string().chars().take(200).collect(),
-            allowed: "a request of version 2 as JSON",
+            allowed: "a request of version 1 or 2 as JSON",
         };
         check_version(serde_json::from_slice::<Version>(header).map_err(malformed)?.version)?;
         let request: Self = serde_json::from_slice(header).map_err(malformed)?;
@@ -119,10 +118,10 @@ impl Request {
 }
 
 fn check_version(version: u32) -> Result<(), InvalidRequest> {
-    if version == VERSION {
+    if (OLDEST..=VERSION).contains(&version) {
         return Ok(());
     }
-    let allowed = "2: the agents of both nodes must be of releases that speak the same version";
+    let allowed = "1 and 2: the agents of both nodes must be of releases that speak the same version";
     Err(InvalidRequest { field: "version", given: version.to_string(), allowed })
 }
 
@@ -272,7 +271,7 @@ mod tests {
             change(&mut request);
             request.validate().unwrap_err().field
         };
-        assert_eq!(field(|r| r.version = 1), "version");
+        assert_eq!((field(|r| r.version = 0), field(|r| r.version = 3)), ("version", "version"));
         assert_eq!(field(|r| r.volume = "../etc".into()), "volume");
         assert_eq!(field(|r| r.volume = "a@b".into()), "volume");
         assert_eq!(field(|r| r.epoch = 0), "epoch");
@@ -286,12 +285,20 @@ mod tests {
     #[test]
     fn another_version_is_told_from_a_malformed_request() {
         let field = |text: &str| Request::parse(text.as_bytes()).unwrap_err().field;
-        assert_eq!(field(r#"{"version":1,"volumes":["a","b"]}"#), "version");
+        assert_eq!(field(r#"{"version":3,"volumes":["a","b"]}"#), "version");
         assert_eq!(field(r#"{"version":2,"volumes":["a","b"]}"#), "request");
         assert_eq!(field("{}"), "request");
         let good = serde_json::to_vec(&Request::new("v", 1, "s", Guid(7))).unwrap();
         assert_eq!(Request::parse(&good).unwrap().guid, Guid(7));
         assert_eq!(field(&serde_json::to_string(&Request::new("v", 0, "s", Guid(7))).unwrap()), "epoch");
+    }
+
+    #[test]
+    fn version_1_is_spoken_as_it_was() {
+        let old = Request { version: 1, ..Request::new("v", 2, "s", Guid(7)) };
+        let text = r#"{"version":1,"volume":"v","epoch":2,"snapshot":"s","guid":"7","have":[],"restore":null}"#;
+        assert_eq!(serde_json::to_string(&old).unwrap(), text);
+        assert_eq!(Request::parse(text.as_bytes()).unwrap(), old);
     }
 
     #[test]

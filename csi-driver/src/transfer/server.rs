@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::identity::{Identity, node_name};
-use super::protocol::{Refusal, RefusalCode, Reply, Request, Trailer};
+use super::protocol::{OLDEST, Refusal, RefusalCode, Reply, Request, Trailer};
 use super::queue::Class;
 use super::turns::{Place, Turns};
 use super::wire::{Limits, prepare, read_header_bytes, within, write_header};
@@ -34,7 +34,7 @@ pub struct Grant {
     pub dataset: DatasetName,
     /// Whether it is encrypted: its blocks go as they are on disk, and neither end needs the key.
     pub raw: bool,
-    /// The most urgent class that it may be sent in.
+    /// How urgent it is.
     pub class: Class,
     /// Whether a snapshot that lies on the way to the one asked for goes along.
     pub travels: Box<dyn Fn(&Snapshot) -> bool + Send + Sync>,
@@ -137,7 +137,7 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
                 return Ok(None);
             }
         };
-        let opened = match self.authorise(node, &request).await {
+        let opened = match self.authorise.authorise(node, &request).await {
             Ok(grant) => self.turn(stream, node, &request, grant).await?,
             Err(refusal) => Err(refusal),
         };
@@ -156,16 +156,6 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
         }
     }
 
-    /// What the node may have, in the class that it says.
-    async fn authorise(&self, node: &str, request: &Request) -> Result<Grant, Refusal> {
-        let grant = self.authorise.authorise(node, request).await?;
-        if request.class < grant.class {
-            let message = format!("class is {:?}: allowed for what it asks for is {:?}", request.class, grant.class);
-            return Err(Refusal::new(RefusalCode::NotAuthorised, message));
-        }
-        Ok(grant)
-    }
-
     /// Waits until it is the target's turn and starts to send. Nothing of the dataset is touched or held before. A target that goes away, or says
     /// anything, loses its place. Whether it may have the volume is asked again when its turn has come: much may have happened.
     async fn turn(
@@ -175,11 +165,15 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
         request: &Request,
         mut grant: Grant,
     ) -> io::Result<Result<Opened, Refusal>> {
-        let place = self.turns.enter(request.class);
+        let place = self.turns.enter(grant.class);
         let mut waited = false;
         while let Some(before) = place.before() {
+            if request.version == OLDEST {
+                let message = "all places are taken, and version 1 of the protocol can't wait for one: ask again";
+                return Ok(Err(Refusal::new(RefusalCode::Failed, message)));
+            }
             if !waited {
-                info!(node, volume = request.volume, class = ?request.class, before, "a transfer waits for its turn");
+                info!(node, volume = request.volume, class = ?grant.class, before, "a transfer waits for its turn");
             }
             waited = true;
             within(self.limits.idle, "telling a target that it waits", write_header(stream, &Reply::waits(before)))
@@ -194,7 +188,7 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
             }
         }
         if waited {
-            grant = match self.authorise(node, request).await {
+            grant = match self.authorise.authorise(node, request).await {
                 Ok(grant) => grant,
                 Err(refusal) => return Ok(Err(refusal)),
             };

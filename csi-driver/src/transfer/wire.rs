@@ -24,7 +24,7 @@ pub struct Limits {
     pub silent: Duration,
     /// Streams that one source sends at a time; at least one.
     pub streams: usize,
-    /// Connections that one source has open at a time, whatever their state.
+    /// Connections that one source has open at a time, whatever their state: those that wait for their turn, too.
     pub connections: usize,
 }
 
@@ -35,7 +35,7 @@ impl Default for Limits {
             idle: Duration::from_secs(30),
             silent: Duration::from_secs(30),
             streams: 4,
-            connections: 256,
+            connections: 1024,
         }
     }
 }
