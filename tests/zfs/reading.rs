@@ -36,6 +36,9 @@ async fn a_copy_that_is_read_stays_as_it_was_received() {
             node.zfs().mount(dataset).await.unwrap();
             assert!(node.read(dataset) == content, "byte for byte");
             assert_eq!(writes(&node.node.files("shared")), [ErrorKind::ReadOnlyFilesystem; 4]);
+            // An agent looks at it meanwhile, and does again what it may have done.
+            assert!(node.zfs().dataset(dataset).await.unwrap().readonly);
+            node.zfs().set_readonly(dataset, true).await.unwrap();
         }
         b.zfs().unmount(&target).await.unwrap();
         assert!(a.read(&source) == content, "nobody was disturbed");

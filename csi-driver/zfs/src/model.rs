@@ -35,7 +35,7 @@ pub struct Dataset {
     pub referenced: u64,
     /// The limit of `referenced`; none if there is no limit.
     pub refquota: Option<u64>,
-    /// Property `readonly`.
+    /// Property `readonly` as it is stored, whatever a mount's options say.
     pub readonly: bool,
     /// Whether it is mounted.
     pub mounted: bool,

@@ -56,7 +56,7 @@ pub(crate) fn dataset(name: &str, properties: &Properties) -> Result<Dataset, St
         available: number(properties, "available")?,
         referenced: number(properties, "referenced")?,
         refquota: number(properties, "refquota").ok().filter(|bytes| *bytes != 0),
-        readonly: value(properties, "readonly") == Some("on"),
+        readonly: readonly(properties),
         mounted: value(properties, "mounted") == Some("yes"),
         mountpoint: value(properties, "mountpoint").filter(|path| path.starts_with('/')).map(Into::into),
         origin: value(properties, "origin").and_then(|name| name.parse().ok()),
@@ -146,6 +146,13 @@ pub(crate) fn space(text: &str) -> Result<Space, String> {
     Ok(Space { used: number(properties, "used")?, available: number(properties, "available")? })
 }
 
+/// The property `readonly` as it is stored. Where a mount has the other option `zfs get` shows that instead, and says that it is temporary
+/// (zfsprops(7), "Temporary Mount Point Properties"). zfs-fuse mounts all with `rw`, and refuses to write by itself.
+pub(crate) fn readonly(properties: &Properties) -> bool {
+    let found = properties.get("readonly");
+    found.is_some_and(|(value, source)| (value == "on") != (source == "temporary"))
+}
+
 /// Whether so many pool features are all enabled, from their values, a line each: a feature is `disabled`, `enabled`, or in use and so `active`
 /// (zpool-features(7)).
 pub(crate) fn are_enabled(printed: &str, count: usize) -> bool {
@@ -210,6 +217,17 @@ mod tests {
         let found = snapshots(&DatasetName::new("tank/v").unwrap(), text).unwrap();
         let names: Vec<_> = found.iter().map(|s| (s.name.short(), s.guid.0, s.holds)).collect();
         assert_eq!(names, [("a", 3, 0), ("b", u64::MAX, 1)]);
+    }
+
+    #[test]
+    fn readonly_is_what_is_stored() {
+        let read = |value: &str, source: &str| {
+            let rows = table(&format!("tank/v\treadonly\t{value}\t{source}\n"));
+            readonly(&rows[0].1)
+        };
+        assert!(read("on", "local") && read("on", "inherited from tank") && !read("off", "default"));
+        assert!(read("off", "temporary"), "mounted with rw");
+        assert!(!read("on", "temporary"), "mounted with ro");
     }
 
     #[test]
