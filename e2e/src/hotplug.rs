@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 
 use crate::{
     bad_input::event,
-    lab::{Lab, same},
+    lab::{Lab, same, text},
     scene::{nothing_left, ready},
 };
 
@@ -43,6 +43,11 @@ pub fn play(lab: &Lab) -> Result<()> {
     reaches(lab, "10.82.0.")?;
     lab.kubectl(&["-n", NAMESPACE, "annotate", "pod", "late", &format!("{ANNOTATION}-")])?;
     is_on(lab, &["eth0"])?;
+    lab.wait("its network-status is empty", 30, || {
+        let pod = lab.json(&["-n", NAMESPACE, "get", "pod", "late"])?;
+        let status = text(&pod, "/metadata/annotations/k8s.v1.cni.cncf.io~1network-status")?;
+        same("network-status", status, "[]")
+    })?;
 
     lab.step("plugged in once more, and deleted with all the rest; then look for what is left");
     annotate(lab, "one")?;

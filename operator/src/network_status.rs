@@ -99,13 +99,21 @@ pub async fn run(client: Client, stop: CancellationToken) {
 async fn pass(client: &Client, slices: &Store<NetworkNodeSlice>, told: &mut HashMap<Name, Wanted>) -> kube::Result<()> {
     let slices = slices.state();
     let wanted = wanted(slices.iter().map(AsRef::as_ref));
-    told.retain(|name, _| wanted.contains_key(name));
-    let new: Vec<_> = wanted.into_iter().filter(|(name, wanted)| told.get(name) != Some(wanted)).collect();
-    let done = futures::stream::iter(new)
-        .map(|(name, wanted)| async move { tell(client, &name, &wanted.entries).await.map(|()| (name, wanted)) });
+    // Those that are on no network any more may go on.
+    let gone = told.keys().filter(|name| !wanted.contains_key(*name)).map(|name| (name.clone(), None));
+    let new = wanted.iter().filter(|(name, wanted)| told.get(*name) != Some(wanted));
+    let new = new.map(|(name, wanted)| (name.clone(), Some(wanted.clone())));
+    let all: Vec<(Name, Option<Wanted>)> = gone.chain(new).collect();
+    let done = futures::stream::iter(all).map(|(name, wanted)| async move {
+        let entries = wanted.as_ref().map_or(&[][..], |wanted| &wanted.entries);
+        tell(client, &name, entries).await.map(|()| (name, wanted))
+    });
     let mut done = done.buffer_unordered(AT_ONCE);
     while let Some((name, wanted)) = done.try_next().await? {
-        told.insert(name, wanted);
+        match wanted {
+            Some(wanted) => told.insert(name, wanted),
+            None => told.remove(&name),
+        };
     }
     Ok(())
 }
@@ -210,6 +218,8 @@ mod tests {
         assert_eq!((&told[0], told.len()), (&multus, 3));
         assert_eq!(told[1]["ips"][0], "10.32.0.5");
         assert_eq!(merged(Some(&once), &entries()), None, "nothing to write");
+        assert_eq!(merged(Some(&once), &[]).unwrap(), json!([multus]).to_string(), "on no network any more");
+        assert_eq!(merged(None, &[]), None);
         assert_eq!(merged(Some("not a list"), &entries()), None, "somebody else's");
     }
 }

@@ -25,6 +25,8 @@ use crate::{
 const INTERVAL: Duration = Duration::from_secs(2);
 /// How long a pod that can't be plugged in is left alone.
 const RETRY: Duration = Duration::from_secs(15);
+/// How long a pod's address may be in no namespace before that is told: its sandbox is being made anew, as a rule, and the runtime will ask.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// What the journal knows a pod by whose container the runtime never told us, before the pod's UID.
 const UNTOLD: &str = "untold.";
 
@@ -103,19 +105,34 @@ fn runs(pod: &Pod) -> bool {
     pod::is_current(pod) && !on_host && matches!(phase, "Running" | "Pending") && pod::address(pod).is_some()
 }
 
+/// A pod's UID and annotation.
+type Asked = (String, Option<String>);
+
+/// Since when a pod can't be given what it asks for, and when that was tried last.
+#[derive(Clone, Copy)]
+struct Failing {
+    since: Instant,
+    last: Instant,
+}
+
 /// Follows the annotations until the agent ends.
 pub(crate) async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
-    // By UID and annotation.
-    let mut failed: BTreeMap<(String, Option<String>), Instant> = BTreeMap::new();
+    let mut failing: BTreeMap<Asked, Failing> = BTreeMap::new();
     loop {
-        failed.retain(|_, at| at.elapsed() < RETRY);
-        for pod in agent.cluster.pods.state() {
+        let pods = agent.cluster.pods.state();
+        let mut before = std::mem::take(&mut failing);
+        for pod in pods.iter().filter(|pod| runs(pod)) {
             let asked = (pod.uid().unwrap_or_default(), pod.annotations().get(NETWORKS_ANNOTATION).cloned());
-            if !runs(&pod) || failed.contains_key(&asked) {
-                continue;
-            }
-            if let Err(error) = agent.follow_annotation(&pod, &asked.0, asked.1.as_deref()).await {
-                failed.insert(asked, Instant::now());
+            let known = before.remove(&asked);
+            if let Some(waits) = known.filter(|known| known.last.elapsed() < RETRY) {
+                failing.insert(asked, waits);
+            } else if let Err(error) = agent.follow_annotation(pod, &asked.0, asked.1.as_deref()).await {
+                let now = Instant::now();
+                let since = known.map_or(now, |known| known.since);
+                failing.insert(asked, Failing { since, last: now });
+                if matches!(error, PlugError::NoNamespace(_)) && since.elapsed() < PATIENCE {
+                    continue;
+                }
                 tracing::warn!(pod = pod.name_any(), %error, "a running pod's networks are not what it asks for");
                 agent.events.warning(&pod.object_ref(&()), "NotPlugged", "Plug", &error.to_string()).await;
             }
