@@ -13,7 +13,7 @@ use portolan_agent::{
     snapshot::Snapshot,
 };
 use portolan_dns::{Host, Member, NetworkZone};
-use portolan_net::{BRIDGE_ADDRESS, Dataplane, Namespace, NetworkSpec, endpoint_mac};
+use portolan_net::{Allowed, BRIDGE_ADDRESS, Dataplane, Namespace, NetworkSpec, endpoint_mac};
 
 const VNI: u32 = 91;
 
@@ -66,6 +66,7 @@ impl Node {
             mtu: 1450,
             resolver: true,
             redirected: None,
+            allowed: Allowed::default(),
             namespace: "shop".into(),
             pod: pod.into(),
             uid: pod.into(),

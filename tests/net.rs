@@ -10,9 +10,11 @@ use std::{
 
 use ipnet::IpNet;
 use portolan_net::{
-    BRIDGE_ADDRESS, Dataplane, Forwarding, Mac, Namespace, NetworkSpec, Peer, PortSpec, endpoint_mac, port_name,
+    Allowed, BRIDGE_ADDRESS, Dataplane, Forwarding, Mac, Namespace, NetworkSpec, Peer, PortSpec, endpoint_mac,
+    port_name,
 };
 
+mod addresses;
 mod families;
 mod leaks;
 mod ping;
@@ -58,6 +60,11 @@ impl Node {
 
     /// A pod of that name on a network; its addresses are 10.32.0.`last` and fd32::`last`.
     async fn plug(&self, vni: u32, pod: &str, last: u8) -> Pod<'_> {
+        self.plug_allowed(vni, pod, last, Allowed::default()).await
+    }
+
+    /// The same, which may use further addresses.
+    async fn plug_allowed(&self, vni: u32, pod: &str, last: u8, allowed: Allowed) -> Pod<'_> {
         let netns = if self.file(pod).exists() { Path::new("/run/netns").join(pod) } else { self.netns(pod) };
         let address = Ipv4Addr::new(10, 32, 0, last);
         let port = PortSpec {
@@ -70,6 +77,7 @@ impl Node {
             mtu: 1450,
             resolvers: vec![BRIDGE_ADDRESS],
             locked: true,
+            allowed,
         };
         self.dataplane.add_port(&port).await.unwrap();
         Pod { node: self, port, address, ipv6: ipv6(last) }
@@ -393,5 +401,8 @@ async fn a_failed_port_leaves_nothing() {
     let error = node.dataplane.add_port(&small).await.unwrap_err().to_string();
     assert_eq!(error, "MTU 1000 of interface eth1 is too small for its address fd32::5/64; allowed: 1280 or more");
     assert_eq!(node.dataplane.ports(77).await.unwrap(), std::slice::from_ref(&pod.port.port));
+    let missing = node.dataplane.check_port(&changed).await.unwrap_err().to_string();
+    assert!(missing.contains("does not have the address ff02::5/64"), "and nothing else is: {missing}");
+    node.dataplane.add_port(&pod.port).await.unwrap();
     node.dataplane.check_port(&pod.port).await.unwrap();
 }

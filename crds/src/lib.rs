@@ -31,6 +31,8 @@ pub const VERSION: &str = "v1alpha1";
 
 /// Pod annotation: the networks a pod is plugged into (`backend`, `backend, frontend@eth2`).
 pub const NETWORKS_ANNOTATION: &str = "portolan.dev/networks";
+/// Pod annotation: addresses that the pod may use on its networks beside its own (`10.32.0.100, fd32::/120`), or `any`.
+pub const ALLOWED_ADDRESSES_ANNOTATION: &str = "portolan.dev/allowed-addresses";
 /// Pod annotation: more names of the pod on its networks, DNS labels separated by commas (`cache, www`).
 pub const DNS_NAMES_ANNOTATION: &str = "portolan.dev/dns-names";
 /// Pod annotation: `"true"` puts the pod in DNS answers before it is Ready.

@@ -6,7 +6,9 @@ use std::{
 };
 
 use ipnet::IpNet;
-use portolan_net::{BRIDGE_ADDRESS, Forwarding, NetworkSpec, Peer, PortSpec, blocks, endpoint_mac, port_name, usable};
+use portolan_net::{
+    Allowed, BRIDGE_ADDRESS, Forwarding, NetworkSpec, Peer, PortSpec, blocks, endpoint_mac, port_name, usable,
+};
 use rustix::net::{AddressFamily, SocketType, ipproto, socket};
 
 use super::{
@@ -37,6 +39,7 @@ fn ipv6_port(node: &Node, pod: &str, last: u8) -> PortSpec {
         mtu: 1450,
         resolvers: vec![BRIDGE_ADDRESS],
         locked: true,
+        allowed: Allowed::default(),
     }
 }
 

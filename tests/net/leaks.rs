@@ -7,16 +7,18 @@ use super::{Node, two_nodes};
 const VNI: u32 = 77;
 const CYCLES: usize = 1000;
 
-/// What the kernel has of the network on a node: links, forwarding entries, neighbours, addresses, routes.
+/// What the kernel has of the network on a node: links, forwarding entries, neighbours, addresses, routes, what its ports
+/// are guarded by.
 pub fn state(node: &Node) -> String {
     let enter = format!("--net={}", node.file(&format!("portolan-{VNI}")).display());
-    let questions: [&[&str]; 6] = [
+    let questions: [&[&str]; 7] = [
         &["ip", "-o", "link", "show"],
         &["bridge", "fdb", "show"],
         &["ip", "neighbour", "show"],
         &["ip", "-6", "neighbour", "show"],
         &["ip", "-o", "address", "show"],
         &["ip", "route", "show", "table", "all"],
+        &["tc", "qdisc", "show"],
     ];
     let answer = |question: &&[&str]| {
         let output = Command::new("nsenter").arg(&enter).args(*question).output().unwrap();

@@ -1,11 +1,12 @@
 //! What works on one switch works between pods of two nodes.
 
 use std::{
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::Instant,
 };
 
-use portolan_net::Mac;
+use ipnet::IpNet;
+use portolan_net::{Allowed, Mac};
 
 use super::{
     ECHO, Node, PATIENCE, Pod, forward, ip, two_nodes, udp,
@@ -23,6 +24,12 @@ async fn network(suppression: bool) -> (Node, Node) {
         node.dataplane.ensure_network(&node.spec(VNI, suppression)).await.unwrap();
     }
     nodes
+}
+
+/// A pod that may take the floating addresses.
+async fn plug_holder<'a>(node: &'a Node, pod: &str, last: u8) -> Pod<'a> {
+    let floating = [IpAddr::from(FLOATING), FLOATING_IPV6.into()].map(IpNet::from);
+    node.plug_allowed(VNI, pod, last, Allowed::Further(floating.to_vec())).await
 }
 
 async fn connect(suppression: bool, a: (&Node, &[&Pod<'_>]), b: (&Node, &[&Pod<'_>])) {
@@ -122,8 +129,8 @@ async fn an_ipv6_address_that_another_node_has_is_detected() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failover_to_another_node_is_honoured_at_once() {
     let (a, b) = network(false).await;
-    let (client, first) = (a.plug(VNI, "client", 5).await, a.plug(VNI, "first", 6).await);
-    let second = b.plug(VNI, "second", 21).await;
+    let (client, first) = (a.plug(VNI, "client", 5).await, plug_holder(&a, "first", 6).await);
+    let second = plug_holder(&b, "second", 21).await;
     connect(false, (&a, &[&client, &first]), (&b, &[&second])).await;
     let take = |pod: &Pod<'_>, verb: &str| {
         ip(pod, &["address", verb, &format!("{FLOATING}/24"), "dev", "eth1"]);
@@ -154,7 +161,7 @@ async fn a_failover_to_another_node_is_honoured_at_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn suppression_hides_announcements_from_other_nodes() {
     let (a, b) = network(true).await;
-    let (one, two) = (a.plug(VNI, "one", 5).await, b.plug(VNI, "two", 21).await);
+    let (one, two) = (plug_holder(&a, "one", 5).await, b.plug(VNI, "two", 21).await);
     connect(true, (&a, &[&one]), (&b, &[&two])).await;
     let (mut from, mut to) = (Wire::open(&one), Wire::open(&two));
     let announcement = gratuitous_arp(one.port.mac, FLOATING);

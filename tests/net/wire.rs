@@ -25,8 +25,8 @@ pub const ALL_NODES: Mac = Mac([0x33, 0x33, 0, 0, 0, 1]);
 /// For local experiments (IEEE 802, section 9.2.4): no network stack takes notice of it.
 pub const EXPERIMENTAL: u16 = 0x88b5;
 
-const ARP: u16 = 0x0806;
-const IPV6: u16 = 0x86dd;
+pub const ARP: u16 = 0x0806;
+pub const IPV6: u16 = 0x86dd;
 
 /// A packet socket on a pod's interface.
 pub struct Wire(File);
@@ -120,11 +120,17 @@ pub fn router_advertisement(from: Mac, prefix: Ipv6Addr) -> Vec<u8> {
     let router = [134, 0, 0, 0, 64, 0, 0x07, 0x08, 0, 0, 0, 0, 0, 0, 0, 0];
     let lifetimes = [0, 0, 0x0e, 0x10, 0, 0, 0x0e, 0x10, 0, 0, 0, 0];
     let icmp = [&router[..], &[1, 1], &from.0, &[3, 4, 64, 0xc0], &lifetimes, &prefix.octets()].concat();
-    to_all_nodes(from, Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x77), &icmp)
+    to_all_nodes(from, link_local(from), &icmp)
+}
+
+/// The link-local address that an interface makes from its MAC (RFC 4291, appendix A).
+pub fn link_local(mac: Mac) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = mac.0;
+    Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
 }
 
 /// An ICMPv6 message, whose checksum is filled in.
-fn to_all_nodes(from: Mac, source: Ipv6Addr, icmp: &[u8]) -> Vec<u8> {
+pub fn to_all_nodes(from: Mac, source: Ipv6Addr, icmp: &[u8]) -> Vec<u8> {
     const ICMPV6: u8 = 58;
     let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
     let length = u8::try_from(icmp.len()).unwrap();

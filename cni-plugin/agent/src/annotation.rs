@@ -1,13 +1,20 @@
-//! The pod annotation `portolan.dev/networks`: `backend`, or `backend, frontend@eth2`.
+//! What pods ask for by annotations: `portolan.dev/networks` (`backend`, or `backend, frontend@eth2`), and
+//! `portolan.dev/allowed-addresses`.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, net::IpAddr};
 
-use portolan_crds::NETWORKS_ANNOTATION;
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt;
+use portolan_crds::{ALLOWED_ADDRESSES_ANNOTATION, NETWORKS_ANNOTATION};
+use portolan_net::Allowed;
 
 /// What an interface may be called (the kernel's IFNAMSIZ less one).
 const INTERFACE_LIMIT: usize = 15;
 /// More interfaces than any pod needs; each is a device in the kernel.
 const NETWORKS_LIMIT: usize = 16;
+/// Each is in a program that is run for each frame.
+const ADDRESSES_LIMIT: usize = 8;
 
 /// One network that a pod wants to be plugged into.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -22,8 +29,9 @@ pub struct Wish {
 
 /// An annotation that can't be followed.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("annotation {NETWORKS_ANNOTATION}: {given:?} was given; allowed: {allowed}")]
+#[error("annotation {annotation}: {given:?} was given; allowed: {allowed}")]
 pub struct AnnotationError {
+    annotation: &'static str,
     given: String,
     allowed: &'static str,
 }
@@ -33,7 +41,8 @@ pub struct AnnotationError {
 /// # Errors
 /// When a part is not `network` or `network@interface`, or a network or interface comes twice.
 pub fn parse(text: &str) -> Result<Vec<Wish>, AnnotationError> {
-    let refuse = |given: &str, allowed| AnnotationError { given: given.to_owned(), allowed };
+    let refuse =
+        |given: &str, allowed| AnnotationError { annotation: NETWORKS_ANNOTATION, given: given.to_owned(), allowed };
     let parts: Vec<&str> = text.split(',').map(str::trim).collect();
     if parts.len() > NETWORKS_LIMIT {
         return Err(refuse(text, "at most 16 networks"));
@@ -67,6 +76,45 @@ pub fn parse(text: &str) -> Result<Vec<Wish>, AnnotationError> {
         return Err(refuse(text, "each interface once (those without a name are eth1, eth2, … by their position)"));
     }
     Ok(wishes)
+}
+
+/// The addresses that a pod may use beside its own.
+///
+/// # Errors
+/// When a part of the annotation is neither an address nor a subnet, or there are too many.
+pub fn allowed(pod: &Pod) -> Result<Allowed, AnnotationError> {
+    pod.annotations().get(ALLOWED_ADDRESSES_ANNOTATION).map_or(Ok(Allowed::default()), |text| parse_allowed(text))
+}
+
+fn parse_allowed(text: &str) -> Result<Allowed, AnnotationError> {
+    let refuse = |given: &str, allowed| AnnotationError {
+        annotation: ALLOWED_ADDRESSES_ANNOTATION,
+        given: given.to_owned(),
+        allowed,
+    };
+    if text.trim() == "any" {
+        return Ok(Allowed::Any);
+    }
+    let mut subnets = BTreeSet::new();
+    for part in text.split(',').map(str::trim) {
+        let subnet = part.parse::<IpAddr>().map(IpNet::from).or_else(|_| part.parse::<IpNet>());
+        let subnet = subnet.ok().filter(|subnet| subnet.addr() == subnet.network() && !is_nobodys(subnet.addr()));
+        subnets.insert(subnet.ok_or_else(|| {
+            refuse(
+                part,
+                "addresses that a host can have, and CIDRs without host bits, separated by commas, such as \"10.32.0.100, fd32::/120\"; or \"any\"",
+            )
+        })?);
+    }
+    if subnets.len() > ADDRESSES_LIMIT {
+        return Err(refuse(text, "at most 8 addresses and CIDRs"));
+    }
+    Ok(Allowed::Further(subnets.into_iter().collect()))
+}
+
+/// Whether no host has such an address: a group's, or one that never leaves a host.
+fn is_nobodys(address: IpAddr) -> bool {
+    address.is_multicast() || address.is_loopback() || address == IpAddr::from([255; 4])
 }
 
 /// A Kubernetes object name (RFC 1123 subdomain).
@@ -127,6 +175,37 @@ mod tests {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.starts_with("annotation portolan.dev/networks: "), "{error}");
             assert!(error.contains(named), "{text:?}: {error} should say {named}");
+        }
+    }
+
+    #[test]
+    fn allowed_addresses() {
+        let texts = |text: &str| match parse_allowed(text).unwrap() {
+            Allowed::Any => "any".to_owned(),
+            Allowed::Further(subnets) => subnets.iter().map(IpNet::to_string).collect::<Vec<_>>().join(" "),
+        };
+        let cases = [
+            ("10.32.0.100", "10.32.0.100/32"),
+            (" fd32::100 ,10.32.0.96/28, 10.32.0.96/28", "10.32.0.96/28 fd32::100/128"),
+            ("0.0.0.0/0", "0.0.0.0/0"),
+            (" any ", "any"),
+        ];
+        for (given, wanted) in cases {
+            assert_eq!(texts(given), wanted, "{given}");
+        }
+        assert_eq!(allowed(&Pod::default()), Ok(Allowed::default()), "without the annotation");
+        let nine: Vec<String> = (1..10).map(|n| format!("10.32.0.{n}")).collect();
+        let wrong =
+            ["", "10.32.0.100,", "10.32.0", "10.32.0.1/24", "10.32.0.0/33", "Any", "any, 10.32.0.1", "fd32::1%eth1"];
+        for (given, named) in wrong.iter().map(|text| (*text, "addresses that a host can have")).chain([
+            ("224.0.0.18", "a host can have"),
+            ("ff02::/16", "a host can have"),
+            ("127.0.0.1", "a host can have"),
+            (&*nine.join(","), "at most 8"),
+        ]) {
+            let error = parse_allowed(given).unwrap_err().to_string();
+            assert!(error.starts_with("annotation portolan.dev/allowed-addresses: \""), "{error}");
+            assert!(error.contains(named), "{given:?}: {error} should say {named}");
         }
     }
 }

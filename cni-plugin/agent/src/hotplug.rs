@@ -194,7 +194,7 @@ impl Agent {
 mod tests {
     use std::net::IpAddr;
 
-    use portolan_net::Mac;
+    use portolan_net::{Allowed, Mac};
     use serde_json::json;
 
     use super::*;
@@ -214,6 +214,7 @@ mod tests {
             mtu: 1450,
             resolver,
             redirected: None,
+            allowed: Allowed::default(),
             namespace: "shop".into(),
             pod: "web-0".into(),
             uid: "u".into(),

@@ -10,7 +10,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use portolan_net::{BRIDGE_ADDRESS, Mac, PortSpec, port_name};
+use portolan_net::{Allowed, BRIDGE_ADDRESS, Mac, PortSpec, port_name};
 use serde::{Deserialize, Serialize};
 
 /// One interface of one pod of this node.
@@ -46,6 +46,9 @@ pub struct Endpoint {
     /// The address of the cluster's DNS, if the pod reaches our server there, too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub redirected: Option<Ipv4Addr>,
+    /// What addresses the pod may use beside its own.
+    #[serde(default, skip_serializing_if = "Allowed::is_none")]
+    pub allowed: Allowed,
     /// The pod's namespace.
     pub namespace: String,
     /// The pod's name.
@@ -93,6 +96,7 @@ impl Endpoint {
             mtu: self.mtu,
             resolvers: self.resolvers().collect(),
             locked: true,
+            allowed: self.allowed.clone(),
         }
     }
 }
@@ -206,6 +210,7 @@ mod tests {
             mtu: 1450,
             resolver: true,
             redirected: None,
+            allowed: Allowed::default(),
             namespace: "shop".into(),
             pod: "db-0".into(),
             uid: "u".into(),
@@ -250,14 +255,19 @@ mod tests {
         let mut ipv6 = endpoint("b");
         (ipv6.address, ipv6.prefix) = ("fd32::6".parse().unwrap(), 64);
         ipv6.asks_from = Some("169.254.56.1".parse().unwrap());
+        ipv6.allowed = Allowed::Further(vec!["fd32::100/128".parse().unwrap()]);
+        let mut free = endpoint("c");
+        free.allowed = Allowed::Any;
         let directory = tempfile::tempdir().unwrap();
-        for endpoint in [&both, &ipv6] {
+        for endpoint in [&both, &ipv6, &free] {
             Journal::open(directory.path()).unwrap().put(endpoint.clone()).unwrap();
         }
         let read = Journal::open(directory.path()).unwrap().select(|_| true);
         let texts = |endpoint: &Endpoint| endpoint.port().addresses.iter().map(IpNet::to_string).collect::<Vec<_>>();
         assert_eq!(texts(&read[0]), ["10.32.0.5/16", "fd32::5/64"]);
         assert_eq!(texts(&read[1]), ["fd32::6/64", "169.254.56.1/32"]);
+        let allowed: Vec<Allowed> = read.iter().map(|endpoint| endpoint.port().allowed).collect();
+        assert_eq!(allowed, [both.allowed, ipv6.allowed, free.allowed]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::{Resource, ResourceExt};
 use portolan_cni::{Answer, Attachment, Command, Failure, Request};
 use portolan_crds::NETWORKS_ANNOTATION;
-use portolan_net::endpoint_mac;
+use portolan_net::{Allowed, endpoint_mac};
 
 use crate::{
     addresses::{Holder, Reservation},
@@ -87,6 +87,7 @@ impl Agent {
         wishes: &[Wish],
         present: &[Endpoint],
     ) -> Result<Vec<Endpoint>, PlugError> {
+        let allowed = annotation::allowed(pod)?;
         // All networks and addresses first: the frequent mistakes cost nothing.
         let mut networks = Vec::new();
         for name in wishes.iter().map(|wish| &wish.network).chain(present.iter().map(|there| &there.network)) {
@@ -96,7 +97,8 @@ impl Agent {
         let mut plans = Vec::new();
         for (position, (wish, network)) in wishes.iter().zip(networks).enumerate() {
             let is_first = position == 0 && present.is_empty();
-            let (endpoint, reservation) = self.plan(container, netns, pod, wish, &network, is_first).await?;
+            let (mut endpoint, reservation) = self.plan(container, netns, pod, wish, &network, is_first).await?;
+            endpoint.allowed.clone_from(&allowed);
             plans.push((network, endpoint, reservation));
         }
         for (network, endpoint, _) in &plans {
@@ -160,6 +162,7 @@ impl Agent {
             mtu: network.mtu(self.underlay),
             resolver,
             redirected,
+            allowed: Allowed::default(),
             namespace: pod.namespace().unwrap_or_default(),
             pod: pod.name_any(),
             uid: pod.uid().unwrap_or_default(),

@@ -8,7 +8,8 @@ use std::{
 };
 
 use ipnet::IpNet;
-use kube::{ResourceExt, runtime::reflector::ObjectRef};
+use k8s_openapi::api::core::v1::{ObjectReference, Pod};
+use kube::{Resource, ResourceExt, runtime::reflector::ObjectRef};
 use portolan_crds::{NetworkNodeSlice, NetworkNodeSliceSpec};
 use portolan_dns::{Member, Zone};
 use portolan_net::{BRIDGE_ADDRESS, Forwarding, NetworkSpec};
@@ -16,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::Agent,
+    annotation,
     everyone::Everyone,
     journal::Endpoint,
     missed, names,
@@ -59,13 +61,18 @@ impl Agent {
         others.filter_map(|s| s.spec.vtep.parse().ok()).collect()
     }
 
+    /// The pod of an endpoint, as the API knows it.
+    fn pod(&self, endpoint: &Endpoint) -> Option<Arc<Pod>> {
+        let pod = self.cluster.pods.get(&ObjectRef::new(&endpoint.pod).within(&endpoint.namespace))?;
+        (pod.metadata.uid.as_deref() == Some(&endpoint.uid)).then_some(pod)
+    }
+
     /// The endpoints of this node as the API knows their pods.
     fn local(&self, endpoints: &[Endpoint]) -> Vec<Local> {
         let redirected: BTreeSet<String> =
             self.journal.select(|e| e.redirected.is_some()).into_iter().map(|e| e.container).collect();
         let local = |e: &Endpoint| {
-            let pod = self.cluster.pods.get(&ObjectRef::new(&e.pod).within(&e.namespace));
-            let pod = pod.filter(|p| p.metadata.uid.as_deref() == Some(&e.uid));
+            let pod = self.pod(e);
             let names = pod.as_ref().map(|p| names::of(p)).unwrap_or_default();
             let endpoint = portolan_crds::Endpoint {
                 address: e.address.to_string(),
@@ -98,9 +105,27 @@ struct Sync<'a> {
     slices: Slices,
     /// What the journal had when the agent started, as far as the kernel wasn't asked about it yet.
     unchecked: BTreeSet<String>,
+    /// Running pods, by UID, whose allowed addresses can't be read.
+    refused: BTreeMap<String, Refusal>,
     /// Networks whose blocks may be given back, and when that was last tried.
     leaving: BTreeMap<String, Option<Instant>>,
     started: bool,
+}
+
+/// An annotation that can't be followed, which its pod's Events are told of.
+#[derive(Default)]
+struct Refusal {
+    pod: ObjectReference,
+    message: String,
+    is_told: bool,
+}
+
+impl Refusal {
+    fn learn(&mut self, pod: &Pod, message: String) {
+        if self.message != message {
+            *self = Self { pod: pod.object_ref(&()), message, is_told: false };
+        }
+    }
 }
 
 /// Follows all changes until the agent ends.
@@ -118,6 +143,7 @@ pub(crate) async fn run(
         keeper,
         slices: Slices::default(),
         unchecked: agent.journal.select(|_| true).iter().map(Endpoint::id).collect(),
+        refused: BTreeMap::new(),
         leaving: BTreeMap::new(),
         started: false,
     };
@@ -150,6 +176,7 @@ impl Sync<'_> {
         let mut applied = self.agent.applied.lock().await;
         // Read under the lock: a pod that is being plugged in is in the journal before its network is touched.
         let by_network = self.by_network();
+        self.refused.retain(|uid, _| by_network.values().flatten().any(|e| e.uid == *uid));
         self.agent.metrics.set_endpoints(by_network.iter().map(|(n, e)| (n.clone(), e.len())));
         for (network, endpoints) in &by_network {
             let local = self.agent.local(endpoints);
@@ -168,6 +195,7 @@ impl Sync<'_> {
         self.resolvers.set_zone(Zone::new(zones.clone()));
         note("networks without pods not removed", "", self.remove_others(&mut applied, &by_network).await);
         drop(applied);
+        self.tell_refused().await;
         note("full names not answered to everyone", "", self.tell_everyone(&views, &slices, &silent));
         let snapshot = Snapshot { upstream: self.resolvers.upstream().to_vec(), zones };
         let kept = self.keeper.keep(&snapshot);
@@ -243,6 +271,9 @@ impl Sync<'_> {
         if let Some(network) = &network {
             let spec = network.spec(self.agent.underlay);
             self.agent.ensure_network(applied, spec).await.map_err(|e| e.to_string())?;
+        }
+        // Of a network that is being deleted, too: its pods are held to their addresses as long as they are there.
+        if self.agent.dataplane.namespace(vni).is_ok() {
             self.restore_ports(endpoints).await;
         }
         let wanted = view.forwarding(network.is_some_and(|n| n.suppression));
@@ -259,9 +290,11 @@ impl Sync<'_> {
         Ok(())
     }
 
-    /// After a start: ports of the journal that the kernel lost, or that were never finished.
+    /// After a start: ports of the journal that the kernel lost, or that were never finished, or that an older release made. Later:
+    /// those whose pods may use other addresses than before.
     async fn restore_ports(&mut self, endpoints: &[Endpoint]) {
         for endpoint in endpoints {
+            let endpoint = self.follow_allowed(endpoint);
             if !self.unchecked.remove(&endpoint.id()) {
                 continue;
             }
@@ -271,11 +304,41 @@ impl Sync<'_> {
             }
             match self.agent.dataplane.add_port(&port).await {
                 Ok(()) => tracing::info!(network = endpoint.network, pod = endpoint.pod, "port restored"),
-                // Its namespace is going; the collection will see to it.
                 Err(error) => {
-                    tracing::warn!(network = endpoint.network, pod = endpoint.pod, %error, "port not restored")
+                    tracing::warn!(network = endpoint.network, pod = endpoint.pod, %error, "port not restored");
+                    // If its namespace is going, the collection will see to it.
+                    self.unchecked.insert(endpoint.id());
                 }
             }
+        }
+    }
+
+    /// The endpoint with the addresses that its pod may use by now. An annotation that can't be read changes nothing.
+    fn follow_allowed(&mut self, endpoint: &Endpoint) -> Endpoint {
+        let before = endpoint.clone();
+        let Some(pod) = self.agent.pod(endpoint) else { return before };
+        let allowed = match annotation::allowed(&pod) {
+            Ok(allowed) if allowed == endpoint.allowed => return before,
+            Ok(allowed) => allowed,
+            Err(error) => {
+                self.refused.entry(endpoint.uid.clone()).or_default().learn(&pod, error.to_string());
+                return before;
+            }
+        };
+        let after = Endpoint { allowed, ..before.clone() };
+        if let Err(error) = self.agent.journal.put(after.clone()) {
+            tracing::warn!(pod = endpoint.pod, %error, "allowed addresses not followed");
+            return before;
+        }
+        self.unchecked.insert(after.id());
+        after
+    }
+
+    /// Tells the pods whose annotation can't be read, once.
+    async fn tell_refused(&mut self) {
+        for refusal in self.refused.values_mut().filter(|refusal| !refusal.is_told) {
+            self.agent.events.warning(&refusal.pod, "AddressesNotAllowed", "Plug", &refusal.message).await;
+            refusal.is_told = true;
         }
     }
 

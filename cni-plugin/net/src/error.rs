@@ -114,6 +114,14 @@ pub enum Error {
         /// The network's namespace.
         place: String,
     },
+    /// A pod could send by any address, or not by those that it may use.
+    #[error("port {port} is not held to its pod's addresses (in {place})")]
+    NotGuarded {
+        /// The port's name.
+        port: String,
+        /// The network's namespace.
+        place: String,
+    },
     /// No interface of the host has the tunnel endpoint's address.
     #[error("no interface of this node has the address {0}")]
     NoUnderlay(Ipv4Addr),

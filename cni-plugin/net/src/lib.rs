@@ -4,9 +4,11 @@
 //! knows nothing of Kubernetes. Every operation is idempotent: killed between any two of its steps and run again, it ends in the
 //! same state.
 
+mod bpf;
 mod dataplane;
 mod error;
 mod forwarding;
+mod guard;
 mod ipam;
 mod mac;
 mod namespace;
@@ -19,6 +21,7 @@ mod sysctl;
 pub use dataplane::Dataplane;
 pub use error::{Error, Result};
 pub use forwarding::{Forwarding, Peer};
+pub use guard::Allowed;
 pub use ipam::{AddressError, block_prefix, blocks, free_address, free_block, usable};
 pub use mac::{Mac, MacError, endpoint_mac, port_name};
 pub use namespace::Namespace;

@@ -19,9 +19,10 @@ use rtnetlink::{
 };
 
 use crate::{
-    BRIDGE, BRIDGE_MAC, Dataplane, Mac,
+    Allowed, BRIDGE, BRIDGE_MAC, Dataplane, Mac,
     error::{Error, Result},
     forwarding::{bridge_entry, neighbour},
+    guard,
     mac::is_port_name,
     namespace::Namespace,
     netlink::{Netlink, link_facts, link_name},
@@ -56,6 +57,8 @@ pub struct PortSpec {
     pub resolvers: Vec<Ipv4Addr>,
     /// Whether frames with another source MAC than the port's own are dropped.
     pub locked: bool,
+    /// What addresses the pod may use beside its own.
+    pub allowed: Allowed,
 }
 
 impl Dataplane {
@@ -158,7 +161,7 @@ impl Dataplane {
         Ok(links.iter().filter_map(link_name).filter(|n| is_port_name(n)).map(str::to_owned).collect())
     }
 
-    /// Whether a pod's interface is there with its addresses, plugged in and locked as the spec says: what CNI's CHECK asks.
+    /// Whether a pod's interface is there with its addresses, plugged in, locked and guarded as the spec says: what CNI's CHECK asks.
     ///
     /// # Errors
     /// What is missing, or what the kernel refuses.
@@ -170,6 +173,7 @@ impl Dataplane {
         let port = network.link(&spec.port).await?.filter(|l| link_facts(l).2 == Some(bridge));
         let port = port.ok_or_else(|| missing(&spec.port, Path::new(network.place())))?;
         check_lock(&network, &port, spec)?;
+        guard::check(&network, port.header.index, spec).await?;
         let pod = Netlink::open(&Namespace::open(self.root(), &spec.netns)?)?;
         let inside = pod.link(&spec.interface).await?.filter(|l| link_facts(l).0 == Some(spec.mac.0.as_slice()));
         let inside = inside.ok_or_else(|| missing(&spec.interface, &spec.netns))?;
@@ -188,6 +192,8 @@ impl Dataplane {
 async fn plug(network: &Netlink, spec: &PortSpec) -> Result<()> {
     let bridge = network.index(BRIDGE).await?;
     let index = network.index(&spec.port).await?;
+    // Before the first frame can come.
+    guard::set(network, index, spec).await?;
     let up = LinkUnspec::new_with_index(index).mtu(spec.mtu).controller(bridge).up().build();
     network.set_link(up, format!("plug {} into br0", spec.port)).await?;
     let entry = bridge_entry(index, spec.mac);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use kube::{api::Patch, runtime::watcher::Event};
 use portolan_crds::{ContainerNetwork, ContainerNetworkSpec, ContainerNetworkStatus};
-use portolan_net::{Mac, blocks};
+use portolan_net::{Allowed, Mac, blocks};
 use portolan_tests::api::FakeApi;
 use proptest::prelude::*;
 
@@ -98,6 +98,7 @@ impl World {
             mtu: 1450,
             resolver: true,
             redirected: None,
+            allowed: Allowed::default(),
             namespace: "shop".into(),
             pod: pod.into(),
             uid: pod.into(),
