@@ -109,12 +109,12 @@ impl Lab {
         Ok(())
     }
 
-    /// The archive of a program of Debian's, made for the nodes by `lab/build/program` if it is not there.
+    /// The archive of a program that `lab/build/NAME` makes for the nodes, built if it is not there.
     ///
     /// # Errors
     /// When it can't be.
-    pub fn program(&self, name: &str) -> Result<PathBuf> {
-        Ok(PathBuf::from(self.build("program", Some(name))?.trim()))
+    pub fn tool(&self, name: &str) -> Result<PathBuf> {
+        Ok(PathBuf::from(self.build(name, None)?.trim()))
     }
 
     fn build(&self, what: &str, group: Option<&str>) -> Result<String> {

@@ -44,35 +44,11 @@ impl Bare {
         Ok(bare)
     }
 
-    /// Brings a program of Debian's to the node, into [`FOLDER`].
-    ///
-    /// # Errors
-    /// When it can't be had or copied.
-    pub fn bring(&mut self, lab: &Lab, node: &str, program: &str) -> Result<()> {
-        let archive = lab.program(program)?;
-        let folder = format!("{FOLDER}/{program}");
-        self.time(&format!("mkdir -p {folder}"))?;
-        lab.copy_to_node(node, &archive, &format!("{folder}.tar"))?;
-        self.time(&format!("tar -C {folder} -xf {folder}.tar")).map(drop)
-    }
-
     /// Runs a command; returns the milliseconds that it took.
     ///
     /// # Errors
     /// When it fails, with what it printed.
     pub fn time(&mut self, command: &str) -> Result<f64> {
-        Ok(self.run(command)?.0)
-    }
-
-    /// Runs a command; returns what it printed, as one line and not more than 400 bytes.
-    ///
-    /// # Errors
-    /// When it fails, with what it printed.
-    pub fn read(&mut self, command: &str) -> Result<String> {
-        Ok(self.run(command)?.1.trim().to_owned())
-    }
-
-    fn run(&mut self, command: &str) -> Result<(f64, String)> {
         let commands = self.commands.as_mut().context("the shell is there")?;
         writeln!(commands, "{command}")?;
         commands.flush()?;
@@ -80,10 +56,8 @@ impl Bare {
         self.answers.read_line(&mut answer)?;
         let mut words = answer.trim_end().splitn(3, ' ');
         let (status, microseconds) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-        let printed = words.next().unwrap_or_default();
-        ensure!(status == "0", "on the node: {command}: exit status {status}: {printed}");
-        let microseconds = microseconds.parse::<f64>().with_context(|| format!("on the node: {command}: {answer}"))?;
-        Ok((microseconds / 1000.0, printed.to_owned()))
+        ensure!(status == "0", "on the node: {command}: exit status {status}: {}", words.next().unwrap_or_default());
+        Ok(microseconds.parse::<f64>().with_context(|| format!("on the node: {command}: {answer}"))? / 1000.0)
     }
 
     /// Takes away what a run has made without Portolan.

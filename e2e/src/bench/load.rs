@@ -39,7 +39,10 @@ const JOBS: &[(&str, &[&str])] = &[
 pub fn start(lab: &Lab, bare: &mut Bare, node: &str) -> Result<()> {
     bare.time(&format!("zfs create {} {}", options(BARE, SIZE), dataset(BARE)))?;
     bare.time(&format!("zfs mount {}", dataset(BARE)))?;
-    bare.bring(lab, node, "fio")?;
+    let archive = lab.tool("fio")?;
+    bare.time(&format!("mkdir -p {FOLDER}/fio"))?;
+    lab.copy_to_node(node, archive.as_ref(), &format!("{FOLDER}/fio.tar"))?;
+    bare.time(&format!("tar -C {FOLDER}/fio -xf {FOLDER}/fio.tar"))?;
     lab.apply(&pod(node))?;
     for (_, port) in [OURS, THEIRS] {
         lab.wait("the databases answer", 120, || exec(lab, &["pg_isready", "-q", "-p", port]))?;

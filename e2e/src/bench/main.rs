@@ -3,7 +3,6 @@
 
 mod bare;
 mod load;
-mod network;
 mod snapshots;
 mod stats;
 mod transfer;
@@ -72,10 +71,6 @@ fn run(lab: &Lab, report: &mut String) -> Result<()> {
     add(volumes::many(lab, &watches, &mut bare, &sizes)?);
     lab.step("a volume from node to node");
     add(transfer::measure(lab, &watches, &mut bare, &node, &sizes)?);
-    lab.step("pods of two nodes on a network");
-    for table in network::measure(lab, &mut bare, &node, &sizes)? {
-        add(table);
-    }
     lab.step("two databases, one on a volume and one on a bare dataset");
     load::start(lab, &mut bare, &node)?;
     lab.step("snapshots and clones");
