@@ -17,6 +17,7 @@ pub mod sanity;
 pub mod scene;
 pub mod shared_reading;
 pub mod snapshots;
+pub mod stats;
 pub mod storage_suite;
 pub mod uninstall;
 pub mod zfs_contract;

@@ -1,13 +1,15 @@
 //! Programs on a volume: fio and pgbench, in one pod that has a volume of Portolan's and a bare dataset of the same pool.
 
 use anyhow::{Context, Result};
-use portolan_e2e::lab::Lab;
+use portolan_e2e::{
+    lab::Lab,
+    stats::{Pairs, Table},
+};
 use serde_json::Value;
 
 use crate::{
     Sizes,
     bare::{Bare, FOLDER, dataset, options},
-    stats::{Pairs, Table},
     volumes::NAMESPACE,
 };
 

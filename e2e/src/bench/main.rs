@@ -4,7 +4,6 @@
 mod bare;
 mod load;
 mod snapshots;
-mod stats;
 mod transfer;
 mod volumes;
 mod watch;
@@ -15,6 +14,7 @@ use anyhow::{Context, Result};
 use portolan_e2e::{
     lab::{Lab, text},
     scene,
+    stats::Table,
 };
 
 use crate::{bare::Bare, volumes::Watches};
@@ -61,7 +61,7 @@ fn run(lab: &Lab, report: &mut String) -> Result<()> {
     let node = lab.nodes()?.into_iter().next().context("the lab has nodes")?;
     set_up(lab)?;
     *report += &facts(lab, &node)?;
-    let mut add = |table: stats::Table| *report += &format!("\n{}", table.markdown());
+    let mut add = |table: Table| *report += &format!("\n{}", table.markdown());
 
     let mut bare = Bare::start(lab, &node)?;
     let watches = Watches::start(lab)?;

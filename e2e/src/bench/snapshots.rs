@@ -1,13 +1,15 @@
 //! Snapshots of a database's volume, and clones of them.
 
 use anyhow::Result;
-use portolan_e2e::lab::{Lab, text};
+use portolan_e2e::{
+    lab::{Lab, text},
+    stats::{Pairs, Table},
+};
 
 use crate::{
     Sizes,
     bare::{Bare, dataset, options},
     load::{BARE, CLAIM, SIZE},
-    stats::{Pairs, Table},
     volumes::{NAMESPACE, Watches, between, claim, delete_samples},
     watch::{Event, Watch},
 };

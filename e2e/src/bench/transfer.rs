@@ -1,12 +1,14 @@
 //! Volumes sent from node to node: by a move, and beside it by `zfs send` into a bare TCP connection to `zfs recv`, both ways.
 
 use anyhow::{Context, Result};
-use portolan_e2e::lab::{Lab, text};
+use portolan_e2e::{
+    lab::{Lab, text},
+    stats::{Pairs, Table},
+};
 
 use crate::{
     Sizes,
     bare::{Bare, FOLDER, dataset, options},
-    stats::{Pairs, Table},
     volumes::{NAMESPACE, Watches, between, claim},
     watch::Event,
 };

@@ -3,12 +3,14 @@
 use std::{fmt::Write, time::Instant};
 
 use anyhow::{Context, Result};
-use portolan_e2e::lab::{Lab, text};
+use portolan_e2e::{
+    lab::{Lab, text},
+    stats::{Pairs, Table},
+};
 
 use crate::{
     Sizes,
     bare::{Bare, FOLDER, dataset, options},
-    stats::{Pairs, Table},
     watch::{Event, Watch},
 };
 

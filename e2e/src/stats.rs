@@ -7,14 +7,15 @@ use std::fmt::Write;
 pub struct Series(Vec<f64>);
 
 impl Series {
-    fn new(samples: impl IntoIterator<Item = f64>) -> Self {
+    /// These samples, in any order.
+    pub fn new(samples: impl IntoIterator<Item = f64>) -> Self {
         let mut samples: Vec<f64> = samples.into_iter().collect();
         samples.sort_by(f64::total_cmp);
         Self(samples)
     }
 
     /// The smallest sample that so large a part (0 to 1) of all is not above (nearest rank); NaN if there is none.
-    fn quantile(&self, part: f64) -> f64 {
+    pub fn quantile(&self, part: f64) -> f64 {
         let rank = (part * self.0.len() as f64).ceil() as usize;
         self.0.get(rank.max(1) - 1).copied().unwrap_or(f64::NAN)
     }
@@ -35,7 +36,7 @@ fn digits(number: f64) -> String {
     format!("{number:.after$}")
 }
 
-/// One thing as it was measured of ours and, right beside, of the limit.
+/// One thing as it was measured of ours and, right beside, of what it is compared with.
 #[derive(Clone, Debug)]
 pub struct Pairs {
     what: String,
@@ -106,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quantiles_are_samples() {
+    pub fn quantiles_are_samples() {
         let series = Series::new((1..=200).rev().map(f64::from));
         let found = [0.0, 0.5, 0.99, 1.0].map(|part| series.quantile(part));
         assert_eq!(found, [1.0, 100.0, 198.0, 200.0]);
