@@ -14,7 +14,7 @@ use kube::{
     runtime::reflector::ObjectRef,
 };
 use portolan_crds::{IPBlock, IPBlockSpec, IPClaim, IPClaimSpec, RESOLVER_RANGE, claim_name};
-use portolan_net::{free_address, free_block};
+use portolan_net::{block_of, free_address, free_block};
 
 use crate::{
     cluster::Cluster,
@@ -34,6 +34,8 @@ pub(crate) struct Holder<'a> {
     pub stateful_set: Option<&'a Owner>,
     /// Whether it asks the DNS server over this network.
     pub resolver: bool,
+    /// Addresses that it is to have, at most one of a family.
+    pub asked: &'a [IpAddr],
 }
 
 type Key = (String, IpAddr);
@@ -87,9 +89,10 @@ impl Addresses {
 
     /// Addresses for a pod: its claim's if it has or may have one, else free ones.
     pub async fn acquire(&self, network: &Network, holder: &Holder<'_>) -> Result<Reservation, PlugError> {
+        check_asked(network, holder)?;
         let mut reservation = match holder.stateful_set {
             Some(owner) => self.sticky(network, holder, owner).await?,
-            None => self.allocate(network, &[]).await?,
+            None => self.allocate(network, holder, &[]).await?,
         };
         if holder.resolver && !network.has_ipv4() {
             let mut state = self.state.lock().await;
@@ -106,9 +109,9 @@ impl Addresses {
     async fn sticky(&self, network: &Network, holder: &Holder<'_>, owner: &Owner) -> Result<Reservation, PlugError> {
         let name = claim_name(&network.name, holder.namespace, holder.pod);
         if let Some(claim) = self.claim(&name).await? {
-            return self.claimed(network, claim, owner).await;
+            return self.claimed(network, holder, claim, owner).await;
         }
-        let reservation = self.allocate(network, &[]).await?;
+        let reservation = self.allocate(network, holder, &[]).await?;
         let mut spec = IPClaimSpec {
             network: network.name.clone(),
             namespace: holder.namespace.to_owned(),
@@ -125,7 +128,7 @@ impl Addresses {
             }
             // Another node was faster (or we were, and never heard of it): its addresses count.
             Err(kube::Error::Api(status)) if status.is_already_exists() => match self.claim(&name).await? {
-                Some(claim) => self.claimed(network, claim, owner).await,
+                Some(claim) => self.claimed(network, holder, claim, owner).await,
                 None => Err(PlugError::NotReady {
                     network: network.name.clone(),
                     reason: format!("IPClaim {name} came and went"),
@@ -141,7 +144,13 @@ impl Addresses {
 
     /// The addresses of a claim. One of an earlier StatefulSet of the same name passes over to the pod's own; one that lacks a family of
     /// the network gets an address of it.
-    async fn claimed(&self, network: &Network, mut claim: IPClaim, owner: &Owner) -> Result<Reservation, PlugError> {
+    async fn claimed(
+        &self,
+        network: &Network,
+        holder: &Holder<'_>,
+        mut claim: IPClaim,
+        owner: &Owner,
+    ) -> Result<Reservation, PlugError> {
         let name = claim.name_any();
         let is_foreign = |text: &&String| {
             let address = text.parse::<IpAddr>();
@@ -154,7 +163,7 @@ impl Addresses {
             return Err(PlugError::ForeignClaim { claim: name, address, subnets });
         }
         let given: Vec<IpAddr> = claim.spec.addresses().collect();
-        let reservation = self.allocate(network, &given).await?;
+        let reservation = self.allocate(network, holder, &given).await?;
         if claim.spec.owner_uid != owner.uid || reservation.addresses != given {
             claim.spec.owner_uid.clone_from(&owner.uid);
             claim.spec.owner.clone_from(&owner.name);
@@ -172,20 +181,81 @@ impl Addresses {
         self.state.lock().await.fresh_claims.insert(claim, written);
     }
 
-    /// One address of each family that the network has: the given ones, and free ones for the rest.
-    async fn allocate(&self, network: &Network, given: &[IpAddr]) -> Result<Reservation, PlugError> {
+    /// One address of each family that the network has: those that the pod has already, those that it asks for, and free ones for the rest.
+    async fn allocate(
+        &self,
+        network: &Network,
+        holder: &Holder<'_>,
+        given: &[IpAddr],
+    ) -> Result<Reservation, PlugError> {
         let mut state = self.state.lock().await;
         let (name, reserved) = (network.name.clone(), Arc::clone(&self.reserved));
         let mut reservation = Reservation { addresses: Vec::new(), asks_from: None, network: name, reserved };
         for subnet in &network.subnets {
-            let address = match given.iter().find(|address| subnet.contains(*address)) {
-                Some(address) => *address,
-                None => self.free(&mut state, network, *subnet).await?,
+            let of_subnet = |addresses: &[IpAddr]| addresses.iter().copied().find(|address| subnet.contains(address));
+            let address = match (of_subnet(given), of_subnet(holder.asked)) {
+                (Some(held), Some(asked)) if held != asked => {
+                    let claim = claim_name(&network.name, holder.namespace, holder.pod);
+                    return Err(PlugError::ClaimDiffers { claim, held, asked });
+                }
+                (Some(held), _) => held,
+                (None, Some(asked)) => self.asked(&mut state, network, *subnet, asked, holder).await?,
+                (None, None) => self.free(&mut state, network, *subnet).await?,
             };
             reservation.keep(address);
             reservation.addresses.push(address);
         }
         Ok(reservation)
+    }
+
+    /// An address that a pod asks for. It is given if its block is this node's, or becomes so now: nobody else gives addresses of it.
+    async fn asked(
+        &self,
+        state: &mut State,
+        network: &Network,
+        subnet: IpNet,
+        address: IpAddr,
+        holder: &Holder<'_>,
+    ) -> Result<IpAddr, PlugError> {
+        let block = block_of(subnet, address).ok_or_else(|| no_pods_address(network, address))?;
+        self.own(state, network, address, block).await?;
+        let (name, is_holder) = (&network.name, |e: &Endpoint| e.namespace == holder.namespace && e.pod == holder.pod);
+        let plugged = self.journal.select(|e| e.network == *name && e.addresses().any(|a| a == address));
+        let taken = |holder: String| PlugError::AddressTaken { network: name.clone(), address, holder };
+        if let Some(other) = plugged.iter().find(|e| !is_holder(e)) {
+            return Err(taken(format!("pod {}/{}", other.namespace, other.pod)));
+        }
+        // An earlier sandbox of the same pod may still have it, and gives it up.
+        if plugged.is_empty() && self.used(state, name).contains(&address) {
+            return Err(taken("a pod that is about to start, or a StatefulSet's (kubectl get ipclaims)".into()));
+        }
+        Ok(address)
+    }
+
+    /// Sees to it that an address is of a block of this node, which may claim the block for it.
+    async fn own(&self, state: &mut State, network: &Network, address: IpAddr, block: IpNet) -> Result<(), PlugError> {
+        let is_within = |own: &Vec<IpNet>| own.iter().any(|it| it.contains(&address));
+        if state.blocks.get(&network.name).is_some_and(is_within) {
+            return Ok(());
+        }
+        let (own, taken) = self.own_blocks(network).await?;
+        let is_own = is_within(&own);
+        let is_taken = taken.iter().any(|it| it.contains(&block) || block.contains(it));
+        state.blocks.insert(network.name.clone(), own);
+        if is_own {
+            return Ok(());
+        }
+        if !is_taken && self.create_block(network, block).await? {
+            state.blocks.entry(network.name.clone()).or_default().push(block);
+            return Ok(());
+        }
+        let all = self.list_blocks().await?;
+        let is_it = |b: &&IPBlock| {
+            b.spec.network == network.name
+                && b.spec.cidr.parse().is_ok_and(|it: IpNet| it.contains(&block) || block.contains(&it))
+        };
+        let node = all.iter().find(is_it).map_or_else(|| "another".to_owned(), |b| b.spec.node.clone());
+        Err(PlugError::ForeignBlock { network: network.name.clone(), address, block, node })
     }
 
     /// A free address of one subnet, of a new block if need be.
@@ -307,6 +377,17 @@ impl Addresses {
     fn claims(&self) -> Api<IPClaim> {
         Api::all(self.cluster.client.clone())
     }
+}
+
+/// Each address that a pod asks for has to be of a subnet.
+fn check_asked(network: &Network, holder: &Holder<'_>) -> Result<(), PlugError> {
+    let is_foreign = |address: &&IpAddr| !network.subnets.iter().any(|subnet| block_of(*subnet, **address).is_some());
+    holder.asked.iter().find(is_foreign).map_or(Ok(()), |address| Err(no_pods_address(network, *address)))
+}
+
+fn no_pods_address(network: &Network, address: IpAddr) -> PlugError {
+    let subnets: Vec<String> = network.subnets.iter().map(IpNet::to_string).collect();
+    PlugError::NoPodsAddress { network: network.name.clone(), address, subnets: subnets.join(" or ") }
 }
 
 fn set_addresses(spec: &mut IPClaimSpec, addresses: &[IpAddr]) {

@@ -1,5 +1,7 @@
-//! What pods ask for by annotations: `portolan.dev/networks` (`backend`, or `backend, frontend@eth2`), and
+//! What pods ask for by annotations: `portolan.dev/networks` (`backend`, `backend, frontend@eth2`, or a list of JSON objects), and
 //! `portolan.dev/allowed-addresses`.
+
+mod selection;
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -7,7 +9,7 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use portolan_crds::{ALLOWED_ADDRESSES_ANNOTATION, NETWORKS_ANNOTATION};
-use portolan_net::Allowed;
+use portolan_net::{Allowed, Mac};
 
 /// What an interface may be called (the kernel's IFNAMSIZ less one).
 const INTERFACE_LIMIT: usize = 15;
@@ -25,6 +27,10 @@ pub struct Wish {
     pub interface: String,
     /// Whether the annotation names it.
     pub named: bool,
+    /// The addresses it is to have, at most one of a family; the others are any.
+    pub addresses: Vec<IpAddr>,
+    /// The MAC it is to have.
+    pub mac: Option<Mac>,
 }
 
 /// An annotation that can't be followed.
@@ -39,19 +45,29 @@ pub struct AnnotationError {
 /// Reads the annotation. Interfaces that aren't named are `eth1`, `eth2`, … in order.
 ///
 /// # Errors
-/// When a part is not `network` or `network@interface`, or a network or interface comes twice.
+/// When a part is not `network` or `network@interface`, or not what is known of an object, or a network or interface comes twice.
 pub fn parse(text: &str) -> Result<Vec<Wish>, AnnotationError> {
-    let refuse =
-        |given: &str, allowed| AnnotationError { annotation: NETWORKS_ANNOTATION, given: given.to_owned(), allowed };
-    let parts: Vec<&str> = text.split(',').map(str::trim).collect();
-    if parts.len() > NETWORKS_LIMIT {
+    let wishes = if text.trim_start().starts_with('[') { selection::parse(text)? } else { parse_names(text)? };
+    if wishes.len() > NETWORKS_LIMIT {
         return Err(refuse(text, "at most 16 networks"));
     }
+    let networks: BTreeSet<&str> = wishes.iter().map(|w| w.network.as_str()).collect();
+    if networks.len() < wishes.len() {
+        return Err(refuse(text, "each network once"));
+    }
+    let interfaces: BTreeSet<&str> = wishes.iter().map(|w| w.interface.as_str()).collect();
+    if interfaces.len() < wishes.len() {
+        return Err(refuse(text, "each interface once (those without a name are eth1, eth2, … by their position)"));
+    }
+    Ok(wishes)
+}
+
+fn parse_names(text: &str) -> Result<Vec<Wish>, AnnotationError> {
     let mut wishes = Vec::new();
-    for (position, part) in parts.into_iter().enumerate() {
+    for (position, part) in text.split(',').map(str::trim).enumerate() {
         let (network, interface) = match part.split_once('@') {
             Some((network, interface)) => (network.trim_end(), interface.trim_start().to_owned()),
-            None => (part, format!("eth{}", position + 1)),
+            None => (part, default_interface(position)),
         };
         if !is_network_name(network) {
             return Err(refuse(
@@ -65,17 +81,18 @@ pub fn parse(text: &str) -> Result<Vec<Wish>, AnnotationError> {
                 "after '@' an interface's name: 1 to 15 letters, digits, '_', '.' or '-', neither eth0 nor lo",
             ));
         }
-        wishes.push(Wish { network: network.to_owned(), interface, named: part.contains('@') });
-    }
-    let networks: BTreeSet<&str> = wishes.iter().map(|w| w.network.as_str()).collect();
-    if networks.len() < wishes.len() {
-        return Err(refuse(text, "each network once"));
-    }
-    let interfaces: BTreeSet<&str> = wishes.iter().map(|w| w.interface.as_str()).collect();
-    if interfaces.len() < wishes.len() {
-        return Err(refuse(text, "each interface once (those without a name are eth1, eth2, … by their position)"));
+        let named = part.contains('@');
+        wishes.push(Wish { network: network.to_owned(), interface, named, addresses: Vec::new(), mac: None });
     }
     Ok(wishes)
+}
+
+fn refuse(given: &str, allowed: &'static str) -> AnnotationError {
+    AnnotationError { annotation: NETWORKS_ANNOTATION, given: given.to_owned(), allowed }
+}
+
+fn default_interface(position: usize) -> String {
+    format!("eth{}", position + 1)
 }
 
 /// The addresses that a pod may use beside its own.

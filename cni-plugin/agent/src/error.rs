@@ -2,9 +2,10 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use portolan_cni::Failure;
 use portolan_crds::{NETWORKS_ANNOTATION, RESOLVER_RANGE};
-use portolan_net::AddressError;
+use portolan_net::{AddressError, Mac};
 
 use crate::{annotation::AnnotationError, collect::UnplugError, journal::JournalError};
 
@@ -41,6 +42,26 @@ pub(crate) enum PlugError {
     ResolverRangeFull { network: String },
     #[error("address {address} of ContainerNetwork {network} is still in use here by pod {holder}")]
     AddressInUse { network: String, address: IpAddr, holder: String },
+    #[error(
+        "annotation {NETWORKS_ANNOTATION}: ips: {address} was given for ContainerNetwork {network}; allowed: an address of {subnets} that pods are given (not a subnet's own, the first after it, or the broadcast address; of IPv6 one of the first /104)"
+    )]
+    NoPodsAddress { network: String, address: IpAddr, subnets: String },
+    #[error(
+        "annotation {NETWORKS_ANNOTATION}: ips: {address} of ContainerNetwork {network} is of block {block}, which is node {node}'s to give; allowed: an address of a block of this node or of no node (kubectl get ipblocks)"
+    )]
+    ForeignBlock { network: String, address: IpAddr, block: IpNet, node: String },
+    #[error(
+        "annotation {NETWORKS_ANNOTATION}: ips: {address} of ContainerNetwork {network} is given already: to {holder}"
+    )]
+    AddressTaken { network: String, address: IpAddr, holder: String },
+    #[error(
+        "annotation {NETWORKS_ANNOTATION}: ips: {asked} was given, but IPClaim {claim} keeps {held} for this pod; allowed: that, or delete the IPClaim"
+    )]
+    ClaimDiffers { claim: String, held: IpAddr, asked: IpAddr },
+    #[error(
+        "annotation {NETWORKS_ANNOTATION}: mac: {mac} was given for ContainerNetwork {network}; allowed: one that {reason}"
+    )]
+    MacTaken { network: String, mac: Mac, reason: String },
     #[error("annotation {NETWORKS_ANNOTATION}: the subnets of {one} and {other} overlap; a pod can't be on both")]
     Overlap { one: String, other: String },
     #[error("pod {0} is not in the API (yet, or any more)")]
@@ -64,8 +85,17 @@ pub(crate) enum PlugError {
 impl PlugError {
     fn code(&self) -> u32 {
         match self {
-            Self::Annotation(_) | Self::NoSuchNetwork { .. } | Self::Overlap { .. } => Failure::ANNOTATION,
-            Self::NoAddress { .. } | Self::ForeignClaim { .. } | Self::ResolverRangeFull { .. } => Failure::NO_ADDRESS,
+            Self::Annotation(_)
+            | Self::NoSuchNetwork { .. }
+            | Self::NoPodsAddress { .. }
+            | Self::ClaimDiffers { .. }
+            | Self::MacTaken { .. }
+            | Self::Overlap { .. } => Failure::ANNOTATION,
+            Self::NoAddress { .. }
+            | Self::ForeignClaim { .. }
+            | Self::ForeignBlock { .. }
+            | Self::AddressTaken { .. }
+            | Self::ResolverRangeFull { .. } => Failure::NO_ADDRESS,
             Self::NotReady { .. }
             | Self::AddressInUse { .. }
             | Self::NoPod(_)

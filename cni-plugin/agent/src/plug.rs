@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::{Resource, ResourceExt};
 use portolan_cni::{Answer, Attachment, Command, Failure, Request};
 use portolan_crds::NETWORKS_ANNOTATION;
-use portolan_net::{Allowed, endpoint_mac};
+use portolan_net::{Allowed, endpoint_mac, is_endpoint_mac};
 
 use crate::{
     addresses::{Holder, Reservation},
@@ -133,16 +133,24 @@ impl Agent {
         let same =
             |e: &Endpoint| e.container == container && e.interface == wish.interface && e.network == network.name;
         // The runtime asks again: the same answer.
-        let (addresses, asks_from, redirected, reservation) = match self.journal.select(same).first() {
-            Some(before) => (before.addresses().collect(), before.asks_from, before.redirected, None),
+        let (addresses, asks_from, redirected, mac, reservation) = match self.journal.select(same).first() {
+            Some(there) => (there.addresses().collect(), there.asks_from, there.redirected, Some(there.mac), None),
             None => {
                 let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
+                self.check_mac(network, wish, (&namespace, &name))?;
                 let set = pod::stateful_set(pod);
-                let holder = Holder { namespace: &namespace, pod: &name, stateful_set: set.as_ref(), resolver };
+                let holder = Holder {
+                    namespace: &namespace,
+                    pod: &name,
+                    stateful_set: set.as_ref(),
+                    resolver,
+                    asked: &wish.addresses,
+                };
                 let reservation = self.addresses.acquire(network, &holder).await?;
                 let missed = resolver && missed::is_missed(pod, &self.namespace);
                 let redirected = self.redirect.get().copied().filter(|_| missed);
-                (reservation.addresses.clone(), reservation.asks_from, redirected, Some(reservation))
+                let addresses = reservation.addresses.clone();
+                (addresses, reservation.asks_from, redirected, wish.mac, Some(reservation))
             }
         };
         let mut addresses = network.with_prefixes(&addresses);
@@ -158,7 +166,7 @@ impl Agent {
             prefix: first.prefix_len(),
             second: addresses.next(),
             asks_from,
-            mac: endpoint_mac(&network.name, first.addr()),
+            mac: mac.unwrap_or_else(|| endpoint_mac(&network.name, first.addr())),
             mtu: network.mtu(self.underlay),
             resolver,
             redirected,
@@ -169,6 +177,25 @@ impl Agent {
             owner: pod::owner(pod).map(|o| o.name),
         };
         Ok((endpoint, reservation))
+    }
+
+    /// Whether a MAC that a pod asks for is no other port's, as far as this node knows: those that are made from addresses never are.
+    fn check_mac(&self, network: &Network, wish: &Wish, pod: (&str, &str)) -> Result<(), PlugError> {
+        let Some(mac) = wish.mac else { return Ok(()) };
+        let refuse =
+            |reason: &str| PlugError::MacTaken { network: network.name.clone(), mac, reason: reason.to_owned() };
+        if is_endpoint_mac(&network.name, mac) {
+            return Err(refuse("isn't made from an address: another first byte than 02, or another second one"));
+        }
+        let (slices, text) = (self.cluster.slices.state(), mac.to_string());
+        let there = slices.iter().filter(|slice| slice.spec.network == network.name).flat_map(|s| &s.spec.endpoints);
+        let there = there.filter(|e| e.mac == text).map(|e| (e.namespace.clone(), e.pod.clone()));
+        let here = self.journal.select(|e| e.network == network.name && e.mac == mac);
+        let mut all = there.chain(here.into_iter().map(|e| (e.namespace, e.pod)));
+        match all.find(|(namespace, name)| (namespace.as_str(), name.as_str()) != pod) {
+            Some((namespace, name)) => Err(refuse(&format!("no other pod has: {namespace}/{name} has it"))),
+            None => Ok(()),
+        }
     }
 
     async fn plug_one(&self, network: &Network, endpoint: &Endpoint) -> Result<(), PlugError> {

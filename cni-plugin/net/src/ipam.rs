@@ -67,6 +67,13 @@ pub fn usable(subnet: IpNet, block: IpNet) -> impl Iterator<Item = IpAddr> {
         .filter(move |a| *a != subnet.network() && Some(*a) != broadcast)
 }
 
+/// The block of an address that a pod can have; none for any other address.
+pub fn block_of(subnet: IpNet, address: IpAddr) -> Option<IpNet> {
+    let block = IpNet::new(address, block_prefix(subnet)).ok()?.trunc();
+    let is_given = pool(subnet).contains(&address) && usable(subnet, block).any(|it| it == address);
+    is_given.then_some(block)
+}
+
 fn number(address: IpAddr) -> u128 {
     match address {
         IpAddr::V4(address) => address.to_bits().into(),
@@ -115,6 +122,29 @@ mod tests {
 
     fn net(text: &str) -> IpNet {
         text.parse().unwrap()
+    }
+
+    #[test]
+    fn blocks_of_addresses() {
+        let of = |subnet: &str, address: &str| block_of(net(subnet), address.parse().unwrap()).map(|it| it.to_string());
+        assert_eq!(of("10.32.0.0/16", "10.32.0.100").as_deref(), Some("10.32.0.64/26"));
+        assert_eq!(of("fd32::/64", "fd32::100").as_deref(), Some("fd32::100/122"));
+        for (subnet, address) in [
+            ("10.32.0.0/16", "10.32.0.0"),
+            ("10.32.0.0/16", "10.32.0.1"),
+            ("10.32.0.0/16", "10.32.255.255"),
+            ("10.32.0.0/16", "10.33.0.5"),
+            ("10.32.0.0/16", "fd32::5"),
+            ("fd32::/64", "fd32::1:0:0:5"),
+            ("fd32::/64", "10.32.0.5"),
+        ] {
+            assert_eq!(of(subnet, address), None, "{address} of {subnet}");
+        }
+        for subnet in ["10.32.0.0/24", "10.32.0.0/29", "fd32::/120"].map(net) {
+            for block in blocks(subnet) {
+                assert!(usable(subnet, block).all(|address| block_of(subnet, address) == Some(block)));
+            }
+        }
     }
 
     #[test]

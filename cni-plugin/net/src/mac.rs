@@ -67,6 +67,11 @@ pub fn endpoint_mac(network: &str, first: IpAddr) -> Mac {
     Mac([0x02, (hash ^ (hash >> 32)).to_le_bytes()[0], a, b, c, d])
 }
 
+/// Whether a MAC is one that [`endpoint_mac`] may make on a network.
+pub fn is_endpoint_mac(network: &str, mac: Mac) -> bool {
+    mac.0[..2] == endpoint_mac(network, IpAddr::from([0; 4])).0[..2]
+}
+
 /// The name of a port in its network's namespace: `p` and eight hexadecimal digits of the container's and interface's identity.
 pub fn port_name(container: &str, interface: &str) -> String {
     let hash = fnv1a(format!("{container}/{interface}").as_bytes());
@@ -102,6 +107,12 @@ mod tests {
             let macs: std::collections::BTreeSet<Mac> = addresses.iter().map(|a| endpoint_mac("n", *a)).collect();
             assert!(addresses.len() > 200 && macs.len() == addresses.len(), "{subnet}");
         }
+    }
+
+    #[test]
+    fn endpoint_macs_are_known() {
+        let mac = endpoint_mac("backend", IpAddr::from([10, 32, 0, 5]));
+        assert!(is_endpoint_mac("backend", mac) && !is_endpoint_mac("backend", Mac([6, 0, 0, 0, 0, 1])));
     }
 
     #[test]

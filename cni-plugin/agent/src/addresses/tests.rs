@@ -72,16 +72,25 @@ impl World {
     }
 
     async fn acquire(&self, node: usize, pod: &str) -> Result<Reservation, PlugError> {
+        self.acquire_asked(node, pod, &[]).await
+    }
+
+    async fn acquire_asked(&self, node: usize, pod: &str, asked: &[IpAddr]) -> Result<Reservation, PlugError> {
         // A name with a number at its end is a StatefulSet's pod's.
         let set = Owner { kind: "StatefulSet".into(), name: "db".into(), uid: "uid".into() };
         let stateful_set = pod.starts_with("db-").then_some(&set);
-        let holder = Holder { namespace: "shop", pod, stateful_set, resolver: true };
+        let holder = Holder { namespace: "shop", pod, stateful_set, resolver: true, asked };
         self.nodes[node].addresses.acquire(&self.network, &holder).await
     }
 
     /// As ADD does it: the addresses are a pod's once the journal says so.
     async fn plug(&self, node: usize, pod: &str) -> Result<Vec<IpAddr>, PlugError> {
-        let reservation = self.acquire(node, pod).await?;
+        self.plug_asked(node, pod, &[]).await
+    }
+
+    async fn plug_asked(&self, node: usize, pod: &str, asked: &[&str]) -> Result<Vec<IpAddr>, PlugError> {
+        let asked: Vec<IpAddr> = asked.iter().map(|address| address.parse().unwrap()).collect();
+        let reservation = self.acquire_asked(node, pod, &asked).await?;
         let mut addresses = self.network.with_prefixes(&reservation.addresses);
         let first = addresses.next().unwrap();
         let endpoint = Endpoint {
@@ -253,6 +262,58 @@ async fn a_block_with_a_sticky_address_of_either_family_stays() {
     assert!(kept.len() == 2 && sticky.iter().all(|address| kept.iter().any(|block| block.contains(address))));
 }
 
+#[tokio::test]
+async fn a_pod_gets_what_it_asks_for_or_is_told_why_not() {
+    let mut world = World::new(&DUAL, 2);
+    assert_eq!(
+        texts(&world.plug_asked(0, "web", &["fd32::17", "10.32.0.7"]).await.unwrap()),
+        ["10.32.0.7", "fd32::17"]
+    );
+    let one = world.plug_asked(0, "one", &["10.32.0.6"]).await.unwrap();
+    assert_eq!((one.len(), one[0].to_string()), (2, "10.32.0.6".to_owned()), "the other is any");
+    let error = |result: Result<Vec<IpAddr>, PlugError>| result.unwrap_err().to_string();
+    let taken = "annotation portolan.dev/networks: ips: 10.32.0.7 of ContainerNetwork backend is given already: to pod shop/web";
+    assert_eq!(error(world.plug_asked(0, "thief", &["10.32.0.7"]).await), taken);
+    // Its own node's block: no other node gives of it, whether the address is taken or not.
+    for address in ["10.32.0.7", "10.32.0.6"] {
+        let foreign = error(world.plug_asked(1, "thief", &[address]).await);
+        assert!(
+            foreign.contains(&format!(
+                "{address} of ContainerNetwork backend is of block 10.32.0.6/31, which is node node-0's"
+            )),
+            "{foreign}"
+        );
+    }
+    for wrong in ["10.32.0.0", "10.32.0.1", "10.32.0.31", "10.33.0.5", "fd33::5", "fd32::", "fd32::1"] {
+        let refused = error(world.plug_asked(0, "wrong", &[wrong]).await);
+        assert!(refused.starts_with(&format!("annotation portolan.dev/networks: ips: {wrong} was given for ContainerNetwork backend; allowed: an address of 10.32.0.0/27 or fd32::/120")), "{refused}");
+    }
+    // What two ask for at once, one gets.
+    let same = ["10.32.0.20".parse().unwrap()];
+    let (a, b) = tokio::join!(world.acquire_asked(1, "a", &same), world.acquire_asked(1, "b", &same));
+    assert!(a.is_ok() != b.is_ok());
+    drop((a, b));
+    // The same pod's next sandbox gets it while the one before still has it; a StatefulSet's pod keeps it, and nobody else gets it.
+    assert!(world.plug_asked(0, "web", &["10.32.0.7"]).await.is_ok());
+    world.plug_asked(0, "db-0", &["10.32.0.10"]).await.unwrap();
+    world.unplug("db-0");
+    assert!(error(world.plug_asked(0, "thief", &["10.32.0.10"]).await).contains("is given already"));
+    assert_eq!(
+        world.plug_asked(1, "db-0", &["10.32.0.10"]).await.unwrap()[0].to_string(),
+        "10.32.0.10",
+        "wherever it is"
+    );
+    world.unplug("db-0");
+    let differs = error(world.plug_asked(1, "db-0", &["10.32.0.12"]).await);
+    assert_eq!(
+        differs,
+        "annotation portolan.dev/networks: ips: 10.32.0.12 was given, but IPClaim backend.shop.db-0 keeps 10.32.0.10 for this pod; allowed: that, or delete the IPClaim"
+    );
+    assert!(!world.is_reserved(), "nothing is kept of what was refused");
+    world.restart(0);
+    assert_eq!(error(world.plug_asked(0, "thief", &["10.32.0.7"]).await), taken, "after a restart too");
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     /// So many pods at once, on nodes from this one on.
@@ -261,6 +322,8 @@ enum Step {
     Move(usize, usize),
     /// A node's agent is killed after it gave addresses to a pod, before the journal has them.
     KillInPlug(usize, bool),
+    /// A pod that asks for the address of this number.
+    Ask(usize, u8),
     Unplug(usize),
     Restart(usize),
     See,
@@ -274,6 +337,7 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (0..NODES, 1usize..6).prop_map(|(node, pods)| Step::Plug(node, pods)),
         4 => (0..NODES, 0usize..4).prop_map(|(node, pod)| Step::Move(node, pod)),
         1 => (0..NODES, any::<bool>()).prop_map(|(node, sticky)| Step::KillInPlug(node, sticky)),
+        3 => (0..NODES, 0u8..34).prop_map(|(node, last)| Step::Ask(node, last)),
         4 => (0usize..20).prop_map(Step::Unplug),
         1 => (0..NODES).prop_map(Step::Restart),
         1 => Just(Step::See),
@@ -307,6 +371,21 @@ async fn play(subnets: &[&str], steps: Vec<Step>) {
                 world.unplug(&pod);
                 if let Some(addresses) = expect_full(world.plug(node, &pod).await) {
                     assert_eq!(sticky.entry(pod).or_insert_with(|| addresses.clone()), &addresses, "is not sticky");
+                }
+            }
+            Step::Ask(node, last) => {
+                pods += 1;
+                let asked = [format!("fd32::{last:x}"), format!("10.32.0.{last}")];
+                let is_asked = |text: &&String| subnets.iter().any(|s| s.contains(':') == text.contains(':'));
+                let asked: Vec<&str> = asked.iter().filter(is_asked).map(String::as_str).collect();
+                match world.plug_asked(node, &format!("web-{pods}"), &asked).await {
+                    Ok(given) => assert!(given.iter().all(|address| asked.contains(&&*address.to_string()))),
+                    Err(
+                        PlugError::NoPodsAddress { .. }
+                        | PlugError::ForeignBlock { .. }
+                        | PlugError::AddressTaken { .. },
+                    ) => {}
+                    Err(other) => panic!("{other}"),
                 }
             }
             Step::KillInPlug(node, is_sticky) => {
