@@ -1,0 +1,171 @@
+//! `make bench-names`: Portolan's DNS server beside CoreDNS with the same names, in the same run, turn by turn. Needs no cluster.
+//! Asserts nothing about speed; docs/benchmarks.md says what is measured and how.
+
+mod client;
+mod servers;
+
+use std::{
+    os::unix::process::CommandExt,
+    process::{Command, ExitCode},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use portolan_dns::Zone;
+use portolan_e2e::stats::{Pairs, Table};
+
+use crate::{
+    client::{Ask, rate, wait_for},
+    servers::{COREDNS, CoreDns, OURS, Ours, zone},
+};
+
+/// Set in the namespace that all of it runs in.
+const INSIDE: &str = "PORTOLAN_BENCH_INSIDE";
+/// Names in both servers.
+const NAMES: usize = 1000;
+/// Names that only the upstream knows.
+const FOREIGN: usize = 100_000;
+/// Those of them that are asked again and again.
+const KNOWN: usize = 100;
+/// Records of a large zone.
+const LARGE: usize = 150_000;
+
+/// How much is measured.
+struct Sizes {
+    turns: usize,
+    /// How long queries are sent as fast as they can be.
+    time: Duration,
+    /// Queries of a turn, one at a time.
+    queries: usize,
+}
+
+const FULL: Sizes = Sizes { turns: 8, time: Duration::from_secs(3), queries: 10_000 };
+/// To see whether it works: `QUICK=1`.
+const QUICK: Sizes = Sizes { turns: 2, time: Duration::from_secs(1), queries: 1000 };
+
+fn main() -> ExitCode {
+    let mut report = String::new();
+    let result = if std::env::var_os(INSIDE).is_some() { run(&mut report) } else { Err(inside()) };
+    println!("\n{report}");
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("\nFAILED: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Begins again in a network namespace of its own, whose loopback is up. Returns only why it could not.
+fn inside() -> anyhow::Error {
+    let program = match std::env::current_exe() {
+        Ok(program) => program,
+        Err(e) => return e.into(),
+    };
+    let mut again = Command::new("unshare");
+    again.args(["--net", "sh", "-c", "ip link set lo up && exec \"$0\""]).arg(program).env(INSIDE, "1");
+    anyhow!(again.exec()).context("unshare")
+}
+
+fn run(report: &mut String) -> Result<()> {
+    let sizes = if std::env::var_os("QUICK").is_some_and(|quick| !quick.is_empty()) { QUICK } else { FULL };
+    let coredns = CoreDns::start(NAMES, FOREIGN)?;
+    let ours = Ours::start(NAMES)?;
+    for server in [OURS, COREDNS] {
+        wait_for(server, &own(0))?;
+    }
+    *report += &throughput(&sizes)?;
+    *report += &latency(&sizes)?;
+    *report += &large(&ours, &sizes)?;
+    *report += &format!("\nCoreDNS, which is not asked for these, has {} MiB then.\n", coredns.memory()? >> 20);
+    Ok(())
+}
+
+fn own(number: usize) -> String {
+    servers::own(number % NAMES)
+}
+
+/// Runs both, another one first each time; returns what ours gave, and then CoreDNS.
+fn both<T>(turn: usize, mut run: impl FnMut(bool) -> Result<T>) -> Result<(T, T)> {
+    if turn.is_multiple_of(2) {
+        let ours = run(true)?;
+        Ok((ours, run(false)?))
+    } else {
+        let theirs = run(false)?;
+        Ok((run(true)?, theirs))
+    }
+}
+
+fn throughput(sizes: &Sizes) -> Result<String> {
+    let own: Vec<_> = (0..NAMES).map(own).collect();
+    let known: Vec<_> = (0..KNOWN).map(servers::foreign).collect();
+    let mut rows = Vec::new();
+    for (what, names) in [("own names", own), ("forwarded names, asked before", known)] {
+        let mut pairs = Pairs::new(what, "CoreDNS");
+        for turn in 0..sizes.turns {
+            let (ours, theirs) = both(turn, |is_ours| rate(if is_ours { OURS } else { COREDNS }, &names, sizes.time))?;
+            pairs.push(ours / 1000.0, theirs / 1000.0);
+        }
+        rows.push(pairs);
+    }
+    Ok(format!(
+        "\n{}",
+        Table::new("As fast as they answer", "thousands of queries a second, more is better", rows).markdown()
+    ))
+}
+
+fn latency(sizes: &Sizes) -> Result<String> {
+    // Those that are asked for the first time are asked once of each server.
+    let mut next = KNOWN;
+    ensure!(KNOWN + sizes.turns * sizes.queries <= FOREIGN, "too few names for so many queries");
+    let kinds: [(&str, fn(usize, usize) -> String); 3] = [
+        ("own names", |_, number| own(number)),
+        ("forwarded names, asked before", |_, number| servers::foreign(number % KNOWN)),
+        ("forwarded names, asked for the first time", |next, number| servers::foreign(next + number)),
+    ];
+    let mut rows = Vec::new();
+    for (what, name) in kinds {
+        let mut quantiles = [("p50", 0.5), ("p99", 0.99)]
+            .map(|(text, part)| (part, Pairs::new(format!("{what}, {text} of a turn"), "CoreDNS")));
+        for turn in 0..sizes.turns {
+            let first = next;
+            let queries = if what.ends_with("first time") {
+                sizes.queries.min((FOREIGN - KNOWN) / sizes.turns)
+            } else {
+                sizes.queries
+            };
+            let (ours, theirs) = both(turn, |is_ours| {
+                let mut ask = Ask::new(if is_ours { OURS } else { COREDNS })?;
+                ask.each((0..queries).map(|number| name(first, number)))
+            })?;
+            if what.ends_with("first time") {
+                next += queries;
+            }
+            for (part, pairs) in &mut quantiles {
+                pairs.push(ours.quantile(*part), theirs.quantile(*part));
+            }
+        }
+        rows.extend(quantiles.map(|(_, pairs)| pairs));
+    }
+    Ok(format!("\n{}", Table::new("One query at a time", "µs", rows).markdown()))
+}
+
+/// A large zone: how long it takes to be made and put in place, what it takes of memory, and queries meanwhile.
+fn large(ours: &Ours, sizes: &Sizes) -> Result<String> {
+    let mut text = format!(
+        "\n### A zone of {LARGE} records, put in place of the one before\n\n| turn | building, ms | swap, µs | resident, MiB |\n|---|---|---|---|\n"
+    );
+    for turn in 0..=sizes.turns.min(3) {
+        let given = vec![zone(LARGE)];
+        let begun = Instant::now();
+        let made = Zone::new(given);
+        let built = begun.elapsed();
+        let begun = Instant::now();
+        ours.handle.replace(made);
+        let swapped = begun.elapsed();
+        wait_for(OURS, &servers::own(LARGE - 1))?;
+        let resident = servers::resident("self").context("/proc/self/status")? >> 20;
+        text += &format!("| {turn} | {:.0} | {} | {resident} |\n", built.as_secs_f64() * 1000.0, swapped.as_micros());
+    }
+    Ok(text)
+}
