@@ -4,6 +4,7 @@ mod broken;
 mod queueing;
 mod rogue;
 mod setup;
+mod speed;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};

@@ -24,7 +24,12 @@ pub struct Real {
 
 impl Real {
     pub fn start() -> Self {
-        let node = ZfsFuseNode::start(256);
+        Self::of(256)
+    }
+
+    /// With a pool of so many megabytes.
+    pub fn of(megabytes: u64) -> Self {
+        let node = ZfsFuseNode::start(megabytes);
         let zfs = node.zfs();
         Self { node, zfs, open: Mutex::new(None) }
     }
