@@ -28,18 +28,26 @@ pub(super) async fn resumed(a: &impl Node, b: &impl Node) {
     if !b.zfs().probe().await.unwrap().capabilities.resume {
         assert_eq!(kind(receive_with(b, &target, &full, &able).await), ErrorKind::Unsupported);
         assert_eq!(kind(a.zfs().send_resume("1-a-b-c").await), ErrorKind::Unsupported);
+        assert_eq!(kind(a.zfs().rest_of("1-a-b-c").await), ErrorKind::Unsupported);
         assert_eq!(kind(b.zfs().abort_receive(&target).await), ErrorKind::Unsupported);
         assert_eq!(kind(b.zfs().dataset(&target).await), ErrorKind::NotFound);
         return a.zfs().destroy_with_snapshots(&source).await.unwrap();
     }
     let token = async || b.zfs().dataset(&target).await.unwrap().resume_token;
     assert_eq!(kind(a.zfs().send_resume("-v").await), ErrorKind::Other, "no option is a token");
+    assert_eq!(kind(a.zfs().rest_of("-v").await), ErrorKind::Other, "no option is a token");
+    assert_eq!(kind(a.zfs().rest_of("1-a-b-c").await), ErrorKind::Other, "nor is anything else");
 
     assert_eq!(kind(receive_with(b, &target, half, &able).await), ErrorKind::BrokenStream);
     let first = token().await.expect("what came is kept");
     assert!(b.zfs().snapshots(&target).await.unwrap().is_empty(), "half a snapshot is none");
     assert_eq!(kind(receive_with(b, &target, &full, &able).await), ErrorKind::AlreadyExists);
+    let said = a.zfs().rest_of(&first).await.unwrap();
+    assert_eq!((&said.snapshot, said.guid, said.base), (&one.name, one.guid, None));
+    assert_eq!((said.raw, said.compressed), (false, false));
     let rest = drained(a.zfs().send_resume(&first).await.unwrap()).await;
+    let size = said.bytes.expect("the size of the rest is known") as usize;
+    assert!(size > rest.len() / 2 && size < rest.len() * 2, "{size} for {}", rest.len());
     assert!(rest.len() < full.len() * 3 / 4, "{} of {}", rest.len(), full.len());
     assert_eq!(kind(receive_with(b, &target, &rest[..rest.len() / 2], &able).await), ErrorKind::BrokenStream);
     let second = token().await.expect("what came is kept");
@@ -55,8 +63,14 @@ pub(super) async fn resumed(a: &impl Node, b: &impl Node) {
     let delta = stream(a, &two, Some(&one)).await;
     let cut = receive_with(b, &target, &delta[..delta.len() / 2], &able).await;
     assert_eq!(kind(cut), ErrorKind::BrokenStream);
-    assert!(token().await.is_some());
+    let begun = token().await.expect("what came is kept");
+    let said = a.zfs().rest_of(&begun).await.unwrap();
+    assert_eq!((said.guid, said.base), (two.guid, Some(one.guid)));
     assert_eq!(kind(receive_with(b, &target, &delta, &able).await), ErrorKind::Unfinished);
+    let base = target.snapshot("one").unwrap();
+    assert!(b.zfs().destroy_snapshot(&base).await.is_err(), "it stands on this");
+    b.zfs().rename_snapshot(&base, "another-name").await.unwrap();
+    b.zfs().rename_snapshot(&target.snapshot("another-name").unwrap(), "one").await.unwrap();
     for _ in 0..2 {
         b.zfs().abort_receive(&target).await.unwrap();
     }
@@ -71,8 +85,18 @@ pub(super) async fn resumed(a: &impl Node, b: &impl Node) {
         b.zfs().abort_receive(&gone).await.unwrap();
         assert_eq!(kind(b.zfs().dataset(&gone).await), ErrorKind::NotFound);
     }
+    // Half of something doesn't keep anything from being destroyed, nor is anything left of it.
+    assert_eq!(kind(receive_with(b, &gone, half, &options(b, &gone, true)).await), ErrorKind::BrokenStream);
+    b.zfs().destroy_with_snapshots(&gone).await.unwrap();
+    assert_eq!(kind(b.zfs().dataset(&gone).await), ErrorKind::NotFound);
+    let three = write_and_snapshot(a, &source, &noise(6 << 20), "three").await;
+    let delta = stream(a, &three, Some(&two)).await;
+    let cut = receive_with(b, &target, &delta[..delta.len() / 2], &able).await;
+    assert_eq!(kind(cut), ErrorKind::BrokenStream);
     b.zfs().destroy_with_snapshots(&target).await.unwrap();
+    assert_eq!(kind(b.zfs().dataset(&target).await), ErrorKind::NotFound);
     a.zfs().destroy_with_snapshots(&source).await.unwrap();
+    assert_eq!(kind(a.zfs().rest_of(&first).await), ErrorKind::NotFound, "its snapshot is gone");
     let stale = match a.zfs().send_resume(&first).await {
         Ok(stream) => stream.finish().await,
         Err(error) => Err(error),

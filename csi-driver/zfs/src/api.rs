@@ -4,7 +4,7 @@ use std::future::Future;
 
 use crate::error::ZfsError;
 use crate::key::Key;
-use crate::model::{Bookmark, Dataset, PoolHealth, Snapshot, Space};
+use crate::model::{Bookmark, Dataset, PoolHealth, Rest, Snapshot, Space};
 use crate::name::{BookmarkName, DatasetName, Guid, Property, SnapshotName};
 use crate::options::{ReceiveOptions, SendOptions};
 use crate::probe::Probe;
@@ -111,7 +111,7 @@ pub trait Zfs: Send + Sync + 'static {
     /// Gives a snapshot another short name; its GUID and its clones stay. `AlreadyExists` if another has that name.
     fn rename_snapshot(&self, name: &SnapshotName, short: &str) -> impl Future<Output = Result<()>> + Send;
 
-    /// Destroys one snapshot. A held one is `Busy`, one with clones `HasClones`.
+    /// Destroys one snapshot. A held one is `Busy`, one with clones `HasClones`, and so is one on which a resumable receive has begun to build.
     fn destroy_snapshot(&self, name: &SnapshotName) -> impl Future<Output = Result<()>> + Send;
 
     /// Destroys a snapshot at once if nothing holds or clones it, else as soon as nothing does. Idempotent until it is gone.
@@ -123,7 +123,7 @@ pub trait Zfs: Send + Sync + 'static {
     /// Unmounts a dataset (never by force) and destroys its own snapshots and itself. Refused, with all left as it is, if there are datasets
     /// below it, if one of its snapshots is held (`Busy`), or if one has clones (`HasClones`, naming them).
     /// A volume whose device is open is `Busy`, but its snapshots are gone by then.
-    /// Interrupted anywhere, it goes on when called again; `NotFound` if there is nothing to destroy.
+    /// What a resumable receive has kept goes first. Interrupted anywhere, it goes on when called again; `NotFound` if there is nothing to destroy.
     fn destroy_with_snapshots(&self, name: &DatasetName) -> impl Future<Output = Result<()>> + Send;
 
     /// Keeps a snapshot from being destroyed until `tag` is released. Idempotent.
@@ -150,6 +150,10 @@ pub trait Zfs: Send + Sync + 'static {
     /// About how many bytes that stream would have; none where ZFS doesn't say.
     fn send_size(&self, name: &SnapshotName, options: &SendOptions)
     -> impl Future<Output = Result<Option<u64>>> + Send;
+
+    /// What [`send_resume`](Self::send_resume) would send for a token. `NotFound` if its snapshot, or the one it started from, is there no more. A token
+    /// that says anything else than Portolan's own streams have in theirs is an error.
+    fn rest_of(&self, token: &str) -> impl Future<Output = Result<Rest>> + Send;
 
     /// Starts the rest of a stream that was cut: the receiver's [`Dataset::resume_token`] says which. As it began, so it goes on: raw or not.
     fn send_resume(&self, token: &str) -> impl Future<Output = Result<SendStream>> + Send;

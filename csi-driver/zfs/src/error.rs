@@ -131,6 +131,7 @@ const MESSAGES: &[(&str, ErrorKind)] = &[
     ("key must be loaded", ErrorKind::KeyNotLoaded),
     ("keys must be loaded", ErrorKind::KeyNotLoaded),
     ("dependent clones", ErrorKind::HasClones),
+    ("snapshot is cloned", ErrorKind::HasClones),
     ("out of space", ErrorKind::NoSpace),
     ("no space left", ErrorKind::NoSpace),
     ("quota exceeded", ErrorKind::NoSpace),

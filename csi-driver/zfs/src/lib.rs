@@ -22,7 +22,7 @@ pub use api::Zfs;
 pub use command::CommandLine;
 pub use error::{ErrorKind, ZfsError};
 pub use key::Key;
-pub use model::{Bookmark, Dataset, Kind, PoolHealth, Snapshot, Space};
+pub use model::{Bookmark, Dataset, Kind, PoolHealth, Rest, Snapshot, Space};
 pub use name::{BookmarkName, DatasetName, Guid, InvalidName, Property, SnapshotName};
 pub use options::{Base, ReceiveOptions, SendOptions};
 pub use probe::{Capabilities, Implementation, Probe};

@@ -55,6 +55,23 @@ pub struct Dataset {
     pub user: BTreeMap<String, String>,
 }
 
+/// What a [`Dataset::resume_token`] is the rest of. The receiver's word: it proves nothing but what ZFS would send for it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Rest {
+    /// The snapshot, as it was called when the stream began.
+    pub snapshot: SnapshotName,
+    /// What identifies it.
+    pub guid: Guid,
+    /// The GUID of the snapshot that the stream started from; none for a full one.
+    pub base: Option<Guid>,
+    /// Whether the stream is raw.
+    pub raw: bool,
+    /// Whether its blocks are as they are compressed at the sender, which all of a raw one are.
+    pub compressed: bool,
+    /// About how many bytes are to come.
+    pub bytes: Option<u64>,
+}
+
 /// A snapshot.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Snapshot {

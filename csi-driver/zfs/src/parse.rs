@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::model::{Bookmark, Dataset, Kind, Snapshot, Space};
+use crate::model::{Bookmark, Dataset, Kind, Rest, Snapshot, Space};
 use crate::name::{DatasetName, Guid};
 
 /// The columns asked for: `-o name,property,value,source`.
@@ -114,6 +114,47 @@ pub(crate) fn bookmarks(of: &DatasetName, text: &str) -> Result<Vec<Bookmark>, S
 /// The last line of `zfs send -nvP`: `size` and the bytes.
 pub(crate) fn send_size(text: &str) -> Option<u64> {
     text.lines().rev().find_map(|line| line.strip_prefix("size")?.trim().parse().ok())
+}
+
+/// From `zfs send -nvPt`: the contents of a token, a line `key = value` each, numbers in hexadecimal (libzfs prints its nvlist), and the size of what is
+/// to come. The token is a peer's: each key may be there once and must be one that Portolan's streams have, so that no value can pass for another key.
+pub(crate) fn rest(text: &str) -> Result<Rest, String> {
+    let (_, contents) = text.split_once("resume token contents:").ok_or("it doesn't print the token's contents")?;
+    let mut found: BTreeMap<&str, &str> = BTreeMap::new();
+    for (key, value) in contents.lines().filter_map(|line| line.split_once(" = ")) {
+        let known = [
+            "object",
+            "offset",
+            "bytes",
+            "toguid",
+            "toname",
+            "fromguid",
+            "largeblockok",
+            "embedok",
+            "compressok",
+            "rawok",
+        ];
+        let key = key.trim();
+        if !known.contains(&key) || found.insert(key, value.trim()).is_some() {
+            return Err(format!("the token has {key:?} twice, or is not of a stream of ours"));
+        }
+    }
+    let hexadecimal = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).map(Guid).ok();
+    let guid =
+        |key| found.get(key).copied().map(|text| hexadecimal(text).ok_or(format!("{key} is {text:?}"))).transpose();
+    let name = found.get("toname").ok_or("the token has no toname")?;
+    let (raw, compressed) = (found.contains_key("rawok"), found.contains_key("compressok"));
+    if !raw && (found.contains_key("largeblockok") || found.contains_key("embedok")) {
+        return Err("the token is not of a stream of ours".to_owned());
+    }
+    Ok(Rest {
+        snapshot: name.parse().map_err(|error: crate::InvalidName| error.to_string())?,
+        guid: guid("toguid")?.ok_or("the token has no toguid")?,
+        base: guid("fromguid")?.filter(|guid| guid.0 != 0),
+        raw,
+        compressed,
+        bytes: send_size(text),
+    })
 }
 
 /// From `zpool status`: what it says of the pool's state, what that means and which errors there are, in one line.
@@ -228,6 +269,27 @@ mod tests {
         assert!(read("on", "local") && read("on", "inherited from tank") && !read("off", "default"));
         assert!(read("off", "temporary"), "mounted with rw");
         assert!(!read("on", "temporary"), "mounted with ro");
+    }
+
+    #[test]
+    fn a_token_is_of_one_stream_or_of_none() {
+        let text = "resume token contents:\nnvlist version: 0\n\tobject = 0x2\n\toffset = 0x20000\n\tbytes = 0x20ad0\n\ttoguid = 0xf0\n\
+            \ttoname = tank/v@portolan-2\n\tcompressok = 1\nfull\ttank/v@portolan-2\t1000\nsize\t4096\n";
+        let full = rest(text).unwrap();
+        assert_eq!((full.snapshot.to_string().as_str(), full.guid, full.base), ("tank/v@portolan-2", Guid(0xf0), None));
+        assert_eq!((full.raw, full.compressed, full.bytes), (false, true, Some(4096)));
+        let delta = rest(&text.replace("\tcompressok = 1\n", "\trawok = 1\n\tfromguid = 0xe\n")).unwrap();
+        assert_eq!((delta.base, delta.raw, delta.compressed), (Some(Guid(0xe)), true, false));
+        for (part, other) in [
+            ("resume token contents:", ""),
+            ("\ttoguid = 0xf0\n", ""),
+            ("\ttoguid = 0xf0\n", "\ttoguid = 0xf0\n\ttoguid = 0xf1\n"),
+            ("tank/v@portolan-2\n\tcompressok", "tank/v\n\tcompressok"),
+            ("compressok", "savedok"),
+            ("compressok", "embedok"),
+        ] {
+            assert!(rest(&text.replacen(part, other, 1)).is_err(), "{part} {other}");
+        }
     }
 
     #[test]

@@ -104,6 +104,15 @@ impl CommandLine {
         if !clones.is_empty() {
             return refused(ErrorKind::HasClones, format!("there are clones of it: {}", clones.join(", ")));
         }
+        if found.iter().any(|dataset| dataset.resume_token.is_some()) {
+            self.abort(name).await?;
+            // It may have been all that there was.
+            if snapshots.is_empty()
+                && self.datasets(name, "0").await.is_err_and(|error| error.kind == ErrorKind::NotFound)
+            {
+                return Ok(());
+            }
+        }
         if found.iter().any(|dataset| dataset.kind == Kind::Filesystem) {
             self.unmount(name).await?;
         }

@@ -16,7 +16,7 @@ use tokio::sync::{Mutex, OnceCell};
 use crate::api::Zfs;
 use crate::error::{ErrorKind, ZfsError};
 use crate::key::Key;
-use crate::model::{Bookmark, Dataset, PoolHealth, Snapshot, Space};
+use crate::model::{Bookmark, Dataset, PoolHealth, Rest, Snapshot, Space};
 use crate::name::{BookmarkName, DatasetName, Guid, Property, SnapshotName};
 use crate::options::{ReceiveOptions, SendOptions};
 use crate::parse;
@@ -288,6 +288,10 @@ impl Zfs for CommandLine {
 
     async fn send_size(&self, name: &SnapshotName, options: &SendOptions) -> Result<Option<u64>, ZfsError> {
         self.estimate(name, options).await
+    }
+
+    async fn rest_of(&self, token: &str) -> Result<Rest, ZfsError> {
+        self.look_at_rest(token).await
     }
 
     async fn send_resume(&self, token: &str) -> Result<SendStream, ZfsError> {

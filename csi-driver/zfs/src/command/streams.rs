@@ -3,7 +3,7 @@
 use super::{CommandLine, already, odd_output};
 use crate::api::Zfs;
 use crate::error::{ErrorKind, ZfsError};
-use crate::model::Bookmark;
+use crate::model::{Bookmark, Rest};
 use crate::name::{BookmarkName, DatasetName, SnapshotName};
 use crate::options::{Base, ReceiveOptions, SendOptions};
 use crate::parse;
@@ -58,15 +58,27 @@ impl CommandLine {
     }
 
     pub(super) async fn resume(&self, token: &str) -> Result<SendStream, ZfsError> {
+        let words = self.resume_words("-t", token).await?;
+        SendStream::spawn(&self.runner, words)
+    }
+
+    /// `zfs send -nv -t` prints a token's contents and looks for its snapshots; `-P` has it say the size as a number.
+    pub(super) async fn look_at_rest(&self, token: &str) -> Result<Rest, ZfsError> {
+        let words = self.resume_words("-nvPt", token).await?;
+        let printed = self.runner.run(&words).await?.stdout;
+        parse::rest(&printed).map_err(|why| ZfsError::new(ErrorKind::Other, words.join(" "), why))
+    }
+
+    async fn resume_words(&self, flags: &str, token: &str) -> Result<Vec<String>, ZfsError> {
         // Only hexadecimal digits and dashes: what came over the network is no option.
         let good = token.starts_with(|c: char| c.is_ascii_digit())
             && token.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
         if !good {
             return Err(ZfsError::new(ErrorKind::Other, "zfs send -t", "the resume token is not valid"));
         }
-        let words = ["zfs", "send", "-t", token].map(str::to_owned);
+        let words = ["zfs", "send", flags, token].map(str::to_owned);
         self.need("resume", |can| can.resume, &words.join(" ")).await?;
-        SendStream::spawn(&self.runner, words.into())
+        Ok(words.into())
     }
 
     pub(super) async fn receive_into(

@@ -154,6 +154,11 @@ impl State {
         if self.clones_of(name.dataset()).any(|(_, origin)| origin == name) {
             return Err(failure(ErrorKind::HasClones, "destroy", name, "snapshot has dependent clones"));
         }
+        // It builds in a hidden clone of its base.
+        let guid = self.taken(name, "destroy")?.guid;
+        if self.entry(name.dataset(), "destroy")?.partial.as_ref().is_some_and(|part| part.base() == Some(guid)) {
+            return Err(failure(ErrorKind::HasClones, "destroy", name, "snapshot has dependent clones"));
+        }
         self.entry(name.dataset(), "destroy")?.snapshots.retain(|taken| taken.short != name.short());
         Ok(())
     }

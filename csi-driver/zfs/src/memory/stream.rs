@@ -6,7 +6,8 @@ use super::Result;
 use super::state::{Entry, State, Taken, failure};
 use crate::command::refuse_mixing;
 use crate::error::{ErrorKind, ZfsError};
-use crate::name::{DatasetName, SnapshotName};
+use crate::model::Rest;
+use crate::name::{DatasetName, Guid, SnapshotName};
 use crate::options::{Base, ReceiveOptions, SendOptions};
 
 const END: &[u8] = b"END";
@@ -38,9 +39,35 @@ pub(super) struct Partial {
 }
 
 impl Partial {
-    /// The GUIDs of the snapshot and its base, and how much is there.
+    /// The GUIDs of the snapshot and its base, how much is there, and whether it is raw or compressed.
     pub(super) fn token(&self) -> String {
-        format!("1-{:x}-{:x}-{:x}", self.header.guid, self.header.base.unwrap_or(0), self.data.len())
+        let kind = u8::from(self.header.seal.is_some()) | u8::from(self.header.compressed) << 1;
+        format!("1-{:x}-{:x}-{:x}-{kind:x}", self.header.guid, self.header.base.unwrap_or(0), self.data.len())
+    }
+
+    pub(super) fn base(&self) -> Option<u64> {
+        self.header.base
+    }
+}
+
+/// What a token says.
+struct Token {
+    guid: u64,
+    base: Option<u64>,
+    from: usize,
+    raw: bool,
+    compressed: bool,
+}
+
+impl Token {
+    fn parse(token: &str, operation: &str) -> Result<Self> {
+        let invalid = || failure(ErrorKind::Other, operation, &token, "the resume token is not valid");
+        let numbers: std::result::Result<Vec<u64>, _> =
+            token.split('-').skip(1).map(|number| u64::from_str_radix(number, 16)).collect();
+        let [guid, base, from, kind] = numbers.map_err(|_| invalid())?[..] else { return Err(invalid()) };
+        let (raw, compressed) = (kind & 1 != 0, kind & 2 != 0);
+        let from = usize::try_from(from).map_err(|_| invalid())?;
+        Ok(Self { guid, base: Some(base).filter(|base| *base != 0), from, raw, compressed })
     }
 }
 
@@ -74,20 +101,29 @@ impl State {
     /// The rest of the stream that a token stands for.
     pub(super) fn rest(&mut self, token: &str) -> Result<Vec<u8>> {
         self.need("resume", |can| can.resume, "send_resume", &token)?;
-        let invalid = || failure(ErrorKind::Other, "send_resume", &token, "the resume token is not valid");
-        let numbers: Vec<u64> = token
-            .split('-')
-            .skip(1)
-            .map(|number| u64::from_str_radix(number, 16).map_err(|_| invalid()))
-            .collect::<Result<_>>()?;
-        let [guid, base, from] = numbers[..] else { return Err(invalid()) };
-        let holder = self.datasets.iter().find(|(_, entry)| entry.snapshots.iter().any(|taken| taken.guid == guid));
+        let Token { guid, base, from, raw, compressed } = Token::parse(token, "send_resume")?;
+        let name = self.holder(guid, base, token)?;
+        let seal = if raw { self.seal_of(name.dataset())? } else { None };
+        encoded(self.taken(&name, "send_resume")?, base, Some(from), seal, compressed)
+    }
+
+    /// What a token stands for.
+    pub(super) fn rest_of(&mut self, token: &str) -> Result<Rest> {
+        self.need("resume", |can| can.resume, "rest_of", &token)?;
+        let Token { guid, base, from, raw, compressed } = Token::parse(token, "rest_of")?;
+        let snapshot = self.holder(guid, base, token)?;
+        let bytes = self.taken(&snapshot, "rest_of")?.data.len().saturating_sub(from) as u64;
+        Ok(Rest { snapshot, guid: Guid(guid), base: base.map(Guid), raw, compressed, bytes: Some(bytes) })
+    }
+
+    /// The snapshot of that GUID, in a dataset that has its base, too.
+    fn holder(&self, guid: u64, base: Option<u64>, token: &str) -> Result<SnapshotName> {
         let gone = || failure(ErrorKind::NotFound, "send_resume", &token, "the snapshot no longer exists");
-        let name = holder.map(|(name, _)| name.clone()).ok_or_else(gone)?;
-        let seal = self.seal_of(&name)?;
-        let taken = self.datasets.get(&name).and_then(|entry| entry.snapshots.iter().find(|taken| taken.guid == guid));
-        let from = usize::try_from(from).map_err(|_| invalid())?;
-        encoded(taken.ok_or_else(gone)?, Some(base).filter(|base| *base != 0), Some(from), seal, false)
+        let has = |entry: &Entry, guid| entry.snapshots.iter().any(|taken| taken.guid == guid);
+        let holds = |entry: &Entry| has(entry, guid) && base.is_none_or(|base| has(entry, base));
+        let (name, entry) = self.datasets.iter().find(|(_, entry)| holds(entry)).ok_or_else(gone)?;
+        let taken = entry.snapshots.iter().find(|taken| taken.guid == guid).ok_or_else(gone)?;
+        Ok(taken.snapshot(name)?.name)
     }
 
     pub(super) fn receive(&mut self, name: &DatasetName, bytes: &[u8], options: &ReceiveOptions) -> Result<()> {

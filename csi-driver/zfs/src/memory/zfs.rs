@@ -7,7 +7,7 @@ use super::{Memory, Result};
 use crate::api::Zfs;
 use crate::error::{ErrorKind, ZfsError};
 use crate::key::Key;
-use crate::model::{Bookmark, Dataset, PoolHealth, Snapshot, Space};
+use crate::model::{Bookmark, Dataset, PoolHealth, Rest, Snapshot, Space};
 use crate::name::{BookmarkName, DatasetName, Guid, Property, SnapshotName};
 use crate::options::{ReceiveOptions, SendOptions};
 use crate::probe::Probe;
@@ -190,7 +190,17 @@ impl Zfs for Memory {
     }
 
     async fn destroy_with_snapshots(&self, name: &DatasetName) -> Result<()> {
-        let snapshots = self.call("destroy_with_snapshots", name, |state| state.all_to_destroy(name)).await?;
+        let act = |state: &mut State| {
+            let part = state.entry(name, "destroy")?.partial.is_some();
+            Ok((state.all_to_destroy(name)?, part))
+        };
+        let (snapshots, part) = self.call("destroy_with_snapshots", name, act).await?;
+        if part {
+            self.abort_receive(name).await?;
+            if !self.lock().datasets.contains_key(name) {
+                return Ok(());
+            }
+        }
         self.unmount(name).await?;
         for snapshot in snapshots {
             self.destroy_snapshot(&snapshot).await?;
@@ -272,6 +282,10 @@ impl Zfs for Memory {
             false => Ok(None),
         })
         .await
+    }
+
+    async fn rest_of(&self, token: &str) -> Result<Rest> {
+        self.call("rest_of", token, |state| state.rest_of(token)).await
     }
 
     async fn send_resume(&self, token: &str) -> Result<SendStream> {
