@@ -2,6 +2,7 @@
 
 mod broken;
 mod queueing;
+mod resuming;
 mod rogue;
 mod setup;
 mod speed;

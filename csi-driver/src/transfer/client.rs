@@ -83,6 +83,8 @@ pub struct Fetching<'a, Z> {
     /// Of the first stream.
     base: Option<SnapshotName>,
     place: Option<Place>,
+    /// Whether our ZFS can go on with a stream that was cut, once it has been looked at.
+    resumable: Option<bool>,
     /// Whether our pool takes compressed blocks, once it has been looked at.
     compressed: Option<bool>,
 }
@@ -100,8 +102,17 @@ pub struct Offer {
     stream: Stream,
     request: Request,
     reply: Reply,
-    ours: Option<Vec<Snapshot>>,
+    there: There,
     waited: bool,
+}
+
+/// What is on our disk.
+#[derive(Clone, Debug, Eq, PartialEq)]
+struct There {
+    /// None if there is no such dataset.
+    snapshots: Option<Vec<Snapshot>>,
+    /// The token of a part of a stream.
+    part: Option<String>,
 }
 
 impl Offer {
@@ -132,32 +143,48 @@ impl<'a, Z: Zfs> Fetching<'a, Z> {
     /// A transfer that is about to begin.
     pub fn new(identity: &'a Identity, zfs: &'a Z, limits: Limits, what: Fetch) -> Self {
         let brake = Brake::new(what.pace.clone());
-        Self { identity, zfs, limits, what, brake, bytes: 0, base: None, place: None, compressed: None }
+        Self {
+            identity,
+            zfs,
+            limits,
+            what,
+            brake,
+            bytes: 0,
+            base: None,
+            place: None,
+            resumable: None,
+            compressed: None,
+        }
     }
 
     /// Looks at what is there, waits for a place here and at the source, and asks for the next stream. Nothing is changed here but the
     /// properties of what is there already. `waits` is told at each change of the queues, and now and then.
     pub async fn next(&mut self, waits: impl Fn(Waits) + Send + Sync) -> Result<Next, TransferError> {
         let what = &self.what;
-        let mut ours = snapshots(self.zfs, &what.target).await?;
-        if let Some(there) = ours.iter().flatten().find(|snapshot| snapshot.guid == what.request.guid) {
+        let resumable = match self.resumable {
+            Some(known) => known,
+            None => *self.resumable.insert(self.zfs.probe().await?.capabilities.resume),
+        };
+        let mut there = look(self.zfs, &what.target, resumable).await?;
+        let whole = there.snapshots.iter().flatten().find(|snapshot| snapshot.guid == what.request.guid);
+        if let Some(whole) = whole {
             if self.bytes == 0 {
                 // What received it may have been stopped before it had set them.
                 for property in &what.properties {
                     self.zfs.set_property(&what.target, property).await?;
                 }
             }
-            let (snapshot, base) = (there.clone(), self.base.take());
+            let (snapshot, base) = (whole.clone(), self.base.take());
             return Ok(Next::Done(Received { snapshot, bytes: self.bytes, base }));
         }
         let here = self.place.get_or_insert_with(|| what.turns.enter(what.class));
         let mut waited = false;
         if here.before().is_some() {
             here.turn(|before| waits(Waits { at_source: false, before })).await;
-            ours = snapshots(self.zfs, &what.target).await?;
+            there = look(self.zfs, &what.target, resumable).await?;
             waited = true;
         }
-        let mut request = what.request.clone().having(ours.iter().flatten().map(|snapshot| snapshot.guid));
+        let mut request = what.request.clone().having(there.snapshots.iter().flatten().map(|snapshot| snapshot.guid));
         request.validate().map_err(|error| TransferError::Protocol(error.to_string()))?;
         let (stream, compressed) = tokio::join!(
             connect(self.identity, self.limits, what),
@@ -166,10 +193,11 @@ impl<'a, Z: Zfs> Fetching<'a, Z> {
         let mut stream = stream?;
         request.version = version_of(stream.get_ref().get_ref().1.alpn_protocol());
         request.compressed = compressed && request.version > OLDEST;
+        request.token = there.part.clone().filter(|_| request.version > OLDEST);
         let told = |before| waits(Waits { at_source: true, before });
         let (reply, waited_there) = ask(&mut stream, self.limits, what, &request, told).await?;
         waited |= waited_there;
-        Ok(Next::Stream(Box::new(Offer { stream, request, reply, ours, waited })))
+        Ok(Next::Stream(Box::new(Offer { stream, request, reply, there, waited })))
     }
 
     /// Receives a stream.
@@ -182,7 +210,8 @@ impl<'a, Z: Zfs> Fetching<'a, Z> {
         let told = |now: SoFar| {
             progress(SoFar { bytes: so_far + now.bytes, estimate: now.estimate.map(|left| so_far + left) });
         };
-        let (bytes, base) = one(self.zfs, self.limits, &self.what, *offer, &mut self.brake, told).await?;
+        let resumable = self.resumable.unwrap_or_default();
+        let (bytes, base) = one(self.zfs, self.limits, &self.what, resumable, *offer, &mut self.brake, told).await?;
         if so_far == 0 {
             self.base = base;
         }
@@ -196,23 +225,36 @@ async fn one(
     zfs: &impl Zfs,
     limits: Limits,
     what: &Fetch,
+    resumable: bool,
     offer: Offer,
     brake: &mut Brake,
     progress: impl Fn(SoFar) + Send + Sync,
 ) -> Result<(u64, Option<SnapshotName>), TransferError> {
-    let Offer { mut stream, request, reply, ours, waited } = offer;
-    if waited && snapshots(zfs, &what.target).await? != ours {
+    let Offer { mut stream, request, reply, mut there, waited } = offer;
+    if waited && look(zfs, &what.target, resumable).await? != there {
         return Err(TransferError::Changed { target: what.target.to_string() });
+    }
+    if reply.resumes && request.token.is_none() {
+        return Err(TransferError::Protocol("the rest of a stream of which we have nothing".into()));
+    }
+    if !reply.resumes && there.part.is_some() {
+        // Of another stream than what is wanted now.
+        zfs.abort_receive(&what.target).await?;
+        there = look(zfs, &what.target, resumable).await?;
     }
     let coming = reply.guid.unwrap_or(request.guid);
     if request.have.contains(&coming) {
         return Err(TransferError::Protocol(format!("a stream of {coming}, which we have")));
     }
-    let base = base_of(what, ours.as_deref(), reply.base)?;
-    let receive = zfs.receive(&what.target, &ReceiveOptions::with(&what.properties)).await?;
+    let base = base_of(what, &there, reply.base)?;
+    let options = ReceiveOptions { properties: what.properties.clone(), resumable };
+    let receive = zfs.receive(&what.target, &options).await?;
     let told = |bytes| progress(SoFar { bytes, estimate: reply.estimate });
     let copied = copy(&mut stream, receive, limits, what, brake, &told).await;
 
+    if let (true, Err(cause)) = (resumable, &copied) {
+        keep_or_drop(zfs, &what.target, cause, request.token.as_ref()).await;
+    }
     let now = snapshots(zfs, &what.target).await;
     let snapshot = now.map(|found| found.into_iter().flatten().find(|snapshot| snapshot.guid == coming));
     match (copied, snapshot) {
@@ -232,6 +274,34 @@ async fn one(
 /// failure of our own ZFS, a deadline for one, all of the verified stream may be there, and the next attempt finds it.
 fn must_not_count(cause: &TransferError) -> bool {
     !matches!(cause, TransferError::Zfs(_))
+}
+
+/// After a stream that failed: what came of it is kept for the next attempt only if it was cut, and is more than what was there before. What ZFS refused
+/// would be refused again, may fill the pool, or was damaged.
+async fn keep_or_drop(zfs: &impl Zfs, target: &DatasetName, cause: &TransferError, before: Option<&String>) {
+    let was_cut = matches!(
+        cause,
+        TransferError::Truncated { .. } | TransferError::Idle { .. } | TransferError::Connection { .. }
+    );
+    let now = look(zfs, target, true).await;
+    let part = now.as_ref().ok().and_then(|now| now.part.as_ref());
+    if was_cut && part != before {
+        return;
+    }
+    // What can't be dropped now is offered to the source again.
+    if let Err(error) = zfs.abort_receive(target).await {
+        tracing::debug!(%target, %error, "a part of a stream stays behind");
+    }
+}
+
+/// What is on our disk. Where ZFS can't go on with a stream there is never a part of one.
+async fn look(zfs: &impl Zfs, target: &DatasetName, resumable: bool) -> Result<There, TransferError> {
+    let snapshots = snapshots(zfs, target).await?;
+    let part = match (resumable, &snapshots) {
+        (true, Some(_)) => zfs.dataset(target).await?.resume_token,
+        _ => None,
+    };
+    Ok(There { snapshots, part })
 }
 
 /// Whether our pool takes compressed blocks: looked at once, and not worth a failure.
@@ -302,9 +372,9 @@ async fn ask(
 
 /// The snapshot of ours that the source starts from. It must be our newest, and a full stream needs that we have nothing: `zfs recv` would
 /// refuse everything else after all of it had been sent.
-fn base_of(what: &Fetch, ours: Option<&[Snapshot]>, base: Option<Guid>) -> Result<Option<SnapshotName>, TransferError> {
+fn base_of(what: &Fetch, there: &There, base: Option<Guid>) -> Result<Option<SnapshotName>, TransferError> {
     let diverged = |why: String| Err(TransferError::Diverged { target: what.target.to_string(), why });
-    let Some(ours) = ours else {
+    let Some(ours) = &there.snapshots else {
         return match base {
             None => Ok(None),
             Some(guid) => Err(TransferError::Protocol(format!("a stream based on {guid}, which we don't have"))),
@@ -318,6 +388,8 @@ fn base_of(what: &Fetch, ours: Option<&[Snapshot]>, base: Option<Guid>) -> Resul
         (Some(newest), None) => {
             diverged(format!("the source has none of its snapshots, the newest of which is {}", newest.name))
         }
+        // All that there is is a part of the stream that goes on now.
+        (None, None) if there.part.is_some() => Ok(None),
         (None, _) => Err(TransferError::Unsettled { target: what.target.to_string() }),
     }
 }

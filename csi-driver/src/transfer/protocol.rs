@@ -8,7 +8,7 @@
 //! source -> target   u32 0, u64 total length, 32 bytes BLAKE3 of the whole payload
 //! ```
 //!
-//! Version 1 has no replies that say who is before one, and no compressed streams. The version is agreed on with the TLS handshake (ALPN), and
+//! Version 1 has no replies that say who is before one, no compressed streams, and no token. The version is agreed on with the TLS handshake (ALPN), and
 //! stands in the request.
 
 use std::fmt;
@@ -26,6 +26,8 @@ pub const MAX_HEADER: usize = 64 * 1024;
 pub const MAX_FRAME: usize = 1024 * 1024;
 /// The most snapshots that a target may name.
 const MAX_HAVE: usize = 2048;
+/// The longest token in bytes. OpenZFS' have some hundreds: the compressed names and numbers, in hexadecimal.
+const MAX_TOKEN: usize = 4096;
 
 /// What a target asks for.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -50,6 +52,9 @@ pub struct Request {
     /// Whether the target's pool takes blocks as they are compressed at the source. Not in version 1.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub compressed: bool,
+    /// What the target has of a stream that was cut: ZFS's own word for it, which the source's ZFS understands. Not in version 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
 }
 
 impl Request {
@@ -64,6 +69,7 @@ impl Request {
             have: Vec::new(),
             restore: None,
             compressed: false,
+            token: None,
         }
     }
 
@@ -110,6 +116,12 @@ impl Request {
         if let Some(volume) = self.restore.as_ref().filter(|volume| !is_name(volume)) {
             return invalid("restore", volume, "A-Z a-z 0-9 - _ . :");
         }
+        let is_token = |token: &String| {
+            token.len() <= MAX_TOKEN && token.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-')
+        };
+        if let Some(token) = self.token.as_ref().filter(|token| !is_token(token)) {
+            return invalid("token", token, "up to 4096 of 0-9 a-f -");
+        }
         if self.have.len() > MAX_HAVE {
             return invalid("have", &self.have.len(), "up to 2048 GUIDs");
         }
@@ -152,6 +164,9 @@ pub struct Reply {
     pub base: Option<Guid>,
     /// That snapshot's short name at the source.
     pub base_snapshot: Option<String>,
+    /// Whether the stream is the rest of the one that the target's token stands for.
+    #[serde(default)]
+    pub resumes: bool,
     /// About how many bytes of stream lead from the base to the snapshot asked for; none where ZFS doesn't say.
     #[serde(default)]
     pub estimate: Option<u64>,
@@ -160,9 +175,9 @@ pub struct Reply {
 }
 
 impl Reply {
-    pub(crate) fn stream(guid: Guid, base: Option<(Guid, String)>, estimate: Option<u64>) -> Self {
+    pub(crate) fn stream(guid: Guid, base: Option<(Guid, String)>, resumes: bool, estimate: Option<u64>) -> Self {
         let (base, base_snapshot) = base.unzip();
-        Self { ok: true, guid: Some(guid), base, base_snapshot, estimate, ..Self::default() }
+        Self { ok: true, guid: Some(guid), base, base_snapshot, resumes, estimate, ..Self::default() }
     }
 
     pub(crate) fn refusal(refusal: Refusal) -> Self {
@@ -278,6 +293,8 @@ mod tests {
         assert_eq!(field(|r| r.snapshot = "a/b".into()), "snapshot");
         assert_eq!(field(|r| r.have = vec![Guid(1); 3000]), "have");
         assert_eq!(field(|r| r.restore = Some("a b".into())), "restore");
+        assert_eq!(field(|r| r.token = Some("1-ab -x".into())), "token");
+        assert_eq!(field(|r| r.token = Some("a".repeat(5000))), "token");
         let many = good.having((0..5000).map(Guid));
         assert_eq!((many.have.len(), many.have[0], many.validate()), (2048, Guid(4999), Ok(())));
     }

@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use portolan_zfs::{DatasetName, ErrorKind, Guid, SendOptions, SendStream, Snapshot, SnapshotName, Zfs, ZfsError};
+use portolan_zfs::{
+    DatasetName, ErrorKind, Guid, Rest, SendOptions, SendStream, Snapshot, SnapshotName, Zfs, ZfsError,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -94,6 +96,7 @@ struct Opened {
     _place: Place,
     guid: Guid,
     base: Option<(Guid, String)>,
+    resumes: bool,
     estimate: Option<u64>,
     source: SendStream,
 }
@@ -143,7 +146,7 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
         };
         match opened {
             Ok(opened) => {
-                let reply = Reply::stream(opened.guid, opened.base, opened.estimate);
+                let reply = Reply::stream(opened.guid, opened.base, opened.resumes, opened.estimate);
                 within(self.limits.idle, "replying", write_header(stream, &reply)).await?;
                 let bytes = self.pump(opened.source, stream).await?;
                 Ok(Some((request, bytes)))
@@ -209,11 +212,30 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
         // What is raw is compressed as it is.
         let compressed = request.compressed && !raw && self.sends_compressed().await?;
         let options = SendOptions { raw, compressed, ..SendOptions::since(base.map(|base| &base.name)) };
-        let (source, estimate) =
-            tokio::join!(self.zfs.send(&next.name, &options), self.estimate(&wanted.name, &options));
+        let rest = self.rest(request, base, next, &options).await;
+        let (source, estimate) = match &rest {
+            // How much follows for other snapshots isn't asked.
+            Some((token, rest)) => (self.zfs.send_resume(token).await, rest.bytes.filter(|_| next.guid == wanted.guid)),
+            None => tokio::join!(self.zfs.send(&next.name, &options), self.estimate(&wanted.name, &options)),
+        };
         let source = source.map_err(|error| refusal_of(&error))?;
         let base = base.map(|base| (base.guid, base.name.short().to_owned()));
-        Ok(Opened { _place: place, guid: next.guid, base, estimate, source })
+        Ok(Opened { _place: place, guid: next.guid, base, resumes: rest.is_some(), estimate, source })
+    }
+
+    /// The target's token, if it is of the very stream that would be sent now: anything else is not gone on with. It is the target's word, and ZFS would
+    /// send whatever it names.
+    async fn rest<'a>(
+        &self,
+        request: &'a Request,
+        base: Option<&Snapshot>,
+        next: &Snapshot,
+        options: &SendOptions,
+    ) -> Option<(&'a str, Rest)> {
+        let token = request.token.as_deref()?;
+        let rest = self.zfs.rest_of(token).await;
+        let rest = rest.inspect_err(|error| debug!(%error, "a target's token is of no use")).ok()?;
+        is_rest_of(&rest, base, next, options).then_some((token, rest))
     }
 
     async fn sends_compressed(&self) -> Result<bool, Refusal> {
@@ -267,6 +289,16 @@ fn next_step<'a>(
     (base.map(|base| before[base]), next.copied().unwrap_or(wanted))
 }
 
+/// Whether what a token names is the stream from `base` to `next` as it would be sent now.
+fn is_rest_of(rest: &Rest, base: Option<&Snapshot>, next: &Snapshot, options: &SendOptions) -> bool {
+    rest.snapshot.dataset() == next.name.dataset()
+        && rest.guid == next.guid
+        && rest.base == base.map(|base| base.guid)
+        && rest.raw == options.raw
+        // All blocks of what is raw are as they are on disk.
+        && (rest.raw || rest.compressed == options.compressed)
+}
+
 fn refusal_of(error: &ZfsError) -> Refusal {
     let code = if error.kind == ErrorKind::NotFound { RefusalCode::NotFound } else { RefusalCode::Failed };
     Refusal::new(code, error.to_string())
@@ -276,19 +308,49 @@ fn refusal_of(error: &ZfsError) -> Refusal {
 mod tests {
     use super::*;
 
+    fn four() -> Vec<Snapshot> {
+        let dataset = DatasetName::new("tank/v").unwrap();
+        let snapshot = |n| Snapshot {
+            name: dataset.snapshot(&format!("s{n}")).unwrap(),
+            guid: Guid(n),
+            created_txg: n,
+            created: 0,
+            holds: 0,
+            defer_destroy: false,
+        };
+        (1..=4).map(snapshot).collect()
+    }
+
+    #[test]
+    fn only_the_rest_of_the_same_stream_is_gone_on_with() {
+        let (snapshots, options) = (four(), SendOptions { compressed: true, ..SendOptions::default() });
+        let rest = Rest {
+            snapshot: snapshots[2].name.clone(),
+            guid: Guid(3),
+            base: Some(Guid(2)),
+            raw: false,
+            compressed: true,
+            bytes: None,
+        };
+        let fits = |change: fn(&mut Rest)| {
+            let mut rest = rest.clone();
+            change(&mut rest);
+            is_rest_of(&rest, Some(&snapshots[1]), &snapshots[2], &options)
+        };
+        assert!(fits(|_| ()));
+        assert!(fits(|rest| rest.snapshot = "tank/v@renamed".parse().unwrap()), "the GUID tells");
+        assert!(!fits(|rest| rest.snapshot = "tank/other@s3".parse().unwrap()));
+        assert!(!fits(|rest| rest.guid = Guid(4)));
+        assert!(!fits(|rest| rest.base = Some(Guid(1))));
+        assert!(!fits(|rest| rest.base = None));
+        assert!(!fits(|rest| rest.raw = true));
+        assert!(!fits(|rest| rest.compressed = false));
+        assert!(!is_rest_of(&rest, None, &snapshots[2], &options));
+    }
+
     #[test]
     fn each_stream_brings_the_next_snapshot() {
-        let dataset = DatasetName::new("tank/v").unwrap();
-        let snapshots: Vec<Snapshot> = (1..=4)
-            .map(|n| Snapshot {
-                name: dataset.snapshot(&format!("s{n}")).unwrap(),
-                guid: Guid(n),
-                created_txg: n,
-                created: 0,
-                holds: 0,
-                defer_destroy: false,
-            })
-            .collect();
+        let snapshots = four();
         let all = |_: &Snapshot| true;
         let step = |have: &[u64]| {
             let have: Vec<Guid> = have.iter().copied().map(Guid).collect();
