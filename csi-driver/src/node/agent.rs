@@ -153,16 +153,22 @@ async fn drive<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<Duration, StepError> 
     let node = steps.node;
     let mut fresh = false;
     for _ in 0..PLANS {
-        let local = disk::read(node.zfs.as_ref(), &node.mounts, &steps.dataset).await?;
+        let found = disk::look(node.zfs.as_ref(), &node.mounts, &steps.dataset).await?;
+        let local = found.copy;
         let mut snapshots = asked(steps).await?;
         let mut actions = handoff::plan(&node.name, &steps.volume, local.as_ref(), &snapshots);
-        if !fresh && !actions.is_empty() {
+        if !fresh && (found.part || !actions.is_empty()) {
             // The watch may be behind: what is done is decided on the object as it is now.
             let Some(now) = node.volumes.get_opt(&steps.volume.name_any()).await? else { return Ok(RESYNC) };
             steps.volume = now;
             fresh = true;
             snapshots = asked(steps).await?;
             actions = handoff::plan(&node.name, &steps.volume, local.as_ref(), &snapshots);
+        }
+        if found.part && !handoff::wants_part(&node.name, &steps.volume, &actions) {
+            node.zfs.abort_receive(&steps.dataset).await?;
+            tracing::info!(dataset = %steps.dataset, "dropped a part of a stream that nobody goes on with");
+            continue;
         }
         if actions.is_empty() {
             let owned = volume::status(&steps.volume).owner.as_ref() == Some(&node.name);

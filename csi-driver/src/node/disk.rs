@@ -35,23 +35,44 @@ pub fn mounts(mounts: &Mounts, dataset: &DatasetName) -> Result<Vec<PathBuf>, Re
     Ok(at)
 }
 
-/// The copy in `dataset`; none if its pool is there and has no such dataset.
+/// What a node has of a volume.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Its copy.
+    pub copy: Option<Local>,
+    /// Whether there is a part of a stream that was cut, which counts for nothing.
+    pub part: bool,
+}
+
+/// The copy in `dataset`; none if its pool is there and has no such dataset, or one that has nothing but a part of a stream.
 ///
 /// # Errors
 /// When the pool or the mount table can't be read: then nothing is known.
 pub async fn read(zfs: &impl Zfs, table: &Mounts, dataset: &DatasetName) -> Result<Option<Local>, ReadError> {
+    Ok(look(zfs, table, dataset).await?.copy)
+}
+
+/// The same, and whether there is a part of a stream.
+///
+/// # Errors
+/// As for [`read`].
+pub async fn look(zfs: &impl Zfs, table: &Mounts, dataset: &DatasetName) -> Result<Found, ReadError> {
     let (found, snapshots) = tokio::join!(zfs.dataset(dataset), zfs.snapshots(dataset));
     let found = match found {
-        Err(error) if error.kind == ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind == ErrorKind::NotFound => return Ok(Found::default()),
         found => found?,
     };
-    let snapshots = snapshots?
+    let (snapshots, part) = (snapshots?, found.resume_token.is_some());
+    if part && snapshots.is_empty() {
+        return Ok(Found { copy: None, part });
+    }
+    let snapshots = snapshots
         .into_iter()
         // Nobody's any more but its clones'.
         .filter(|snapshot| !snapshot.defer_destroy)
         .map(|snapshot| Known { name: snapshot.name.short().to_owned(), guid: snapshot.guid.to_string() })
         .collect();
-    Ok(Some(Local {
+    let copy = Local {
         dataset: found.name.to_string(),
         guid: found.guid.to_string(),
         uid: found.user.get(UID_PROPERTY).cloned(),
@@ -63,5 +84,6 @@ pub async fn read(zfs: &impl Zfs, table: &Mounts, dataset: &DatasetName) -> Resu
         used: i64::try_from(found.used).unwrap_or(i64::MAX),
         snapshots,
         origin: found.origin.map(|origin| (origin.dataset().short().to_owned(), origin.short().to_owned())),
-    }))
+    };
+    Ok(Found { copy: Some(copy), part })
 }

@@ -11,6 +11,7 @@ mod host;
 mod kubelet;
 mod picture;
 mod reading;
+mod resuming;
 mod rules;
 mod waiting;
 mod world;
