@@ -5,7 +5,6 @@ mod queueing;
 mod resuming;
 mod rogue;
 mod setup;
-mod speed;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};

@@ -24,12 +24,7 @@ pub struct Real {
 
 impl Real {
     pub fn start() -> Self {
-        Self::of(256)
-    }
-
-    /// With a pool of so many megabytes.
-    pub fn of(megabytes: u64) -> Self {
-        let node = ZfsFuseNode::start(megabytes);
+        let node = ZfsFuseNode::start(256);
         let zfs = node.zfs();
         Self { node, zfs, open: Mutex::new(None) }
     }

@@ -114,11 +114,14 @@ fn throughput(sizes: &Sizes) -> Result<String> {
     ))
 }
 
+/// A name from the first number of a turn and that of the query.
+type NameOf = fn(usize, usize) -> String;
+
 fn latency(sizes: &Sizes) -> Result<String> {
     // Those that are asked for the first time are asked once of each server.
     let mut next = KNOWN;
     ensure!(KNOWN + sizes.turns * sizes.queries <= FOREIGN, "too few names for so many queries");
-    let kinds: [(&str, fn(usize, usize) -> String); 3] = [
+    let kinds: [(&str, NameOf); 3] = [
         ("own names", |_, number| own(number)),
         ("forwarded names, asked before", |_, number| servers::foreign(number % KNOWN)),
         ("forwarded names, asked for the first time", |next, number| servers::foreign(next + number)),
