@@ -296,12 +296,18 @@ async fn keep_or_drop(zfs: &impl Zfs, target: &DatasetName, cause: &TransferErro
 
 /// What is on our disk. Where ZFS can't go on with a stream there is never a part of one.
 async fn look(zfs: &impl Zfs, target: &DatasetName, resumable: bool) -> Result<There, TransferError> {
-    let snapshots = snapshots(zfs, target).await?;
-    let part = match (resumable, &snapshots) {
-        (true, Some(_)) => zfs.dataset(target).await?.resume_token,
-        _ => None,
+    // At once: a pod may wait for it.
+    let part = async {
+        match resumable {
+            true => zfs.dataset(target).await.map(|dataset| dataset.resume_token),
+            false => Ok(None),
+        }
     };
-    Ok(There { snapshots, part })
+    let (snapshots, part) = tokio::join!(snapshots(zfs, target), part);
+    match snapshots? {
+        Some(snapshots) => Ok(There { snapshots: Some(snapshots), part: part? }),
+        None => Ok(There { snapshots: None, part: None }),
+    }
 }
 
 /// Whether our pool takes compressed blocks: looked at once, and not worth a failure.

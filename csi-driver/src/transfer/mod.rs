@@ -2,7 +2,8 @@
 //!
 //! The target connects to the source and asks for one snapshot of one volume, naming the snapshots it has; the source chooses the newest of
 //! those as base and streams the rest. A stream counts only with its trailer, which is written after `zfs send` has ended well and which the
-//! target verifies before it lets `zfs recv` see the last bytes: whatever is cut or damaged on the way, ZFS itself rolls back.
+//! target verifies before it lets `zfs recv` see the last bytes: whatever is damaged on the way ZFS itself rolls back, and what is cut it rolls back or keeps
+//! as a part, which counts for nothing until the rest has come.
 //!
 //! A node sends and receives so many streams at a time. Who comes when all places are taken waits, first at the target and then at the source;
 //! only who has a place at the target takes one at a source, so that no two wait for each other.
