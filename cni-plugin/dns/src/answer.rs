@@ -7,7 +7,7 @@ use hickory_proto::op::{Edns, Header, Message, MessageType, Metadata, OpCode, Qu
 use hickory_proto::rr::{DNSClass, Name};
 use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
 
-use crate::records::{fill, fit};
+use crate::records::{fill, fitted};
 use crate::wire::{self, question_name};
 use crate::zone::{Found, Zone};
 
@@ -83,8 +83,7 @@ pub(crate) fn decide(
     };
     let answer = |mut message: Message| {
         message.metadata.recursion_available = audience.has_upstreams();
-        fit(&mut message, limit(&query, transport).min(own_limit(transport)));
-        reply(&message)
+        fitted(&mut message, limit(&query, transport).min(own_limit(transport))).map_or(Decision::Drop, Decision::Reply)
     };
     if query.version() > 0 {
         return answer(refusal(&query, ResponseCode::BADVERS));

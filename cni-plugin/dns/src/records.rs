@@ -52,6 +52,10 @@ pub(crate) fn fill(message: &mut Message, question: &Query, found: &Found<'_>) -
         }
         Data::Services(_) | Data::Address(_) | Data::Ambiguous(_) => {}
     }
+    // Most answers need none, and it takes longer to make than they do.
+    if type_ != RecordType::SOA && !message.answers.is_empty() {
+        return Ok(());
+    }
     let authority = authority(&found.apex)?;
     if type_ == RecordType::SOA && authority.name == *name {
         message.answers = vec![authority];
@@ -61,11 +65,13 @@ pub(crate) fn fill(message: &mut Message, question: &Query, found: &Found<'_>) -
     Ok(())
 }
 
-/// Leaves out as many records as needed and says so (TC): whoever can't ask again by TCP still has some.
-pub(crate) fn fit(message: &mut Message, limit: usize) {
-    while let Ok(bytes) = message.to_vec()
-        && bytes.len() > limit
-    {
+/// The message's bytes. Leaves out as many records as needed and says so (TC): whoever can't ask again by TCP still has some.
+pub(crate) fn fitted(message: &mut Message, limit: usize) -> Result<Vec<u8>, ProtoError> {
+    loop {
+        let bytes = message.to_vec()?;
+        if bytes.len() <= limit {
+            return Ok(bytes);
+        }
         // What is only additional may be left out without a word (RFC 2181, 9).
         if !message.additionals.is_empty() {
             message.additionals.clear();
@@ -75,7 +81,7 @@ pub(crate) fn fit(message: &mut Message, limit: usize) {
         message.metadata.truncation = true;
         message.answers.truncate((count * limit / bytes.len()).min(count.saturating_sub(1)));
         if count == 0 {
-            return;
+            return message.to_vec();
         }
     }
 }
