@@ -153,7 +153,7 @@ fn latency(sizes: &Sizes) -> Result<String> {
     Ok(format!("\n{}", Table::new("One query at a time", "µs", rows).markdown()))
 }
 
-/// A large zone: how long it takes to be made and put in place, what it takes of memory.
+/// A large zone: how long it takes to be made and put in place, and what it takes of memory.
 fn large(ours: &Ours, sizes: &Sizes) -> Result<String> {
     let mut text = format!(
         "\n### A zone of {LARGE} records, put in place of the one before\n\n| turn | building, ms | swap, µs | resident, MiB |\n|---|---|---|---|\n"
