@@ -237,7 +237,9 @@ mod tests {
             let text = format!("chmod +x zfs; {text}");
             Command::new("bash").args(["-c", &text]).env("PATH", path).current_dir(&folder).output().unwrap()
         };
-        for (port, dataset, good) in [(17799, "right", true), (17798, "wrong", false)] {
+        for (dataset, good) in [("right", true), ("wrong", false)] {
+            // One that is free: the same test may run beside.
+            let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
             let receiver = run(&format!("perl -e '{RECEIVER}' {port} {dataset} > /dev/null 2>&1"));
             assert!(receiver.status.success(), "{receiver:?}");
             let sender = run(&format!("perl -e '{SENDER}' 127.0.0.1 {port} tank@one"));
