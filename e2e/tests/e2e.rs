@@ -32,7 +32,8 @@ fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
         ("migration", !openzfs, migration::play),
         ("faults", !openzfs, faults::play),
         ("fault-in-use", !openzfs, faults::play_in_use),
-        ("sanity", !openzfs, sanity::play),
+        // With block volumes, too, where there are zvols.
+        ("sanity", true, sanity::play),
         ("storage-suite", !openzfs, |lab| storage_suite::play(lab, Scope::Selection)),
         // Of OpenZFS; zfs-fuse is held to it by the tests without a cluster.
         ("zfs-contract", false, zfs_contract::play),
