@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::network::notify;
+use crate::network::{gather, notify};
 
 const ANNOTATION: &str = "k8s.v1.cni.cncf.io/network-status";
 /// How our entries' names begin; the others are those of Multus and its like.
@@ -84,9 +84,7 @@ pub async fn run(client: Client, stop: CancellationToken) {
                     RETRY
                 }
             };
-            let _ = tokio::time::timeout(wait, changes.recv()).await;
-            tokio::time::sleep(GATHER).await;
-            while changes.try_recv().is_ok() {}
+            gather(&mut changes, wait, GATHER).await;
         }
     };
     tokio::select! {

@@ -17,7 +17,7 @@ use crate::{
     agent::Agent,
     annotation::{self, Wish},
     error::PlugError,
-    journal::{Endpoint, JournalError},
+    journal::Endpoint,
     pod,
 };
 
@@ -182,7 +182,7 @@ impl Agent {
 
     async fn reach_resolver(&self, endpoint: Endpoint) -> Result<(), PlugError> {
         let port = endpoint.port();
-        self.journal.put(endpoint).map_err(|error: JournalError| PlugError::from(error))?;
+        self.journal.put(endpoint)?;
         let _right = self.applied.lock().await;
         self.dataplane.add_port(&port).await?;
         self.changed.notify_one();

@@ -68,9 +68,7 @@ pub async fn run(client: Client, events: Events, metrics: Metrics, stop: Cancell
                     RETRY
                 }
             };
-            let _ = tokio::time::timeout(wait, changes.recv()).await;
-            tokio::time::sleep(GATHER).await;
-            while changes.try_recv().is_ok() {}
+            gather(&mut changes, wait, GATHER).await;
         }
     };
     tokio::select! {
@@ -81,6 +79,13 @@ pub async fn run(client: Client, events: Events, metrics: Metrics, stop: Cancell
         () = notify(claim_events, &changed) => {}
         () = notify(network_events, &changed) => {}
     }
+}
+
+/// Waits for a change, or so long, and then for more changes to come together.
+pub(crate) async fn gather(changes: &mut mpsc::Receiver<()>, longest: Duration, together: Duration) {
+    let _ = tokio::time::timeout(longest, changes.recv()).await;
+    tokio::time::sleep(together).await;
+    while changes.try_recv().is_ok() {}
 }
 
 /// Says on `changed` that something changed; a full channel says so already.
