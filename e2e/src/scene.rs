@@ -207,7 +207,8 @@ pub(crate) fn clean_up(lab: &Lab) -> Result<()> {
 /// # Errors
 /// When something is left after a minute, naming it.
 pub fn nothing_left(lab: &Lab) -> Result<()> {
-    lab.wait("objects are gone", 60, || {
+    // Longer than the longest pause between two tries of an agent.
+    lab.wait("objects are gone", 120, || {
         [
             "portablevolumes",
             "portablesnapshots",

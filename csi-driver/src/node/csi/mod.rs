@@ -36,8 +36,9 @@ use crate::proto::csi::{
 use crate::volume;
 use capability::{Access, Wanted};
 
-/// How long a call waits for another operation on the same volume.
-const LOCK_WITHIN: Duration = Duration::from_secs(2);
+/// How long a call waits for another operation on the same volume. A step of the agent is a handful of commands, of which each takes
+/// a second on a node that is busy; the kubelet waits two minutes for an answer.
+const LOCK_WITHIN: Duration = Duration::from_secs(20);
 /// How long a call waits for udev.
 const DEVICE_WITHIN: Duration = Duration::from_secs(15);
 
@@ -52,8 +53,8 @@ impl<Z: Zfs> Service<Z> {
         volume::dataset(&self.0.pool, volume).map_err(|error| Status::invalid_argument(format!("volume_id: {error}")))
     }
 
-    /// Checks a volume's name and takes its lock. The agent holds it for some milliseconds at each step, too short to send the
-    /// kubelet into its back-off.
+    /// Checks a volume's name and takes its lock. The agent holds it for a moment at each step, too short to send the kubelet into
+    /// its back-off.
     async fn begin(&self, volume: &str) -> Result<(DatasetName, OwnedMutexGuard<()>), Status> {
         let dataset = self.dataset(volume)?;
         let lock = tokio::time::timeout(LOCK_WITHIN, self.0.locks.lock(volume)).await;
