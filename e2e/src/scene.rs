@@ -205,7 +205,7 @@ pub(crate) fn clean_up(lab: &Lab) -> Result<()> {
 /// No volume and no endpoint exists, neither as an object nor on any node.
 ///
 /// # Errors
-/// When something is left after a minute, naming it.
+/// When something is left after two minutes, naming it.
 pub fn nothing_left(lab: &Lab) -> Result<()> {
     // Longer than the longest pause between two tries of an agent.
     lab.wait("objects are gone", 120, || {

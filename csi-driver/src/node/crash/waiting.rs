@@ -1,4 +1,5 @@
-//! A transfer that waits for its turn: its status says so, it holds up nobody, and it ends when nobody wants it any more.
+//! Who waits: a transfer for its turn, whose status says so, which holds up nobody and ends when nobody wants it any more; the kubelet for
+//! a step of the agent.
 
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 use portolan_crds::HandoffPhase;
 
 use super::failures::{get, with_volume};
+use super::kubelet::{Call, VOLUME};
 use super::world::World;
 use crate::handoff::Event;
 use crate::node::{agent, write};
@@ -84,4 +86,16 @@ async fn who_waits_goes_away_when_the_move_is_aborted() {
     world.settle().await;
     let status = volume::status(&get(&world, "db").await);
     assert_eq!((status.owner.as_deref(), status.handoff), (Some("a"), None));
+}
+
+/// A step of the agent is a handful of `zfs` commands, each of which takes a second on a busy node.
+#[tokio::test]
+async fn the_kubelet_waits_out_a_step_that_takes_seconds() {
+    let world = with_volume().await;
+    let step = world.node("a").locks.try_lock(VOLUME).expect("nobody has it");
+    let staged = tokio::spawn(world.call("a", Call::Stage));
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert!(!staged.is_finished(), "one operation on a volume at a time");
+    drop(step);
+    staged.await.unwrap().expect("it had only to wait");
 }
