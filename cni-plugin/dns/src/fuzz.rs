@@ -45,7 +45,9 @@ fn number(variable: &str, otherwise: u64) -> u64 {
 }
 
 fn corpus() -> Vec<Vec<u8>> {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
+    // Of the tree that cargo runs us for: trees share what is compiled, and the one that we were compiled in may be gone.
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo runs the tests");
+    let directory = Path::new(&package).join("corpus");
     let mut files: Vec<_> = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
     files.iter().map(|file| std::fs::read(file).unwrap()).collect()

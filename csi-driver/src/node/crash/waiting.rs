@@ -1,5 +1,5 @@
-//! Who waits: a transfer for its turn, whose status says so, which holds up nobody and ends when nobody wants it any more; the kubelet for
-//! a step of the agent.
+//! Who waits: a transfer for its turn, whose status says so, which holds up nobody and ends when nobody wants it any more; the
+//! kubelet for a step of the agent.
 
 use std::pin::{Pin, pin};
 use std::sync::Arc;
