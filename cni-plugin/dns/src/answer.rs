@@ -7,6 +7,7 @@ use hickory_proto::op::{Edns, Header, Message, MessageType, Metadata, OpCode, Qu
 use hickory_proto::rr::{DNSClass, Name};
 use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
 
+use crate::plain::Plain;
 use crate::records::{fill, fitted};
 use crate::wire::{self, question_name};
 use crate::zone::{Found, Zone};
@@ -20,7 +21,7 @@ pub(crate) enum Decision {
     /// Send this.
     Reply(Vec<u8>),
     /// The name is not ours: ask upstream.
-    Forward(Box<Forward>),
+    Forward(Forward),
     /// Not a query: nothing is owed.
     Drop,
 }
@@ -28,11 +29,10 @@ pub(crate) enum Decision {
 /// A query that goes upstream as it came, but for its id.
 #[derive(Debug)]
 pub(crate) struct Forward {
-    /// The packet.
+    /// The packet, which has been read once: it is a message with one question.
     pub(crate) packet: Vec<u8>,
-    /// Its only question.
-    pub(crate) question: Query,
-    query: Message,
+    /// The largest datagram that the asker takes, in bytes.
+    pub(crate) payload: usize,
 }
 
 /// How the query came, which bounds the reply.
@@ -65,6 +65,37 @@ pub(crate) fn decide(
     transport: Transport,
     packet: &[u8],
 ) -> Decision {
+    decide_plain(zone, audience, source, transport, packet)
+        .unwrap_or_else(|| decide_any(zone, audience, source, transport, packet))
+}
+
+/// The same for what is asked most; none for everything else.
+fn decide_plain(
+    zone: &Zone,
+    audience: &Audience,
+    source: IpAddr,
+    transport: Transport,
+    packet: &[u8],
+) -> Option<Decision> {
+    let plain = Plain::read(packet)?;
+    let payload = plain.payload();
+    match find(zone, audience, source, &plain.name) {
+        None if audience.has_upstreams() => Some(Decision::Forward(Forward { packet: packet.to_vec(), payload })),
+        found => {
+            let limit = limit(payload, transport).min(own_limit(transport));
+            plain.reply(&found?.data, limit, audience.has_upstreams(), OWN_PAYLOAD).map(Decision::Reply)
+        }
+    }
+}
+
+/// The same for every packet.
+pub(crate) fn decide_any(
+    zone: &Zone,
+    audience: &Audience,
+    source: IpAddr,
+    transport: Transport,
+    packet: &[u8],
+) -> Decision {
     let Some(header) = header(packet) else { return Decision::Drop };
     if header.metadata.message_type != MessageType::Query {
         return Decision::Drop;
@@ -81,9 +112,11 @@ pub(crate) fn decide(
     let Some(question) = query.queries.first().cloned() else {
         return bare(&header.metadata, ResponseCode::FormErr);
     };
+    let payload = usize::from(query.max_payload());
     let answer = |mut message: Message| {
         message.metadata.recursion_available = audience.has_upstreams();
-        fitted(&mut message, limit(&query, transport).min(own_limit(transport))).map_or(Decision::Drop, Decision::Reply)
+        fitted(&mut message, limit(payload, transport).min(own_limit(transport)))
+            .map_or(Decision::Drop, Decision::Reply)
     };
     if query.version() > 0 {
         return answer(refusal(&query, ResponseCode::BADVERS));
@@ -92,14 +125,8 @@ pub(crate) fn decide(
         DNSClass::IN | DNSClass::ANY => text_of(&question.name),
         _ => None,
     };
-    let found = name.and_then(|name| match audience {
-        Audience::Network(network) => zone.find(network, source, &name),
-        Audience::Everyone => zone.find_for_everyone(&name),
-    });
-    match found {
-        None if audience.has_upstreams() => {
-            Decision::Forward(Box::new(Forward { packet: packet.to_vec(), question, query }))
-        }
+    match name.and_then(|name| find(zone, audience, source, &name)) {
+        None if audience.has_upstreams() => Decision::Forward(Forward { packet: packet.to_vec(), payload }),
         None => answer(refusal(&query, ResponseCode::Refused)),
         Some(found) => {
             answer(own(&query, &question, &found).unwrap_or_else(|_| refusal(&query, ResponseCode::ServFail)))
@@ -107,20 +134,31 @@ pub(crate) fn decide(
     }
 }
 
+fn find<'a>(zone: &'a Zone, audience: &'a Audience, source: IpAddr, name: &str) -> Option<Found<'a>> {
+    match audience {
+        Audience::Network(network) => zone.find(network, source, name),
+        Audience::Everyone => zone.find_for_everyone(name),
+    }
+}
+
 impl Forward {
     /// The reply when no upstream has answered.
     pub(crate) fn failed(&self) -> Option<Vec<u8>> {
-        refusal(&self.query, ResponseCode::ServFail).to_vec().ok()
+        refusal(&self.query()?, ResponseCode::ServFail).to_vec().ok()
+    }
+
+    fn query(&self) -> Option<Message> {
+        Message::from_vec(&self.packet).ok()
     }
 
     /// An upstream's reply as the asker gets it: with the asker's id and case, and only its head if it is too large.
     pub(crate) fn pass_on(&self, mut answer: Vec<u8>, transport: Transport) -> Option<Vec<u8>> {
-        if answer.len() > limit(&self.query, transport) {
-            let mut head = refusal(&self.query, ResponseCode::NoError);
+        if answer.len() > limit(self.payload, transport) {
+            let mut head = refusal(&self.query()?, ResponseCode::NoError);
             head.metadata.truncation = true;
             return head.to_vec().ok();
         }
-        answer.get_mut(..2)?.copy_from_slice(&self.query.metadata.id.to_be_bytes());
+        answer.get_mut(..2)?.copy_from_slice(self.packet.get(..2)?);
         if let Some(name) = question_name(&self.packet)
             && let (Some(asked), Some(told)) = (self.packet.get(name.clone()), answer.get_mut(name))
             && told.eq_ignore_ascii_case(asked)
@@ -141,7 +179,8 @@ impl Forward {
         if header.counts.queries == 0 {
             return matches!(header.metadata.response_code, ResponseCode::FormErr | ResponseCode::NotImp);
         }
-        header.counts.queries == 1 && Query::read(&mut decoder).is_ok_and(|question| question == self.question)
+        let is_asked = |question: Query| self.query().is_some_and(|query| query.queries.first() == Some(&question));
+        header.counts.queries == 1 && Query::read(&mut decoder).is_ok_and(is_asked)
     }
 }
 
@@ -172,7 +211,7 @@ fn text_of(name: &Name) -> Option<String> {
             text.push('.');
         }
         for &byte in label {
-            if !(byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_') {
+            if !wire::is_of_names(byte) {
                 return None;
             }
             text.push(byte.to_ascii_lowercase().into());
@@ -221,10 +260,10 @@ fn reply(message: &Message) -> Decision {
     message.to_vec().map_or(Decision::Drop, Decision::Reply)
 }
 
-/// The largest reply that the asker takes, in bytes.
-fn limit(query: &Message, transport: Transport) -> usize {
+/// The largest reply that the asker takes, in bytes, if it takes datagrams of `payload` bytes.
+fn limit(payload: usize, transport: Transport) -> usize {
     match transport {
-        Transport::Udp => query.max_payload().into(),
+        Transport::Udp => payload,
         Transport::Tcp => u16::MAX.into(),
     }
 }

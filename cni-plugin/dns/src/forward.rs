@@ -16,8 +16,6 @@ use crate::wire::{is_truncated, question_name};
 
 /// For how long one server is waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// The largest datagram (RFC 768).
-const DATAGRAM: usize = 65_535;
 
 /// Where queries go that are not ours. The servers are asked in this order.
 #[derive(Clone, Debug, Default)]
@@ -134,7 +132,8 @@ async fn by_udp(server: SocketAddr, query: &Forward) -> io::Result<Option<Vec<u8
         mix_case(name);
     }
     socket.send(&packet).await?;
-    let mut buffer = vec![0; DATAGRAM];
+    // One byte more than it may have, by which one that has is known.
+    let mut buffer = vec![0; query.payload + 1];
     loop {
         let length = socket.recv(&mut buffer).await?;
         let answer = buffer.get(..length).unwrap_or_default();
@@ -142,7 +141,8 @@ async fn by_udp(server: SocketAddr, query: &Forward) -> io::Result<Option<Vec<u8
             continue;
         }
         let keeps_case = name.is_none_or(|name| !has_question(answer) || answer.get(name.clone()) == packet.get(name));
-        return Ok((keeps_case && !is_truncated(answer)).then(|| answer.to_vec()));
+        let is_whole = length <= query.payload && !is_truncated(answer);
+        return Ok((keeps_case && is_whole).then(|| answer.to_vec()));
     }
 }
 

@@ -5,6 +5,7 @@
 //! address: its own networks and nothing else. All other names are forwarded. This crate knows nothing of Kubernetes.
 
 mod answer;
+mod batch;
 mod cache;
 mod domain;
 mod explain;
@@ -12,6 +13,7 @@ mod flight;
 mod forward;
 mod limit;
 mod metrics;
+mod plain;
 mod records;
 mod reverse;
 mod server;

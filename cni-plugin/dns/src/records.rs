@@ -11,7 +11,7 @@ use rand::seq::SliceRandom;
 use crate::zone::{Data, Found, Host};
 
 /// Seconds for which an answer may be kept: a pod that moved is found again after at most this.
-const TTL: u32 = 1;
+pub(crate) const TTL: u32 = 1;
 /// Bytes of one string of a TXT record (RFC 1035, 3.3).
 const STRING: usize = 255;
 

@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::answer::{Audience, Decision, Forward, Transport, decide};
+use crate::batch::{Inbox, Outbox};
 use crate::forward::{Forwarder, Upstream, read_message, write_message};
 use crate::limit::{Places, Rates};
 use crate::metrics::{self, Metrics, Reason, Source};
@@ -27,8 +28,6 @@ const IDLE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 10 });
 const AFTER_FAILURE: Duration = Duration::from_millis(100);
 /// What the server for everyone is called where a network's is called like the network: nothing that a network could be called.
 const EVERYONE: &str = "*";
-/// The largest datagram that is read; a longer query is malformed anyway.
-const DATAGRAM: usize = 4096;
 
 /// The server could not use the sockets it was given.
 #[derive(Debug, thiserror::Error)]
@@ -122,41 +121,35 @@ async fn serve(
 }
 
 async fn serve_udp(server: Arc<Server>, socket: Arc<UdpSocket>) {
-    let mut buffer = vec![0; DATAGRAM];
+    let (mut inbox, mut outbox) = (Inbox::default(), Outbox::default());
     // Dropped with this loop, and with it what is still being forwarded.
     let mut forwarding = JoinSet::new();
     loop {
         while forwarding.try_join_next().is_some() {}
-        let (length, peer) = match socket.recv_from(&mut buffer).await {
-            Ok(received) => received,
-            Err(error) => {
-                tracing::debug!(network = server.network, %error, "receiving failed");
-                tokio::time::sleep(AFTER_FAILURE).await;
-                continue;
-            }
-        };
+        if let Err(error) = inbox.fill(&socket).await {
+            tracing::debug!(network = server.network, %error, "receiving failed");
+            tokio::time::sleep(AFTER_FAILURE).await;
+            continue;
+        }
         let begun = Instant::now();
-        match server.decide(peer, Transport::Udp, buffer.get(..length).unwrap_or_default()) {
-            Decision::Drop => {}
-            Decision::Reply(packet) => {
-                server.answered(peer, Source::Own, &packet, begun);
-                send(&socket, &packet, peer).await;
-            }
-            Decision::Forward(query) => {
-                let (server, socket) = (Arc::clone(&server), Arc::clone(&socket));
-                forwarding.spawn(async move {
-                    if let Some(packet) = server.forward(&query, peer, Transport::Udp, begun).await {
-                        send(&socket, &packet, peer).await;
-                    }
-                });
+        for (packet, peer) in inbox.datagrams() {
+            match server.decide(peer, Transport::Udp, packet, begun) {
+                Decision::Drop => {}
+                Decision::Reply(reply) => {
+                    server.answered(peer, Source::Own, &reply, begun);
+                    outbox.put(reply, peer);
+                }
+                Decision::Forward(query) => {
+                    let (server, socket) = (Arc::clone(&server), Arc::clone(&socket));
+                    forwarding.spawn(async move {
+                        if let Some(reply) = server.forward(&query, peer, Transport::Udp, begun).await {
+                            Outbox::of(reply, peer).send(&socket).await;
+                        }
+                    });
+                }
             }
         }
-    }
-}
-
-async fn send(socket: &UdpSocket, packet: &[u8], peer: SocketAddr) {
-    if let Err(error) = socket.send_to(packet, peer).await {
-        tracing::debug!(%peer, %error, "an answer could not be sent");
+        outbox.send(&socket).await;
     }
 }
 
@@ -193,9 +186,9 @@ impl Server {
         Self { network, audience, zone, forwarder, forwards, rates: Rates::default(), metrics }
     }
 
-    fn decide(&self, peer: SocketAddr, transport: Transport, packet: &[u8]) -> Decision {
+    fn decide(&self, peer: SocketAddr, transport: Transport, packet: &[u8], now: Instant) -> Decision {
         let source = peer.ip().to_canonical();
-        if !self.rates.admit(source, Instant::now()) {
+        if !self.rates.admit(source, now) {
             self.metrics.dropped(&self.network, Reason::Rate);
             return Decision::Drop;
         }
@@ -243,7 +236,7 @@ impl Server {
     async fn converse(&self, mut stream: TcpStream, peer: SocketAddr) -> io::Result<()> {
         while let Ok(message) = timeout(IDLE, read_message(&mut stream)).await {
             let begun = Instant::now();
-            let reply = match self.decide(peer, Transport::Tcp, &message?) {
+            let reply = match self.decide(peer, Transport::Tcp, &message?, begun) {
                 Decision::Drop => return Ok(()),
                 Decision::Reply(packet) => {
                     self.answered(peer, Source::Own, &packet, begun);

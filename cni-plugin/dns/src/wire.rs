@@ -5,11 +5,19 @@ use std::ops::Range;
 /// Bytes of a message's header (RFC 1035, 4.1.1).
 pub(crate) const HEADER: usize = 12;
 /// Bytes of a question after its name: type and class.
-const QUESTION_TAIL: usize = 4;
+pub(crate) const QUESTION_TAIL: usize = 4;
+/// Bytes of the longest name (RFC 1035, 3.1).
+pub(crate) const LONGEST_NAME: usize = 255;
+/// Bytes of a datagram that every asker takes (RFC 1035, 4.2.1).
+pub(crate) const CLASSIC: usize = 512;
+/// Types and classes of records (RFC 1035, 3.2; RFC 3596, 2.1).
+pub(crate) const A: u16 = 1;
+pub(crate) const AAAA: u16 = 28;
+pub(crate) const IN: u16 = 1;
 /// Bytes of a record after its name and before its data: type, class, TTL, length.
 const RECORD_HEAD: usize = 10;
 /// The type of the record that carries EDNS, whose TTL is no TTL (RFC 6891, 6.1.3).
-const OPT: u16 = 41;
+pub(crate) const OPT: u16 = 41;
 
 /// Where the name of the first question is; none if it is cut or compressed.
 pub(crate) fn question_name(packet: &[u8]) -> Option<Range<usize>> {
@@ -74,6 +82,11 @@ pub(crate) fn map_ttls(packet: &mut [u8], new: impl Fn(u32) -> u32) -> Option<()
         at = head + RECORD_HEAD + length;
     }
     Some(())
+}
+
+/// Whether a label of a Kubernetes name, or of a service's (RFC 2782), may have it.
+pub(crate) fn is_of_names(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_'
 }
 
 /// Where a name ends that begins at `at`, and whether by a pointer (RFC 1035, 4.1.4).

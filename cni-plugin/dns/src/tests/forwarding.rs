@@ -6,11 +6,10 @@ use std::time::Duration;
 use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::rdata::A;
 use hickory_proto::rr::{RData, RecordType};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
 
-use super::{ELSEWHERE, Manual, POD_ON_A, addresses, start, stub_answer, upstream};
+use super::{ELSEWHERE, Manual, POD_ON_A, addresses, start, upstream};
 
 #[tokio::test]
 async fn other_names_are_forwarded() {
@@ -81,12 +80,7 @@ async fn the_case_of_a_name_guards_against_forgers_and_comes_back_as_asked() {
             answer.answers[0].data = RData::A(A(Ipv4Addr::new(6, 6, 6, 6)));
         };
         upstream.answer(lower).await;
-        let (mut stream, _) = upstream.1.accept().await.unwrap();
-        let mut query = vec![0; stream.read_u16().await.unwrap().into()];
-        stream.read_exact(&mut query).await.unwrap();
-        let answer = stub_answer(&query).to_vec().unwrap();
-        stream.write_u16(answer.len().try_into().unwrap()).await.unwrap();
-        stream.write_all(&answer).await.unwrap();
+        upstream.answer_by_tcp().await;
     };
     let (answer, ()) = tokio::join!(server.ask(POD_ON_A, &other, RecordType::A), by_tcp);
     assert_eq!(addresses(&answer), [ELSEWHERE]);
@@ -98,5 +92,18 @@ async fn another_upstream_is_asked_when_one_says_that_it_failed() {
     let server = start(vec![at, upstream().await]).await;
     let fail = failing.answer(|answer| answer.metadata.response_code = ResponseCode::ServFail);
     let (answer, _) = tokio::join!(server.ask(POD_ON_A, "example.org", RecordType::A), fail);
+    assert_eq!(addresses(&answer), [ELSEWHERE]);
+}
+
+#[tokio::test]
+async fn a_reply_that_is_larger_than_was_asked_for_is_asked_for_again_by_tcp() {
+    let (upstream, at) = Manual::new();
+    let server = start(vec![at]).await;
+    let both = async {
+        // 40 records take more than the 512 bytes of a query without EDNS.
+        upstream.answer(|answer| answer.answers = vec![answer.answers[0].clone(); 40]).await;
+        upstream.answer_by_tcp().await;
+    };
+    let (answer, ()) = tokio::join!(server.ask(POD_ON_A, "example.org", RecordType::A), both);
     assert_eq!(addresses(&answer), [ELSEWHERE]);
 }

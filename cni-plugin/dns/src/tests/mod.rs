@@ -15,10 +15,10 @@ use std::time::Duration;
 use hickory_proto::op::{Message, MessageType, OpCode, Query};
 use hickory_proto::rr::rdata::A;
 use hickory_proto::rr::{Name, RData, Record as Answer, RecordType};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, UdpSocket};
 use tokio::time::timeout;
 
+use crate::forward::{read_message, write_message};
 use crate::{Host, Member, Metrics, NetworkZone, Port, Upstream, Zone, ZoneHandle, run, run_for_everyone};
 
 /// A pod on networks a and b, asking on a.
@@ -163,15 +163,17 @@ async fn upstream() -> SocketAddr {
     });
     tokio::spawn(async move {
         loop {
-            let (mut stream, _) = tcp.accept().await.unwrap();
-            let mut query = vec![0; stream.read_u16().await.unwrap().into()];
-            stream.read_exact(&mut query).await.unwrap();
-            let answer = stub_answer(&query).to_vec().unwrap();
-            stream.write_u16(answer.len().try_into().unwrap()).await.unwrap();
-            stream.write_all(&answer).await.unwrap();
+            answer_by_tcp(&tcp).await;
         }
     });
     address
+}
+
+/// Answers one connection's first query.
+async fn answer_by_tcp(listener: &TcpListener) {
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let query = read_message(&mut stream).await.unwrap();
+    write_message(&mut stream, &stub_answer(&query).to_vec().unwrap()).await.unwrap();
 }
 
 fn stub_answer(packet: &[u8]) -> Message {
@@ -206,12 +208,8 @@ impl Fixture {
         let socket = TcpSocket::new_v4().unwrap();
         socket.bind((from, 0).into()).unwrap();
         let mut stream = socket.connect(self.address).await.unwrap();
-        let query = question(name, RecordType::A).to_vec().unwrap();
-        stream.write_u16(query.len().try_into().unwrap()).await.unwrap();
-        stream.write_all(&query).await.unwrap();
-        let mut answer = vec![0; stream.read_u16().await.unwrap().into()];
-        stream.read_exact(&mut answer).await.unwrap();
-        Message::from_vec(&answer).unwrap()
+        write_message(&mut stream, &question(name, RecordType::A).to_vec().unwrap()).await.unwrap();
+        Message::from_vec(&read_message(&mut stream).await.unwrap()).unwrap()
     }
 }
 
@@ -235,5 +233,10 @@ impl Manual {
         change(&mut answer);
         self.0.send_to(&answer.to_vec().unwrap(), peer).await.unwrap();
         Message::from_vec(&buffer[..length]).unwrap()
+    }
+
+    /// Answers one query by TCP.
+    async fn answer_by_tcp(&self) {
+        answer_by_tcp(&self.1).await;
     }
 }

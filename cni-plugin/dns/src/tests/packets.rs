@@ -131,3 +131,29 @@ proptest! {
         }
     }
 }
+
+#[tokio::test]
+async fn queries_that_come_at_once_are_each_answered_to_who_asked() {
+    let server = start(vec![]).await;
+    let mut pods = vec![];
+    for _ in 0..3 {
+        let pod = UdpSocket::bind((POD_ON_A, 0)).await.unwrap();
+        pod.writable().await.unwrap();
+        pods.push(pod);
+    }
+    // The server runs on this thread: it takes none before all are there.
+    for id in 0..60_u16 {
+        let mut query = question(&format!("db-{}.a", id % 3), RecordType::A);
+        query.metadata.id = id;
+        let pod = &pods[usize::from(id) % 3];
+        pod.try_send_to(&query.to_vec().unwrap(), server.address).unwrap();
+    }
+    for id in 0..60_u16 {
+        let mut buffer = [0; 512];
+        let pod = &pods[usize::from(id) % 3];
+        let length = timeout(Duration::from_secs(8), pod.recv(&mut buffer)).await.expect("an answer").unwrap();
+        let answer = Message::from_vec(&buffer[..length]).unwrap();
+        assert_eq!(answer.metadata.id, id, "in the order in which they came");
+        assert_eq!(addresses(&answer), [Ipv4Addr::new(10, 0, 0, u8::try_from(id % 3).unwrap() + 1)]);
+    }
+}
