@@ -3,7 +3,7 @@
 # backports. Nothing of it is installed on this machine but the tools that build and run it.
 
 OZ=$CACHE/openzfs
-GUEST_PACKAGES=mount,zfsutils-linux,udev,kmod,iproute2,nftables,e2fsprogs,xfsprogs,dropbear-bin,procps,openssl,iputils-ping
+GUEST_PACKAGES=mount,zfsutils-linux,udev,kmod,iproute2,netbase,nftables,e2fsprogs,xfsprogs,dropbear-bin,procps,openssl,iputils-ping
 BUILD_PACKAGES=(mmdebstrap cpio busybox-static openssh-client gcc-12 make e2fsprogs)
 
 # A separate configuration of apt, so that this machine's own package sources stay as they are.

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Lane native: a node is a box on this machine, its pool a zfs-fuse daemon's, on a sparse file.
 
-lane_packages=(nftables zfs-fuse e2fsprogs xfsprogs iproute2 util-linux openssl curl jq iperf3 dnsperf)
+lane_packages=(nftables netbase zfs-fuse e2fsprogs xfsprogs iproute2 util-linux openssl curl jq iperf3 dnsperf)
 
 lane_prepare() {
   allow_watchers

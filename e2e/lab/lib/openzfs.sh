@@ -9,7 +9,7 @@ MANAGEMENT=10.88.0   # a second network, by which commands get into a guest
 
 control_node=control
 
-lane_packages=(nftables iproute2 util-linux openssl curl jq openssh-client socat)
+lane_packages=(nftables netbase iproute2 util-linux openssl curl jq openssh-client socat)
 
 lane_prepare() {
   allow_watchers
