@@ -74,13 +74,7 @@ fn by_the_clusters_dns(lab: &Lab) -> Result<()> {
 /// A pod that is made while the operator is away starts all the same, and its lack of names is told.
 fn missed_by_admission(lab: &Lab) -> Result<()> {
     lab.step("a pod that is made while the operator is away: it starts, and is told to lack the network's names");
-    let operator = ["-n", RELEASE_NAMESPACE, "get", "deployment", "portolan-operator"];
-    let replicas = lab.json(&operator)?["spec"]["replicas"].clone();
-    scale_operator(lab, &json!(0))?;
-    lab.apply(include_str!("../manifests/names-missed.yaml"))?;
-    is_ready(lab, "missed")?;
-    ensure!(!asks_the_node(lab, "missed")?, "admission is away, and the pod has the node's resolver");
-    scale_operator(lab, &replicas)?;
+    make_missed(lab, || Ok(()))?;
     lab.wait("an Event on the pod", 90, || {
         let about = ["--field-selector", "reason=NamesNotInjected,involvedObject.name=missed"];
         let events = lab.json(&[&["-n", NAMESPACE, "get", "events"][..], &about].concat())?;
@@ -103,18 +97,25 @@ fn redirected(lab: &Lab) -> Result<()> {
     lab.step("the same with dns.redirect: it finds the network's names, and all others");
     upgrade(lab, "dns.redirect=true")?;
     lab.kubectl(&["-n", NAMESPACE, "delete", "pod", "missed", "--timeout=60s"])?;
+    make_missed(lab, || {
+        let own = lab.wait("its own name is known to it", 30, || address(lab, "missed", "missed.known."))?;
+        ensure!(own.starts_with("10.78.0."), "missed.known. is {own}");
+        address(lab, "missed", "kubernetes.default.svc.cluster.local.").map(drop)
+    })?;
+    names_injected(lab, "True")?;
+    upgrade(lab, "dns.redirect=false")
+}
+
+/// Makes the pod while the operator, and admission with it, is away, and does `then` before the operator is back.
+fn make_missed(lab: &Lab, then: impl FnOnce() -> Result<()>) -> Result<()> {
     let operator = ["-n", RELEASE_NAMESPACE, "get", "deployment", "portolan-operator"];
     let replicas = lab.json(&operator)?["spec"]["replicas"].clone();
     scale_operator(lab, &json!(0))?;
     lab.apply(include_str!("../manifests/names-missed.yaml"))?;
     is_ready(lab, "missed")?;
     ensure!(!asks_the_node(lab, "missed")?, "admission is away, and the pod has the node's resolver");
-    let own = lab.wait("its own name is known to it", 30, || address(lab, "missed", "missed.known."))?;
-    ensure!(own.starts_with("10.78.0."), "missed.known. is {own}");
-    address(lab, "missed", "kubernetes.default.svc.cluster.local.")?;
-    scale_operator(lab, &replicas)?;
-    names_injected(lab, "True")?;
-    upgrade(lab, "dns.redirect=false")
+    then()?;
+    scale_operator(lab, &replicas)
 }
 
 fn is_ready(lab: &Lab, pod: &str) -> Result<()> {

@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::{Resource, ResourceExt};
 use portolan_cni::{Answer, Attachment, Command, Failure, Request};
 use portolan_crds::NETWORKS_ANNOTATION;
-use portolan_net::{Allowed, endpoint_mac, is_endpoint_mac};
+use portolan_net::{Allowed, Mac, endpoint_mac, is_endpoint_mac};
 
 use crate::{
     addresses::{Holder, Reservation},
@@ -182,27 +182,30 @@ impl Agent {
     /// Whether a MAC that a pod asks for is no other port's, as far as this node knows: those that are made from addresses never are.
     fn check_mac(&self, network: &Network, wish: &Wish, pod: (&str, &str)) -> Result<(), PlugError> {
         let Some(mac) = wish.mac else { return Ok(()) };
-        let refuse =
-            |reason: &str| PlugError::MacTaken { network: network.name.clone(), mac, reason: reason.to_owned() };
         if is_endpoint_mac(&network.name, mac) {
-            return Err(refuse("isn't made from an address: another first byte than 02, or another second one"));
+            let reason = "isn't made from an address: another first byte than 02, or another second one".to_owned();
+            return Err(PlugError::MacTaken { network: network.name.clone(), mac, reason });
         }
         let (slices, text) = (self.cluster.slices.state(), mac.to_string());
         let there = slices.iter().filter(|slice| slice.spec.network == network.name).flat_map(|s| &s.spec.endpoints);
         let there = there.filter(|e| e.mac == text).map(|e| (e.namespace.clone(), e.pod.clone()));
-        let here = self.journal.select(|e| e.network == network.name && e.mac == mac);
-        let mut all = there.chain(here.into_iter().map(|e| (e.namespace, e.pod)));
-        match all.find(|(namespace, name)| (namespace.as_str(), name.as_str()) != pod) {
-            Some((namespace, name)) => Err(refuse(&format!("no other pod has: {namespace}/{name} has it"))),
-            None => Ok(()),
-        }
+        refuse_mac_of(there, &network.name, mac, pod)?;
+        self.check_mac_here(&network.name, mac, pod)
+    }
+
+    /// The same among the pods of this node.
+    fn check_mac_here(&self, network: &str, mac: Mac, pod: (&str, &str)) -> Result<(), PlugError> {
+        let here = self.journal.select(|e| e.network == network && e.mac == mac);
+        refuse_mac_of(here.into_iter().map(|e| (e.namespace, e.pod)), network, mac, pod)
     }
 
     async fn plug_one(&self, network: &Network, endpoint: &Endpoint) -> Result<(), PlugError> {
         self.evict(endpoint).await?;
+        let mut applied = self.applied.lock().await;
+        // Once more: another pod that asks for the same may have come first.
+        self.check_mac_here(&endpoint.network, endpoint.mac, (&endpoint.namespace, &endpoint.pod))?;
         // First on disk: a port that the journal doesn't know is taken for a leftover.
         self.journal.put(endpoint.clone())?;
-        let mut applied = self.applied.lock().await;
         self.ensure_network(&mut applied, network.spec(self.underlay)).await?;
         self.dataplane.add_port(&endpoint.port()).await?;
         Ok(())
@@ -272,6 +275,22 @@ impl Agent {
             return Ok(());
         }
         Err(Failure::new(Failure::NOT_AVAILABLE, PlugError::NotSynced.to_string(), ""))
+    }
+}
+
+/// An error if one of those who have a MAC is another pod.
+fn refuse_mac_of(
+    mut holders: impl Iterator<Item = (String, String)>,
+    network: &str,
+    mac: Mac,
+    pod: (&str, &str),
+) -> Result<(), PlugError> {
+    match holders.find(|(namespace, name)| (namespace.as_str(), name.as_str()) != pod) {
+        Some((namespace, name)) => {
+            let reason = format!("no other pod has: {namespace}/{name} has it");
+            Err(PlugError::MacTaken { network: network.to_owned(), mac, reason })
+        }
+        None => Ok(()),
     }
 }
 

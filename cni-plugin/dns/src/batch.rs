@@ -118,3 +118,36 @@ fn to_std(address: &SockaddrStorage) -> Option<SocketAddr> {
     let v4 = address.as_sockaddr_in().map(|address| SocketAddrV4::from(*address).into());
     v4.or_else(|| address.as_sockaddr_in6().map(|address| SocketAddrV6::from(*address).into()))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_cannot_be_sent_does_not_hold_up_the_rest() {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let pod = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        // Broadcasting is not allowed unless the socket was told so.
+        let nowhere = SocketAddr::from(([255; 4], 9));
+        let mut outbox = Outbox::default();
+        for number in 0..5 {
+            outbox.put(vec![number], if number % 2 == 0 { pod.local_addr().unwrap() } else { nowhere });
+        }
+        outbox.send(&socket).await;
+        for number in [0, 2, 4] {
+            let mut buffer = [0; 2];
+            let received = timeout(Duration::from_secs(8), pod.recv(&mut buffer)).await;
+            assert_eq!((received.expect("in time").unwrap(), buffer[0]), (1, number));
+        }
+        outbox.put(vec![9], pod.local_addr().unwrap());
+        outbox.send(&socket).await;
+        let mut inbox = Inbox::default();
+        inbox.fill(&pod).await.unwrap();
+        let datagrams: Vec<_> = inbox.datagrams().collect();
+        assert_eq!(datagrams, [(&[9][..], socket.local_addr().unwrap())], "what was sent is sent once");
+    }
+}

@@ -104,6 +104,7 @@ async fn a_reply_that_is_larger_than_was_asked_for_is_asked_for_again_by_tcp() {
         upstream.answer(|answer| answer.answers = vec![answer.answers[0].clone(); 40]).await;
         upstream.answer_by_tcp().await;
     };
-    let (answer, ()) = tokio::join!(server.ask(POD_ON_A, "example.org", RecordType::A), both);
+    let ask = async { tokio::join!(server.ask(POD_ON_A, "example.org", RecordType::A), both) };
+    let (answer, ()) = timeout(Duration::from_secs(8), ask).await.expect("it is asked again");
     assert_eq!(addresses(&answer), [ELSEWHERE]);
 }
