@@ -1,6 +1,6 @@
 //! Datagrams by the batch: one system call for all that have come (recvmmsg(2)), and one for all answers to them (sendmmsg(2)).
 //!
-//! Of a small query's time most goes to the kernel, and under load half of that is saved.
+//! Of a small query's time most goes to the kernel.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};

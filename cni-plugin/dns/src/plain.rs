@@ -1,7 +1,7 @@
 //! Plain questions for addresses, which are most of what pods ask: read and answered as bytes, without a message in between.
 //!
 //! Nothing here says what `answer` would not say of the same packet (the fuzzer holds it to that), and whatever isn't plain is left
-//! to it: it takes ten times as long.
+//! to it.
 
 use std::net::IpAddr;
 
@@ -11,7 +11,7 @@ use crate::records::TTL;
 use crate::wire::{self, A, AAAA, IN, OPT};
 use crate::zone::Data;
 
-/// What a reply has after its records where the query has EDNS: no options, and what datagrams we take (RFC 6891, 6.1.2).
+/// Bytes of what a reply has after its records where the query has EDNS: no options, and what datagrams we take (RFC 6891, 6.1.2).
 const EDNS: usize = 11;
 /// Bytes of an A record and of an AAAA record that point at the question's name (RFC 1035, 4.1.4; RFC 3596, 2.2).
 const A_RECORD: usize = 16;
