@@ -180,7 +180,7 @@ impl Drop for Phases {
     }
 }
 
-fn kill_agent(lab: &Lab, node: &str) -> Result<()> {
+pub(crate) fn kill_agent(lab: &Lab, node: &str) -> Result<()> {
     let of_node = format!("--field-selector=spec.nodeName={node}");
     kill(lab, &["-l", "app.kubernetes.io/name=portolan-storage", &of_node])
 }

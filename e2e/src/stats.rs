@@ -21,7 +21,7 @@ impl Series {
     }
 
     /// `min / median / max`.
-    fn spread(&self) -> String {
+    pub fn spread(&self) -> String {
         [0.0, 0.5, 1.0].map(|part| digits(self.quantile(part))).join(" / ")
     }
 }

@@ -3,7 +3,7 @@
 use portolan_e2e::{
     bad_input, encryption, everyone, families, faults, hotplug,
     lab::Lab,
-    migration, rolling, sanity, scene, shared_reading, snapshots,
+    migration, resuming, rolling, sanity, scene, shared_reading, snapshots,
     storage_suite::{self, Scope},
     uninstall, zfs_contract,
 };
@@ -16,7 +16,7 @@ type Part = (&'static str, bool, fn(&Lab) -> anyhow::Result<()>);
 fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     let lab = Lab::connect()?;
     let openzfs = lab.has_zvols();
-    let parts: [Part; 17] = [
+    let parts: [Part; 18] = [
         ("install", true, scene::install),
         ("scene", true, scene::play),
         // The same on each pool, and emulated nodes need many minutes.
@@ -29,6 +29,7 @@ fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
         ("shared-reading", !openzfs, shared_reading::play),
         // On OpenZFS, where it says more, it takes a quarter of an hour.
         ("encryption", !openzfs, encryption::play),
+        ("resuming", openzfs, resuming::play),
         ("migration", !openzfs, migration::play),
         ("faults", !openzfs, faults::play),
         ("fault-in-use", !openzfs, faults::play_in_use),

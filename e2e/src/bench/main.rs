@@ -2,6 +2,8 @@
 //! times; docs/benchmarks.md says what is measured and how.
 
 mod bare;
+mod crowd;
+mod downtime;
 mod load;
 mod snapshots;
 mod transfer;
@@ -14,10 +16,9 @@ use anyhow::{Context, Result};
 use portolan_e2e::{
     lab::{Lab, text},
     scene,
-    stats::Table,
 };
 
-use crate::{bare::Bare, volumes::Watches};
+use crate::{bare::Bare, transfer::End, volumes::Watches};
 
 /// How much is measured.
 struct Sizes {
@@ -32,12 +33,15 @@ struct Sizes {
     seconds: u32,
     /// Bytes of a volume that is sent to another node.
     transfer: u64,
+    /// At how many rates a pod writes that moves.
+    rates: usize,
 }
 
 const FULL: Sizes =
-    Sizes { volumes: 100, rounds: 2, pods: 20, snapshots: 30, pairs: 5, seconds: 10, transfer: 512 << 20 };
+    Sizes { volumes: 100, rounds: 2, pods: 20, snapshots: 30, pairs: 5, seconds: 10, transfer: 512 << 20, rates: 4 };
 /// To see whether it works: `QUICK=1`.
-const QUICK: Sizes = Sizes { volumes: 4, rounds: 1, pods: 2, snapshots: 2, pairs: 2, seconds: 2, transfer: 32 << 20 };
+const QUICK: Sizes =
+    Sizes { volumes: 4, rounds: 1, pods: 2, snapshots: 2, pairs: 2, seconds: 2, transfer: 40 << 20, rates: 2 };
 
 fn main() -> ExitCode {
     let mut report = String::new();
@@ -61,24 +65,23 @@ fn run(lab: &Lab, report: &mut String) -> Result<()> {
     let node = lab.nodes()?.into_iter().next().context("the lab has nodes")?;
     set_up(lab)?;
     *report += &facts(lab, &node)?;
-    let mut add = |table: Table| *report += &format!("\n{}", table.markdown());
+    let mut add = |table: &str| *report += &format!("\n{table}");
 
     let mut bare = Bare::start(lab, &node)?;
     let watches = Watches::start(lab)?;
     lab.step("volumes, one at a time");
-    add(volumes::one_by_one(lab, &watches, &mut bare, &node, &sizes)?);
+    add(&volumes::one_by_one(lab, &watches, &mut bare, &node, &sizes)?.markdown());
     lab.step("volumes, many at once");
-    add(volumes::many(lab, &watches, &mut bare, &sizes)?);
-    lab.step("a volume from node to node");
-    add(transfer::measure(lab, &watches, &mut bare, &node, &sizes)?);
+    add(&volumes::many(lab, &watches, &mut bare, &sizes)?.markdown());
+    moves(lab, &watches, &mut bare, &node, &sizes, &mut add)?;
     lab.step("two databases, one on a volume and one on a bare dataset");
     load::start(lab, &mut bare, &node)?;
     lab.step("snapshots and clones");
-    add(snapshots::measure(lab, &watches, &mut bare, &node, &sizes)?);
+    add(&snapshots::measure(lab, &watches, &mut bare, &node, &sizes)?.markdown());
     lab.step("fio");
-    add(load::fio(lab, &sizes)?);
+    add(&load::fio(lab, &sizes)?.markdown());
     lab.step("pgbench");
-    add(load::pgbench(lab, &sizes)?);
+    add(&load::pgbench(lab, &sizes)?.markdown());
     *report += &format!("\nLoad averages at the end: {}.\n", load_averages()?);
 
     lab.step("all of it is taken away");
@@ -87,6 +90,27 @@ fn run(lab: &Lab, report: &mut String) -> Result<()> {
     lab.kubectl(&["delete", "namespace", volumes::NAMESPACE, "--timeout=4m"])?;
     lab.kubectl(&["delete", "storageclass", volumes::IMMEDIATE])?;
     scene::nothing_left(lab)
+}
+
+/// Volumes that move, on both nodes.
+fn moves(
+    lab: &Lab,
+    watches: &Watches,
+    bare: &mut Bare,
+    node: &str,
+    sizes: &Sizes,
+    add: &mut impl FnMut(&str),
+) -> Result<()> {
+    let other = lab.nodes()?.into_iter().find(|other| other != node).context("the lab has two nodes")?;
+    let mut there = Bare::start(lab, &other)?;
+    let (mut a, mut b) = (End::new(lab, node, bare)?, End::new(lab, &other, &mut there)?);
+    lab.step("a volume from node to node");
+    add(&transfer::measure(lab, watches, &mut a, &mut b, sizes)?.markdown());
+    lab.step("ten volumes from node to node at once");
+    add(&crowd::measure(lab, watches, &mut a, &b.node, sizes)?.markdown());
+    lab.step("a pod that writes, from node to node");
+    add(&downtime::measure(lab, watches, &mut a, &mut b, sizes)?);
+    there.clean_up()
 }
 
 fn set_up(lab: &Lab) -> Result<()> {

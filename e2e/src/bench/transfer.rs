@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Seconds after which something has gone wrong.
-const PATIENCE: u64 = 300;
+pub const PATIENCE: u64 = 300;
 /// The bare receiver's, on the nodes' own addresses.
 const PORT: u16 = 7799;
 /// Listens, and goes on in the background: one connection is the standard input of `zfs recv`, and is told how that ended.
@@ -23,15 +23,40 @@ const RECEIVER: &str = r#"use Socket; my ($port, $dataset) = @ARGV; socket(my $s
 const SENDER: &str = r#"use Socket; my ($host, $port, @send) = @ARGV; socket(my $c, PF_INET, SOCK_STREAM, 0) or die; connect($c, sockaddr_in($port, inet_aton($host))) or die "connect: $!"; my $child = fork; if ($child == 0) { open(STDOUT, ">&", $c) or die; exec("zfs", "send", @send) or die } waitpid($child, 0); die "zfs send: $?" if $?; shutdown($c, 1); sysread($c, my $answer, 4); die "zfs recv failed" if $answer ne "good";"#;
 
 /// One end of the bare connection.
-struct End<'a> {
+pub struct End<'a> {
+    /// Its node.
+    pub node: String,
     address: String,
-    bare: &'a mut Bare,
+    /// Its shell.
+    pub bare: &'a mut Bare,
+}
+
+impl<'a> End<'a> {
+    /// The end on a node.
+    ///
+    /// # Errors
+    /// When the node has no address for transfers.
+    pub fn new(lab: &Lab, node: &str, bare: &'a mut Bare) -> Result<Self> {
+        Ok(Self { node: node.to_owned(), address: address(lab, node)?, bare })
+    }
+
+    /// Destroys a bare dataset with its snapshots.
+    ///
+    /// # Errors
+    /// When it is still there after that.
+    pub fn destroy(&mut self, copy: &str) -> Result<()> {
+        // zfs-fuse calls a dataset busy for a moment after it was unmounted.
+        self.bare.time(&format!(
+            "for i in $(seq 50); do zfs destroy -r {copy} && break; sleep 0.1; done; ! zfs list {copy}"
+        ))?;
+        Ok(())
+    }
 }
 
 /// What is sent: `zfs send`'s arguments, and the dataset that it is received into.
-struct Sent {
-    arguments: String,
-    dataset: String,
+pub struct Sent {
+    pub arguments: String,
+    pub dataset: String,
 }
 
 /// The rows of one kind of transfer.
@@ -57,11 +82,8 @@ impl Rows {
 ///
 /// # Errors
 /// When something does not move.
-pub fn measure(lab: &Lab, watches: &Watches, bare: &mut Bare, node: &str, sizes: &Sizes) -> Result<Table> {
-    let other = lab.nodes()?.into_iter().find(|other| other != node).context("the lab has two nodes")?;
-    let mut there = Bare::start(lab, &other)?;
-    let mut a = End { address: address(lab, node)?, bare };
-    let mut b = End { address: address(lab, &other)?, bare: &mut there };
+pub fn measure(lab: &Lab, watches: &Watches, a: &mut End<'_>, b: &mut End<'_>, sizes: &Sizes) -> Result<Table> {
+    let (node, other) = (a.node.clone(), b.node.clone());
     let mebibytes = sizes.transfer >> 20;
     a.bare.time(&format!("mkdir -p {FOLDER} && head -c {} /dev/urandom > {FOLDER}/random", sizes.transfer))?;
     let mut full = Rows::new(&format!("all of {mebibytes} MiB"), "`zfs send`, TCP, `zfs recv`");
@@ -69,14 +91,14 @@ pub fn measure(lab: &Lab, watches: &Watches, bare: &mut Bare, node: &str, sizes:
     for i in 0..sizes.pairs {
         let name = format!("transfer-{i}");
         let copy = dataset(&name);
-        let volume = new_volume(lab, watches, &name, node, sizes.transfer)?;
+        let volume = new_volume(lab, watches, &name, &node, sizes.transfer)?;
         a.bare.time(&change(&format!("portolan/{volume}"), &whole_file()))?;
         a.bare.time(&format!("zfs create {} {copy}", options(&name, 2 * sizes.transfer)))?;
         a.bare.time(&change(&copy, &whole_file()))?;
         a.bare.time(&format!("zfs snapshot {copy}@one"))?;
 
         let all = Sent { arguments: format!("{copy}@one"), dataset: copy.clone() };
-        let (ours, bare) = pair(i, || moved(lab, watches, &name, &volume, &other), || send(&mut a, &mut b, &all))?;
+        let (ours, bare) = pair(i, || moved(lab, watches, &name, &volume, &other), || send(a, b, &all))?;
         full.push(ours, bare);
 
         b.bare.time(&change(&format!("portolan/{volume}"), SOME_BYTES))?;
@@ -85,18 +107,13 @@ pub fn measure(lab: &Lab, watches: &Watches, bare: &mut Bare, node: &str, sizes:
         b.bare.time(&change(&copy, SOME_BYTES))?;
         b.bare.time(&format!("zfs snapshot {copy}@two"))?;
         let some = Sent { arguments: format!("-i @one {copy}@two"), dataset: copy.clone() };
-        let (ours, bare) = pair(i, || moved(lab, watches, &name, &volume, node), || send(&mut b, &mut a, &some))?;
+        let (ours, bare) = pair(i, || moved(lab, watches, &name, &volume, &node), || send(b, a, &some))?;
         delta.push(ours, bare);
 
         lab.kubectl(&["-n", NAMESPACE, "delete", "pvc", &name, "--timeout=2m"])?;
-        for end in [&mut a, &mut b] {
-            // zfs-fuse calls a dataset busy for a moment after it was unmounted.
-            end.bare.time(&format!(
-                "for i in $(seq 50); do zfs destroy -r {copy} && break; sleep 0.1; done; ! zfs list {copy}"
-            ))?;
-        }
+        a.destroy(&copy)?;
+        b.destroy(&copy)?;
     }
-    b.bare.clean_up()?;
     let rows = [full.transfer, full.whole, delta.transfer, delta.whole];
     Ok(Table::new("A volume from node to node", "ms", rows))
 }
@@ -123,7 +140,11 @@ fn host_of(address: &str) -> Result<String> {
     Ok(host.to_owned())
 }
 
-fn new_volume(lab: &Lab, watches: &Watches, name: &str, node: &str, bytes: u64) -> Result<String> {
+/// Makes a claim on a node, with room for twice so many bytes; returns its volume when that is Ready.
+///
+/// # Errors
+/// When it isn't.
+pub fn new_volume(lab: &Lab, watches: &Watches, name: &str, node: &str, bytes: u64) -> Result<String> {
     lab.apply(&claim(name, 2 * bytes, Some(node), None))?;
     let (_, volume) = watches.claim(name)?;
     let is = |event: &Event| event.of(&volume) && event.in_phase("Ready");
@@ -132,7 +153,10 @@ fn new_volume(lab: &Lab, watches: &Watches, name: &str, node: &str, bytes: u64) 
 }
 
 /// Moves the claim, which no pod uses: milliseconds of the transfer, and of all.
-fn moved(lab: &Lab, watches: &Watches, name: &str, volume: &str, to: &str) -> Result<(f64, f64)> {
+///
+/// # Errors
+/// When it does not move.
+pub fn moved(lab: &Lab, watches: &Watches, name: &str, volume: &str, to: &str) -> Result<(f64, f64)> {
     lab.apply(&migration(name, to))?;
     let first = |what: &str, is: &dyn Fn(&Event) -> bool| {
         watches.volumes.first(&format!("{volume}: {what}"), PATIENCE, |event| event.of(volume) && is(event))
@@ -148,7 +172,8 @@ fn moved(lab: &Lab, watches: &Watches, name: &str, volume: &str, to: &str) -> Re
     Ok((between(published, received), between(asked, writable)))
 }
 
-fn migration(name: &str, to: &str) -> String {
+/// The cold move of a claim; both have the same name.
+pub fn migration(name: &str, to: &str) -> String {
     format!(
         "{{apiVersion: portolan.dev/v1alpha1, kind: VolumeMigration, metadata: {{name: {name}, namespace: {NAMESPACE}}}, \
          spec: {{claim: {name}, node: {to}, mode: Cold}}}}"
@@ -156,19 +181,22 @@ fn migration(name: &str, to: &str) -> String {
 }
 
 /// Whether a volume's handoff to a node is in a phase.
-fn is_moving(event: &Event, to: &str, phase: &str) -> bool {
+pub fn is_moving(event: &Event, to: &str, phase: &str) -> bool {
     let handoff = &event.object["status"]["handoff"];
     handoff["to"] == to && handoff["phase"] == phase
 }
 
 /// Whether a volume has come to a node by a handoff, which is over.
-fn is_at(event: &Event, to: &str) -> bool {
+pub fn is_at(event: &Event, to: &str) -> bool {
     let status = &event.object["status"];
     status["handoff"].is_null() && status["owner"] == to && status["lastHandoff"]["to"] == to
 }
 
 /// Sends from one end to the other: the sender's milliseconds, until all is received.
-fn send(from: &mut End<'_>, to: &mut End<'_>, what: &Sent) -> Result<f64> {
+///
+/// # Errors
+/// When either end fails.
+pub fn send(from: &mut End<'_>, to: &mut End<'_>, what: &Sent) -> Result<f64> {
     to.bare.time(&format!("perl -e '{RECEIVER}' {PORT} {} > /dev/null 2>&1", what.dataset))?;
     from.bare.time(&format!("perl -e '{SENDER}' {} {PORT} {}", to.address, what.arguments))
 }
@@ -180,7 +208,7 @@ fn whole_file() -> String {
 }
 
 /// The command that mounts a dataset, does something in it (`$at`), and unmounts it.
-fn change(dataset: &str, what: &str) -> String {
+pub fn change(dataset: &str, what: &str) -> String {
     format!(
         "at=$(zfs get -H -o value mountpoint {dataset}) && mkdir -p $at && zfs mount {dataset} && {what} && zfs umount {dataset} && rmdir $at"
     )

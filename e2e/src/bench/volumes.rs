@@ -28,7 +28,8 @@ const PATIENCE: u64 = 60;
 pub struct Watches {
     pub claims: Watch,
     pub volumes: Watch,
-    pods: Watch,
+    pub pods: Watch,
+    pub attachments: Watch,
     persistent_volumes: Watch,
 }
 
@@ -42,6 +43,7 @@ impl Watches {
             claims: Watch::start(lab, &format!("/api/v1/namespaces/{NAMESPACE}/persistentvolumeclaims"))?,
             volumes: Watch::start(lab, "/apis/portolan.dev/v1alpha1/portablevolumes")?,
             pods: Watch::start(lab, &format!("/api/v1/namespaces/{NAMESPACE}/pods"))?,
+            attachments: Watch::start(lab, "/apis/storage.k8s.io/v1/volumeattachments")?,
             persistent_volumes: Watch::start(lab, "/api/v1/persistentvolumes")?,
         })
     }
