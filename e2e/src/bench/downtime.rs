@@ -181,13 +181,13 @@ impl Limit {
     }
 }
 
-/// A pod that writes so many MiB a second, each second's with an fdatasync.
+/// A pod that writes so many MiB a second, each second's with an fdatasync. The image is PostgreSQL's, which is stopped by SIGINT.
 fn pod(rate: u32) -> String {
     let write = format!(
         "dd if=/dev/urandom of=/data/file bs=1M count={rate} seek=$((i % {FILE})) conv=notrunc,fdatasync status=none & wait $!"
     );
     let script = format!(
-        "trap \"exit 0\" TERM; i=0; while :; do a=${{EPOCHREALTIME/./}}; [ {rate} = 0 ] || {{ {write}; }}; i=$((i + {rate})); \
+        "trap \"exit 0\" INT TERM; i=0; while :; do a=${{EPOCHREALTIME/./}}; [ {rate} = 0 ] || {{ {write}; }}; i=$((i + {rate})); \
          left=$((1000000 - ${{EPOCHREALTIME/./}} + a)); [ $left -le 0 ] || {{ sleep $(printf 0.%06d $((left - 1))) & wait $!; }}; done"
     );
     format!(
