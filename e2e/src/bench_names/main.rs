@@ -5,6 +5,7 @@ mod client;
 mod servers;
 
 use std::{
+    net::SocketAddr,
     os::unix::process::CommandExt,
     process::{Command, ExitCode},
     time::{Duration, Instant},
@@ -16,7 +17,7 @@ use portolan_e2e::stats::{Pairs, Table};
 
 use crate::{
     client::{Ask, rate, wait_for},
-    servers::{COREDNS, CoreDns, OURS, Ours, zone},
+    servers::{COREDNS, CoreDns, ECHO, OURS, Ours, start_echo, zone},
 };
 
 /// Set in the namespace that all of it runs in.
@@ -71,7 +72,8 @@ fn run(report: &mut String) -> Result<()> {
     let sizes = if std::env::var_os("QUICK").is_some_and(|quick| !quick.is_empty()) { QUICK } else { FULL };
     let coredns = CoreDns::start(NAMES, FOREIGN)?;
     let ours = Ours::start(NAMES)?;
-    for server in [OURS, COREDNS] {
+    start_echo()?;
+    for server in [OURS, COREDNS, ECHO] {
         wait_for(server, &own(0))?;
     }
     *report += &throughput(&sizes)?;
@@ -85,28 +87,41 @@ fn own(number: usize) -> String {
     servers::own(number % NAMES)
 }
 
-/// Runs both, another one first each time; returns what ours gave, and then CoreDNS.
-fn both<T>(turn: usize, mut run: impl FnMut(bool) -> Result<T>) -> Result<(T, T)> {
-    if turn.is_multiple_of(2) {
-        let ours = run(true)?;
-        Ok((ours, run(false)?))
-    } else {
-        let theirs = run(false)?;
-        Ok((run(true)?, theirs))
+/// Asks each of these servers, another one first in each turn; returns what each gave, in their order.
+fn each<T>(turn: usize, servers: &[SocketAddr], mut run: impl FnMut(SocketAddr) -> Result<T>) -> Result<Vec<T>> {
+    let first = turn % servers.len();
+    let mut given = Vec::new();
+    for number in 0..servers.len() {
+        given.push(run(servers[(first + number) % servers.len()])?);
     }
+    given.rotate_right(first);
+    Ok(given)
+}
+
+/// What is beside Portolan: CoreDNS, and for names that need no other server the limit.
+fn beside(own: bool) -> &'static [(&'static str, SocketAddr)] {
+    let all = &[("CoreDNS", COREDNS), ("an echo", ECHO)];
+    if own { all } else { &all[..1] }
+}
+
+/// Portolan first.
+fn servers_of(own: bool) -> Vec<SocketAddr> {
+    [OURS].into_iter().chain(beside(own).iter().map(|(_, server)| *server)).collect()
 }
 
 fn throughput(sizes: &Sizes) -> Result<String> {
     let own: Vec<_> = (0..NAMES).map(own).collect();
     let known: Vec<_> = (0..KNOWN).map(servers::foreign).collect();
     let mut rows = Vec::new();
-    for (what, names) in [("own names", own), ("forwarded names, asked before", known)] {
-        let mut pairs = Pairs::new(what, "CoreDNS");
+    for (what, names, is_own) in [("own names", own, true), ("forwarded names, asked before", known, false)] {
+        let mut pairs: Vec<_> = beside(is_own).iter().map(|(peer, _)| Pairs::new(what, peer)).collect();
         for turn in 0..sizes.turns {
-            let (ours, theirs) = both(turn, |is_ours| rate(if is_ours { OURS } else { COREDNS }, &names, sizes.time))?;
-            pairs.push(ours / 1000.0, theirs / 1000.0);
+            let rates = each(turn, &servers_of(is_own), |server| rate(server, &names, sizes.time))?;
+            for (pairs, theirs) in pairs.iter_mut().zip(&rates[1..]) {
+                pairs.push(rates[0] / 1000.0, theirs / 1000.0);
+            }
         }
-        rows.push(pairs);
+        rows.extend(pairs);
     }
     Ok(format!(
         "\n{}",
@@ -128,8 +143,13 @@ fn latency(sizes: &Sizes) -> Result<String> {
     ];
     let mut rows = Vec::new();
     for (what, name) in kinds {
-        let mut quantiles = [("p50", 0.5), ("p99", 0.99)]
-            .map(|(text, part)| (part, Pairs::new(format!("{what}, {text} of a turn"), "CoreDNS")));
+        let peers = beside(what == "own names");
+        let servers = servers_of(what == "own names");
+        let row = |text, part| {
+            let of = |(peer, _): &(&'static str, _)| Pairs::new(format!("{what}, {text} of a turn"), peer);
+            (part, peers.iter().map(of).collect::<Vec<_>>())
+        };
+        let mut quantiles = [row("p50", 0.5), row("p99", 0.99)];
         for turn in 0..sizes.turns {
             let first = next;
             let queries = if what.ends_with("first time") {
@@ -137,18 +157,18 @@ fn latency(sizes: &Sizes) -> Result<String> {
             } else {
                 sizes.queries
             };
-            let (ours, theirs) = both(turn, |is_ours| {
-                let mut ask = Ask::new(if is_ours { OURS } else { COREDNS })?;
-                ask.each((0..queries).map(|number| name(first, number)))
-            })?;
+            let given =
+                each(turn, &servers, |server| Ask::new(server)?.each((0..queries).map(|number| name(first, number))))?;
             if what.ends_with("first time") {
                 next += queries;
             }
-            for (part, pairs) in &mut quantiles {
-                pairs.push(ours.quantile(*part), theirs.quantile(*part));
+            for (part, rows) in &mut quantiles {
+                for (pairs, theirs) in rows.iter_mut().zip(&given[1..]) {
+                    pairs.push(given[0].quantile(*part), theirs.quantile(*part));
+                }
             }
         }
-        rows.extend(quantiles.map(|(_, pairs)| pairs));
+        rows.extend(quantiles.into_iter().flat_map(|(_, rows)| rows));
     }
     Ok(format!("\n{}", Table::new("One query at a time", "µs", rows).markdown()))
 }

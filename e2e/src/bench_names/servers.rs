@@ -13,6 +13,8 @@ use portolan_dns::{Host, Member, Metrics, NetworkZone, Upstream, Zone, ZoneHandl
 pub const OURS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 5300);
 /// Where CoreDNS answers: the same names, and those that Portolan's server forwards.
 pub const COREDNS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 5301);
+/// Where the limit answers ([`start_echo`]).
+pub const ECHO: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 5302);
 /// Pods that ask, each from an address of its own: what one of them may ask in a second is limited.
 pub const ASKERS: u8 = 8;
 const NETWORK: &str = "backend";
@@ -83,6 +85,26 @@ impl Ours {
         runtime.spawn(server);
         Ok(Self { handle, _runtime: runtime })
     }
+}
+
+/// The limit: a thread that looks at nothing and answers each datagram with itself and one address, one system call to take it and one to
+/// send it. It ends with the process.
+pub fn start_echo() -> Result<()> {
+    /// An A record of the question's name (RFC 1035, section 4.1.3).
+    const RECORD: [u8; 16] = [0xc0, 0x0c, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4, 10, 32, 0, 1];
+    let socket = UdpSocket::bind(ECHO)?;
+    std::thread::spawn(move || {
+        let mut packet = [0; 512];
+        loop {
+            let Ok((length, peer)) = socket.recv_from(&mut packet[..512 - RECORD.len()]) else { return };
+            packet[2] |= 0x80;
+            packet[7] = 1;
+            packet[length..length + RECORD.len()].copy_from_slice(&RECORD);
+            // What can't be sent is missed by whoever asked.
+            let _ = socket.send_to(&packet[..length + RECORD.len()], peer);
+        }
+    });
+    Ok(())
 }
 
 /// CoreDNS with its plugin `hosts`, until it is dropped.
