@@ -46,7 +46,7 @@ impl Forwarder {
             self.metrics.looked(Look::Miss);
             return query.pass_on(self.ask(query, transport).await?, transport);
         };
-        if let Some(kept) = self.kept(&key) {
+        if let Some(kept) = self.look(&key) {
             return query.pass_on(kept, transport);
         }
         let (told, is_own) = self.flights.join(key.clone(), self.fetch(&key, query, transport)).await;
@@ -56,8 +56,13 @@ impl Forwarder {
         query.pass_on(told?, transport)
     }
 
+    /// The answer, if nobody need be asked.
+    pub(crate) fn kept(&self, query: &Forward, transport: Transport) -> Option<Vec<u8>> {
+        query.pass_on(self.look(&key(&query.packet)?)?, transport)
+    }
+
     /// What the cache has.
-    fn kept(&self, key: &[u8]) -> Option<Vec<u8>> {
+    fn look(&self, key: &[u8]) -> Option<Vec<u8>> {
         let kept = self.cache.get(key, Instant::now())?;
         self.metrics.looked(if kept.is_stale { Look::Stale } else { Look::Hit });
         Some(kept.message)
@@ -66,7 +71,7 @@ impl Forwarder {
     /// What the servers say, which is kept; what they said before, if they say nothing.
     async fn fetch(&self, key: &[u8], query: &Forward, transport: Transport) -> Option<Vec<u8>> {
         // Another asker's answer may have come since this one looked.
-        if let Some(kept) = self.kept(key) {
+        if let Some(kept) = self.look(key) {
             return Some(kept);
         }
         let Some(answer) = self.ask(query, transport).await else {

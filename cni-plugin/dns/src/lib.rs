@@ -17,6 +17,7 @@ mod plain;
 mod records;
 mod reverse;
 mod server;
+mod udp;
 mod wire;
 mod zone;
 

@@ -6,17 +6,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::answer::{Audience, Decision, Forward, Transport, decide};
-use crate::batch::{Inbox, Outbox};
 use crate::forward::{Forwarder, Upstream, read_message, write_message};
-use crate::limit::{Places, Rates};
+use crate::limit::{Place, Places, Rates};
 use crate::metrics::{self, Metrics, Reason, Source};
-use crate::wire;
 use crate::zone::ZoneHandle;
+use crate::{udp, wire};
 
 /// Forwards that may be under way at once, and for one pod; more are refused (SERVFAIL).
 const FORWARDS: (usize, usize) = (512, 64);
@@ -25,7 +24,7 @@ const CONNECTIONS: (usize, usize) = (256, 16);
 /// How long a TCP connection may take for a query, from the end of the one before, or to accept an answer. Tests don't wait as long.
 const IDLE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 10 });
 /// How long to wait after a socket failed (`EMFILE`, `ENOBUFS`), so that the loop doesn't spin.
-const AFTER_FAILURE: Duration = Duration::from_millis(100);
+pub(crate) const AFTER_FAILURE: Duration = Duration::from_millis(100);
 /// What the server for everyone is called where a network's is called like the network: nothing that a network could be called.
 const EVERYONE: &str = "*";
 
@@ -50,9 +49,9 @@ pub enum ServeError {
     },
 }
 
-struct Server {
+pub(crate) struct Server {
     /// The network, for logs and metrics.
-    network: String,
+    pub(crate) network: String,
     audience: Audience,
     zone: ZoneHandle,
     forwarder: Forwarder,
@@ -105,51 +104,18 @@ async fn serve(
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
     let udp_failed = |source| ServeError::Udp { network: server.network.clone(), source };
-    udp.set_nonblocking(true).map_err(udp_failed)?;
-    let udp = Arc::new(UdpSocket::from_std(udp).map_err(udp_failed)?);
+    udp.set_nonblocking(false).map_err(udp_failed)?;
     let tcp_failed = |source| ServeError::Tcp { network: server.network.clone(), source };
     tcp.set_nonblocking(true).map_err(tcp_failed)?;
     let tcp = TcpListener::from_std(tcp).map_err(tcp_failed)?;
 
     let server = Arc::new(server);
     tokio::select! {
-        () = shutdown => {}
-        () = serve_udp(Arc::clone(&server), udp) => {}
-        () = serve_tcp(server, tcp) => {}
-    }
-    Ok(())
-}
-
-async fn serve_udp(server: Arc<Server>, socket: Arc<UdpSocket>) {
-    let (mut inbox, mut outbox) = (Inbox::default(), Outbox::default());
-    // Dropped with this loop, and with it what is still being forwarded.
-    let mut forwarding = JoinSet::new();
-    loop {
-        while forwarding.try_join_next().is_some() {}
-        if let Err(error) = inbox.fill(&socket).await {
-            tracing::debug!(network = server.network, %error, "receiving failed");
-            tokio::time::sleep(AFTER_FAILURE).await;
-            continue;
+        () = shutdown => Ok(()),
+        ended = udp::serve(Arc::clone(&server), udp) => {
+            ended.map_err(|source| ServeError::Udp { network: server.network.clone(), source })
         }
-        let begun = Instant::now();
-        for (packet, peer) in inbox.datagrams() {
-            match server.decide(peer, Transport::Udp, packet, begun) {
-                Decision::Drop => {}
-                Decision::Reply(reply) => {
-                    server.answered(peer, Source::Own, &reply, begun);
-                    outbox.put(reply, peer);
-                }
-                Decision::Forward(query) => {
-                    let (server, socket) = (Arc::clone(&server), Arc::clone(&socket));
-                    forwarding.spawn(async move {
-                        if let Some(reply) = server.forward(&query, peer, Transport::Udp, begun).await {
-                            Outbox::of(reply, peer).send(&socket).await;
-                        }
-                    });
-                }
-            }
-        }
-        outbox.send(&socket).await;
+        () = serve_tcp(Arc::clone(&server), tcp) => Ok(()),
     }
 }
 
@@ -186,7 +152,7 @@ impl Server {
         Self { network, audience, zone, forwarder, forwards, rates: Rates::default(), metrics }
     }
 
-    fn decide(&self, peer: SocketAddr, transport: Transport, packet: &[u8], now: Instant) -> Decision {
+    pub(crate) fn decide(&self, peer: SocketAddr, transport: Transport, packet: &[u8], now: Instant) -> Decision {
         let source = peer.ip().to_canonical();
         if !self.rates.admit(source, now) {
             self.metrics.dropped(&self.network, Reason::Rate);
@@ -199,24 +165,48 @@ impl Server {
         decision
     }
 
-    async fn forward(
+    /// A place for one more question of a pod to the upstreams.
+    pub(crate) fn place(&self, peer: SocketAddr) -> Option<Place> {
+        self.forwards.take(peer.ip().to_canonical())
+    }
+
+    /// The reply, if the upstreams need not be asked.
+    pub(crate) fn kept(
         &self,
         query: &Forward,
         peer: SocketAddr,
         transport: Transport,
         begun: Instant,
     ) -> Option<Vec<u8>> {
-        let answer = match self.forwards.take(peer.ip().to_canonical()) {
-            Some(_place) => self.forwarder.answer(query, transport).await,
-            None => None,
+        let reply = self.forwarder.kept(query, transport)?;
+        self.answered(peer, Source::Forwarded, &reply, begun);
+        Some(reply)
+    }
+
+    /// The reply of the upstreams, or that there is none.
+    pub(crate) async fn forward(
+        &self,
+        query: &Forward,
+        peer: SocketAddr,
+        transport: Transport,
+        begun: Instant,
+    ) -> Option<Vec<u8>> {
+        let Some(answer) = self.forwarder.answer(query, transport).await else {
+            return self.failed(query, peer, begun);
         };
-        let answer = answer.or_else(|| query.failed())?;
         self.answered(peer, Source::Forwarded, &answer, begun);
         Some(answer)
     }
 
+    /// The reply that there is none.
+    pub(crate) fn failed(&self, query: &Forward, peer: SocketAddr, begun: Instant) -> Option<Vec<u8>> {
+        let reply = query.failed()?;
+        self.answered(peer, Source::Forwarded, &reply, begun);
+        Some(reply)
+    }
+
     /// Counts an answer, and logs it at level debug under the target `portolan_dns::query`.
-    fn answered(&self, peer: SocketAddr, source: Source, answer: &[u8], begun: Instant) {
+    pub(crate) fn answered(&self, peer: SocketAddr, source: Source, answer: &[u8], begun: Instant) {
         let took = begun.elapsed();
         self.metrics.answered(&self.network, source, answer, took);
         tracing::debug!(
@@ -242,10 +232,14 @@ impl Server {
                     self.answered(peer, Source::Own, &packet, begun);
                     packet
                 }
-                Decision::Forward(query) => match self.forward(&query, peer, Transport::Tcp, begun).await {
-                    Some(packet) => packet,
-                    None => return Ok(()),
-                },
+                Decision::Forward(query) => {
+                    let reply = match self.place(peer) {
+                        Some(_place) => self.forward(&query, peer, Transport::Tcp, begun).await,
+                        None => self.failed(&query, peer, begun),
+                    };
+                    let Some(packet) = reply else { return Ok(()) };
+                    packet
+                }
             };
             timeout(IDLE, write_message(&mut stream, &reply)).await??;
         }

@@ -111,7 +111,7 @@ impl Drop for Fixture {
 }
 
 /// One address for UDP and TCP.
-fn sockets() -> (std::net::UdpSocket, std::net::TcpListener) {
+pub(crate) fn sockets() -> (std::net::UdpSocket, std::net::TcpListener) {
     loop {
         let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         if let Ok(udp) = std::net::UdpSocket::bind(tcp.local_addr().unwrap()) {
