@@ -10,21 +10,31 @@ use crate::parse;
 use crate::probe::Implementation;
 
 impl CommandLine {
-    /// A dataset and, with `depth` 1, those directly below it. The GUID is not among zfs-fuse's `all`, so it is asked for by name.
+    /// A dataset and, with `depth` 1, those directly below it. The GUID is not among zfs-fuse's `all`, so there it is asked for by name.
     pub(super) async fn datasets(&self, name: &DatasetName, depth: &str) -> Result<Vec<Dataset>, ZfsError> {
         let get = |what| ["zfs", "get", "-Hp", "-d", depth, "-o", parse::COLUMNS, what, name.as_str()];
-        let guids = parse::table(&self.run(name, &get("guid")).await?);
-        let all = parse::table(&self.run(name, &get("all")).await?);
+        let (all, guids) = match self.probed().await?.implementation {
+            Implementation::ZfsFuse => {
+                let (all, guids) = (get("all"), get("guid"));
+                let (all, guids) = tokio::try_join!(self.run(name, &all), self.run(name, &guids))?;
+                (parse::table(&all), parse::table(&guids))
+            }
+            _ => (parse::table(&self.run(name, &get("all")).await?), Vec::new()),
+        };
         let mut found = Vec::new();
         for (name, mut properties) in all {
+            if let Some((_, guid)) = guids.iter().find(|(other, _)| *other == name) {
+                properties.extend(guid.clone());
+            }
+            // Made between the two commands: the next call finds it.
+            if !properties.contains_key("guid") {
+                continue;
+            }
             let kind = properties.get("type").map(|(value, _)| value.as_str());
-            // One made between the two commands has no GUID yet: the next call finds it.
-            let Some((_, guid)) = guids.iter().find(|(other, _)| *other == name) else { continue };
             // Not ours: a snapshot, or with a blank in its name.
             if !matches!(kind, Some("filesystem" | "volume")) || DatasetName::new(name.as_str()).is_err() {
                 continue;
             }
-            properties.extend(guid.clone());
             found.push(parse::dataset(&name, &properties).map_err(|why| odd_output(&get("all"), &why))?);
         }
         Ok(found)
