@@ -79,6 +79,14 @@ impl Lab {
         self.lab(&["node", node, "sh", "-c", command], None)
     }
 
+    /// The file of this machine that is the disk of a node's pool.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn disk(&self, node: &str) -> Result<PathBuf> {
+        Ok(PathBuf::from(self.lab(&["disk", node], None)?.trim_end()))
+    }
+
     /// Puts a copy of a file of this machine on a node.
     ///
     /// # Errors

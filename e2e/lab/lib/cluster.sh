@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What both lanes share: the control plane (always native), node objects, a node's files.
 # A lane gives: lane_packages, lane_prepare, lane_name K, lane_start NODE K, lane_kill NODE, lane_alive NODE, lane_exec NODE CMD..., lane_cut NODE,
-# lane_mend NODE, lane_down, lane_logs NODE, lane_import TARS...; and control_node, if it has a node for what needs no pool.
+# lane_mend NODE, lane_down, lane_logs NODE, lane_disk NODE, lane_import TARS...; and control_node, if it has a node for what needs no pool.
 
 built() { cat "$KIT/current" 2> /dev/null; }
 need_up() { box_alive control-plane || die "the cluster $CLUSTER is not up: e2e/lab/lab up"; }

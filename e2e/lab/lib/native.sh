@@ -28,6 +28,7 @@ lane_import() {
   for pid in "${pids[@]}"; do wait "$pid" || die "import failed"; done
 }
 
+lane_disk() { echo "$STATE/$1/pool/$POOL.img"; }
 lane_logs() { tail -n "${2:-30}" "$STATE/$1"/logs/*.log; }
 
 lane_down() {

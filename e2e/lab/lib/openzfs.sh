@@ -145,6 +145,9 @@ lane_import() {
 }
 import_one() { lane_exec "$1" ctr -n k8s.io images import - < "$2"; }
 
+# What the guest has flushed is in it.
+lane_disk() { echo "$STATE/$1/pool.img"; }
+
 lane_logs() {
   if [ "$1" = $control_node ]; then
     tail -n "${2:-30}" "$STATE/$1"/logs/*.log
