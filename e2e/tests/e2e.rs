@@ -27,8 +27,7 @@ fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
         ("rolling", !openzfs, rolling::play),
         ("snapshots", !openzfs, snapshots::play),
         ("shared-reading", !openzfs, shared_reading::play),
-        // On OpenZFS, where it says more, it takes a quarter of an hour.
-        ("encryption", !openzfs, encryption::play),
+        ("encryption", true, encryption::play),
         ("resuming", openzfs, resuming::play),
         ("migration", !openzfs, migration::play),
         ("faults", !openzfs, faults::play),
