@@ -13,7 +13,7 @@ use portolan_agent::{
     snapshot::Snapshot,
 };
 use portolan_dns::{Host, Member, NetworkZone};
-use portolan_net::{Allowed, BRIDGE_ADDRESS, Dataplane, Namespace, NetworkSpec, endpoint_mac};
+use portolan_net::{Allowed, BRIDGE_ADDRESS, Dataplane, Multicast, Namespace, NetworkSpec, endpoint_mac};
 
 const VNI: u32 = 91;
 
@@ -90,7 +90,15 @@ impl Node {
     async fn network_of(&self, subnets: &[&str]) {
         let vtep = std::net::Ipv4Addr::LOCALHOST;
         let subnets = subnets.iter().map(|subnet| subnet.parse().unwrap()).collect();
-        let spec = NetworkSpec { vni: VNI, mtu: 1450, vtep, subnets, port: 7789, suppression: false };
+        let spec = NetworkSpec {
+            vni: VNI,
+            mtu: 1450,
+            vtep,
+            subnets,
+            port: 7789,
+            suppression: false,
+            multicast: Multicast::Flood,
+        };
         self.dataplane.ensure_network(&spec).await.unwrap();
     }
 

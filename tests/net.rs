@@ -10,13 +10,14 @@ use std::{
 
 use ipnet::IpNet;
 use portolan_net::{
-    Allowed, BRIDGE_ADDRESS, Dataplane, Forwarding, Mac, Namespace, NetworkSpec, Peer, PortSpec, endpoint_mac,
-    port_name,
+    Allowed, BRIDGE_ADDRESS, Dataplane, Forwarding, Mac, Multicast, Namespace, NetworkSpec, Peer, PortSpec,
+    endpoint_mac, port_name,
 };
 
 mod addresses;
 mod families;
 mod leaks;
+mod multicast;
 mod ping;
 mod spoofing;
 mod switch;
@@ -55,7 +56,8 @@ impl Node {
 
     fn spec(&self, vni: u32, suppression: bool) -> NetworkSpec {
         let subnets = vec!["10.32.0.0/24".parse().unwrap(), "fd32::/64".parse().unwrap()];
-        NetworkSpec { vni, mtu: 1450, vtep: self.vtep, subnets, port: 7789, suppression }
+        let multicast = Multicast::Flood;
+        NetworkSpec { vni, mtu: 1450, vtep: self.vtep, subnets, port: 7789, suppression, multicast }
     }
 
     /// A pod of that name on a network; its addresses are 10.32.0.`last` and fd32::`last`.

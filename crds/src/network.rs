@@ -61,6 +61,19 @@ pub struct ContainerNetworkSpec {
     /// Nodes answer ARP for known endpoints themselves. Off by default: gratuitous ARP and duplicate detection need broadcasts.
     #[serde(default)]
     pub neighbor_suppression: bool,
+    /// Where IP multicast goes: to all pods (`Flood`), or only to those that joined the group by IGMP or MLD (`Snooping`; RFC 4541).
+    #[serde(default)]
+    pub multicast: Multicast,
+}
+
+/// Where a network's IP multicast goes.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum Multicast {
+    /// To all pods.
+    #[default]
+    Flood,
+    /// To those pods that joined the group.
+    Snooping,
 }
 
 /// What is known of a network.

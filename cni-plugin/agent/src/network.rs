@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use ipnet::IpNet;
 use kube::ResourceExt;
 use portolan_crds::{ContainerNetwork, RESOLVER_RANGE, condition};
-use portolan_net::NetworkSpec;
+use portolan_net::{Multicast, NetworkSpec};
 
 use crate::error::PlugError;
 
@@ -17,6 +17,7 @@ pub(crate) struct Network {
     /// At most one of each family, IPv4 first.
     pub subnets: Vec<IpNet>,
     pub suppression: bool,
+    multicast: Multicast,
     mtu: Option<u32>,
 }
 
@@ -45,7 +46,11 @@ impl Network {
         let vni = status.vni.ok_or_else(|| not_ready("it has no VNI yet; is portolan-operator running?"))?;
         let subnets = portolan_crds::subnets(&object.spec.subnets).map_err(|e| not_ready(&e.to_string()))?;
         let (suppression, mtu) = (object.spec.neighbor_suppression, object.spec.mtu);
-        Ok(Self { name, vni, subnets, suppression, mtu })
+        let multicast = match object.spec.multicast {
+            portolan_crds::Multicast::Flood => Multicast::Flood,
+            portolan_crds::Multicast::Snooping => Multicast::Snooping,
+        };
+        Ok(Self { name, vni, subnets, suppression, multicast, mtu })
     }
 
     pub fn mtu(&self, underlay: Underlay) -> u32 {
@@ -75,6 +80,7 @@ impl Network {
             subnets,
             port: underlay.port,
             suppression: self.suppression,
+            multicast: self.multicast,
         }
     }
 }

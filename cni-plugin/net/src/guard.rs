@@ -46,17 +46,17 @@ impl Allowed {
 }
 
 /// EtherTypes (IEEE 802 numbers, IANA).
-const IPV4: u32 = 0x0800;
+pub(crate) const IPV4: u32 = 0x0800;
 const ARP: u32 = 0x0806;
-const IPV6: u32 = 0x86dd;
+pub(crate) const IPV6: u32 = 0x86dd;
 /// Tags of VLANs. The kernel takes the first one off a frame before it is looked at: here it is a tag within a tag.
 const TAGS: [u32; 2] = [0x8100, 0x88a8];
 
 /// Verdicts of a classifier (tc-bpf(8)): "it is mine, and nothing is to be done to it", and "ask the next".
-const PASS: u32 = u32::MAX;
+pub(crate) const PASS: u32 = u32::MAX;
 const NEXT: u32 = 0;
 /// The verdict of one that says itself what is to be done: `TC_ACT_SHOT` (`linux/pkt_cls.h`).
-const DROP: u32 = 2;
+pub(crate) const DROP: u32 = 2;
 
 /// How many extension headers of an IPv6 packet are followed to find its message. RFC 8200 (section 4.1) knows five; a packet with more
 /// than these is dropped.
@@ -75,10 +75,10 @@ const OPS: u16 = 5;
 const ALL_PROTOCOLS: u32 = 0x0300;
 
 /// A classifier of the guard: its priority, program, and whether the program says itself what is to be done.
-struct Classifier {
-    priority: u32,
-    program: Vec<u8>,
-    decides: bool,
+pub(crate) struct Classifier {
+    pub priority: u32,
+    pub program: Vec<u8>,
+    pub decides: bool,
 }
 
 /// Makes a port's guard what the spec says: none, or the two classifiers. What changes is replaced in one step.
@@ -159,7 +159,7 @@ impl Classifier {
         (self.priority, self.program.clone(), self.decides)
     }
 
-    fn message(&self, port: i32) -> TcMessage {
+    pub fn message(&self, port: i32) -> TcMessage {
         let length = u16::try_from(self.program.len() / INSTRUCTION).unwrap_or(u16::MAX);
         let flags = if self.decides { TcBpfFlags::DirectAction } else { TcBpfFlags::empty() };
         let options = [
@@ -311,7 +311,7 @@ fn find_icmp(p: &mut Program, is_icmp: Label, pass: Label, refuse: Label) {
 }
 
 /// The link-local address of an interface with this MAC (RFC 4291, appendix A).
-fn link_local(mac: Mac) -> Ipv6Addr {
+pub(crate) fn link_local(mac: Mac) -> Ipv6Addr {
     let [a, b, c, d, e, f] = mac.0.map(u16::from);
     Ipv6Addr::new(0xfe80, 0, 0, 0, (a ^ 2) << 8 | b, c << 8 | 0xff, 0xfe00 | d, e << 8 | f)
 }

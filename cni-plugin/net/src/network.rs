@@ -13,6 +13,7 @@ use crate::{
     dataplane::namespace_path,
     error::Result,
     mac::is_port_name,
+    multicast::{self, Multicast},
     namespace::Namespace,
     netlink::{Netlink, link_name},
     sysctl,
@@ -34,6 +35,8 @@ pub struct NetworkSpec {
     /// Whether the bridge answers ARP and neighbour discovery for endpoints it knows, instead of flooding the question to the other
     /// nodes.
     pub suppression: bool,
+    /// Where IP multicast goes.
+    pub multicast: Multicast,
 }
 
 /// Before its interfaces: nothing is routed, nothing has an IPv6 address (each node's bridge would have the same link-local one),
@@ -52,7 +55,8 @@ const NAMESPACE_SYSCTLS: [(&str, &str); 8] = [
 /// The bridge answers no ARP at all: pods have a permanent neighbour for its address, and an answer to a pod of another node
 /// would cross the tunnel with a source address that each node's bridge has.
 ///
-/// For suppression it has IPv6, without which the kernel takes no neighbours of that family; but no address, nor ever gets one.
+/// For suppression it has IPv6, without which the kernel takes no neighbours of that family; but no address, nor ever gets one by itself. For
+/// snooping it has IPv6 and a link-local address.
 const BRIDGE_SYSCTLS: [(&str, &str); 4] = [
     ("ipv4/conf/br0/arp_ignore", "8"),
     ("ipv4/conf/br0/rp_filter", "0"),
@@ -74,7 +78,8 @@ impl Dataplane {
         let bridge = ensure_bridge(&netlink, &namespace, spec).await?;
         let underlay = Netlink::open(&self.underlay()?)?;
         ensure_tunnel(&netlink, &underlay, &namespace, spec, bridge).await?;
-        start_bridge(&netlink, bridge, spec).await
+        start_bridge(&netlink, bridge, spec).await?;
+        multicast::set(&netlink, bridge, spec.multicast).await
     }
 
     /// Removes all that this node has of a network, ports included.
@@ -107,7 +112,8 @@ async fn ensure_bridge(netlink: &Netlink, namespace: &Namespace, spec: &NetworkS
     let wanted = LinkUnspec::new_with_index(index).address(mac).mtu(spec.mtu).build();
     netlink.set_link(wanted, format!("set bridge br0's MTU to {}", spec.mtu)).await?;
     sysctl::set(namespace, &BRIDGE_SYSCTLS)?;
-    let without_ipv6 = if spec.suppression { "0" } else { "1" };
+    let needs_ipv6 = spec.suppression || spec.multicast == Multicast::Snooping;
+    let without_ipv6 = if needs_ipv6 { "0" } else { "1" };
     sysctl::set(namespace, &[("ipv6/conf/br0/disable_ipv6", without_ipv6)])?;
     netlink.add_address(index, Ipv4Net::from(BRIDGE_ADDRESS).into()).await?;
     Ok(index)

@@ -215,8 +215,15 @@ async fn plug(network: &Netlink, spec: &PortSpec) -> Result<()> {
 /// Holds a port to its MAC: a locked one drops frames whose source the forwarding entries don't have behind it, and learns
 /// nothing (`locked` in bridge(8); Linux 5.18); what it learnt before is forgotten. An older kernel takes the request and does
 /// nothing, so it is asked again.
+///
+/// One MAC is one host: when it leaves a group, there is nobody else to be asked whether he stays (`mcast_fast_leave`).
 async fn lock(network: &Netlink, index: u32, spec: &PortSpec) -> Result<()> {
-    let port = LinkBridgePort::new(index).locked(spec.locked).learning(!spec.locked).fdb_flush().build();
+    let port = LinkBridgePort::new(index)
+        .locked(spec.locked)
+        .learning(!spec.locked)
+        .mcast_fast_leave(spec.locked)
+        .fdb_flush()
+        .build();
     let set = network.handle().link().set_port(port).execute().await;
     set.map_err(|e| network.error(format!("set the lock of port {}", spec.port), e))?;
     let link = network.link(&spec.port).await?;

@@ -4,7 +4,9 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::Result;
 use ipnet::IpNet;
-use portolan_net::{Allowed, BRIDGE_ADDRESS, Forwarding, Mac, NetworkSpec, Peer, PortSpec, endpoint_mac, port_name};
+use portolan_net::{
+    Allowed, BRIDGE_ADDRESS, Forwarding, Mac, Multicast, NetworkSpec, Peer, PortSpec, endpoint_mac, port_name,
+};
 
 use crate::nodes::{End, Node, path};
 
@@ -30,6 +32,7 @@ pub async fn portolan(nodes: &[Node; 2]) -> Result<[Way; 2]> {
             subnets: vec![subnet],
             port: 7789,
             suppression: false,
+            multicast: Multicast::Flood,
         };
         node.dataplane.ensure_network(&spec).await?;
     }
