@@ -13,7 +13,7 @@ use portolan_agent::{
     snapshot::Snapshot,
 };
 use portolan_dns::{Host, Member, NetworkZone};
-use portolan_net::{Allowed, BRIDGE_ADDRESS, Dataplane, Multicast, Namespace, NetworkSpec, endpoint_mac};
+use portolan_net::{Allowed, BRIDGE_ADDRESS, Bandwidth, Dataplane, Multicast, Namespace, NetworkSpec, endpoint_mac};
 
 const VNI: u32 = 91;
 
@@ -68,6 +68,7 @@ impl Node {
             resolver: true,
             redirected: None,
             allowed: Allowed::default(),
+            bandwidth: Bandwidth::default(),
             namespace: "shop".into(),
             pod: pod.into(),
             uid: pod.into(),

@@ -10,11 +10,12 @@ use std::{
 
 use ipnet::IpNet;
 use portolan_net::{
-    Allowed, BRIDGE_ADDRESS, Dataplane, Forwarding, Mac, Multicast, Namespace, NetworkSpec, Peer, PortSpec,
+    Allowed, BRIDGE_ADDRESS, Bandwidth, Dataplane, Forwarding, Mac, Multicast, Namespace, NetworkSpec, Peer, PortSpec,
     endpoint_mac, port_name,
 };
 
 mod addresses;
+mod bandwidth;
 mod families;
 mod leaks;
 mod multicast;
@@ -80,6 +81,7 @@ impl Node {
             resolvers: vec![BRIDGE_ADDRESS],
             locked: true,
             allowed,
+            bandwidth: Bandwidth::default(),
         };
         self.dataplane.add_port(&port).await.unwrap();
         Pod { node: self, port, address, ipv6: ipv6(last) }

@@ -7,7 +7,8 @@ use std::{
 
 use ipnet::IpNet;
 use portolan_net::{
-    Allowed, BRIDGE_ADDRESS, Forwarding, NetworkSpec, Peer, PortSpec, blocks, endpoint_mac, port_name, usable,
+    Allowed, BRIDGE_ADDRESS, Bandwidth, Forwarding, NetworkSpec, Peer, PortSpec, blocks, endpoint_mac, port_name,
+    usable,
 };
 use rustix::net::{AddressFamily, SocketType, ipproto, socket};
 
@@ -40,6 +41,7 @@ fn ipv6_port(node: &Node, pod: &str, last: u8) -> PortSpec {
         resolvers: vec![BRIDGE_ADDRESS],
         locked: true,
         allowed: Allowed::default(),
+        bandwidth: Bandwidth::default(),
     }
 }
 

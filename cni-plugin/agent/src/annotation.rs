@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use portolan_crds::{ALLOWED_ADDRESSES_ANNOTATION, NETWORKS_ANNOTATION};
-use portolan_net::{Allowed, Mac};
+use portolan_net::{Allowed, Bandwidth, Mac};
 
 /// What an interface may be called (the kernel's IFNAMSIZ less one).
 const INTERFACE_LIMIT: usize = 15;
@@ -31,6 +31,8 @@ pub struct Wish {
     pub addresses: Vec<IpAddr>,
     /// The MAC it is to have.
     pub mac: Option<Mac>,
+    /// How fast the pod may receive and send there.
+    pub bandwidth: Bandwidth,
 }
 
 /// An annotation that can't be followed.
@@ -82,7 +84,8 @@ fn parse_names(text: &str) -> Result<Vec<Wish>, AnnotationError> {
             ));
         }
         let named = part.contains('@');
-        wishes.push(Wish { network: network.to_owned(), interface, named, addresses: Vec::new(), mac: None });
+        let (network, bandwidth) = (network.to_owned(), Bandwidth::default());
+        wishes.push(Wish { network, interface, named, addresses: Vec::new(), mac: None, bandwidth });
     }
     Ok(wishes)
 }

@@ -72,6 +72,8 @@ fn lock(all: &Mutex<BTreeSet<String>>) -> MutexGuard<'_, BTreeSet<String>> {
 struct Changes {
     unplug: Vec<Endpoint>,
     plug: Vec<Wish>,
+    /// What stays and may receive or send at another rate.
+    limit: Vec<Endpoint>,
     /// Where it reaches the DNS server from now on, as the interface where it did goes.
     resolver: Option<Endpoint>,
 }
@@ -81,6 +83,11 @@ struct Changes {
 fn changes(wishes: &[Wish], present: &[Endpoint]) -> Changes {
     let is_wanted = |there: &&Endpoint| wishes.iter().any(|wish| wish.network == there.network);
     let (stay, unplug): (Vec<&Endpoint>, Vec<&Endpoint>) = present.iter().partition(is_wanted);
+    let limited = |there: &Endpoint| {
+        let wish = wishes.iter().find(|wish| wish.network == there.network);
+        Endpoint { bandwidth: wish.map_or(there.bandwidth, |wish| wish.bandwidth), ..there.clone() }
+    };
+    let limit = stay.iter().map(|there| limited(there)).filter(|after| !stay.contains(&after)).collect();
     let new = wishes.iter().filter(|wish| stay.iter().all(|there| there.network != wish.network));
     let mut taken: BTreeSet<String> = stay.iter().map(|there| there.interface.clone()).collect();
     let mut plug: Vec<Wish> = new.cloned().collect();
@@ -94,8 +101,8 @@ fn changes(wishes: &[Wish], present: &[Endpoint]) -> Changes {
     // What has no IPv4 address has nothing to ask from: such a pod asks the cluster's DNS until it is plugged in anew.
     let next = stay.iter().find(|there| loses && there.address.is_ipv4());
     let redirected = unplug.iter().find_map(|there| there.redirected);
-    let resolver = next.map(|there| Endpoint { resolver: true, redirected, ..Endpoint::clone(there) });
-    Changes { unplug: unplug.into_iter().cloned().collect(), plug, resolver }
+    let resolver = next.map(|there| Endpoint { resolver: true, redirected, ..limited(there) });
+    Changes { unplug: unplug.into_iter().cloned().collect(), plug, limit, resolver }
 }
 
 /// Whether a pod runs in a network namespace of its own, which is not on its way out.
@@ -164,8 +171,13 @@ impl Agent {
             self.events.normal(&pod.object_ref(&()), "Unplugged", "Plug", &done).await;
         }
         let stay: Vec<Endpoint> = present.into_iter().filter(|there| !changes.unplug.contains(there)).collect();
+        for endpoint in changes.limit {
+            let done = format!("bandwidth on {} ({}) changed", endpoint.network, endpoint.interface);
+            self.change(endpoint).await?;
+            self.events.normal(&pod.object_ref(&()), "Limited", "Plug", &done).await;
+        }
         if let Some(endpoint) = changes.resolver {
-            self.reach_resolver(endpoint).await?;
+            self.change(endpoint).await?;
         }
         for endpoint in self.plug_all(&container, &netns, pod, &changes.plug, &stay).await? {
             let done = format!("plugged into {} ({}: {})", endpoint.network, endpoint.interface, endpoint.address);
@@ -180,10 +192,12 @@ impl Agent {
         self.dataplane.namespace_with(address).await?.ok_or(PlugError::NoNamespace(address))
     }
 
-    async fn reach_resolver(&self, endpoint: Endpoint) -> Result<(), PlugError> {
+    /// Makes a port what its endpoint is from now on.
+    async fn change(&self, endpoint: Endpoint) -> Result<(), PlugError> {
         let port = endpoint.port();
-        self.journal.put(endpoint)?;
+        // Whoever follows other annotations of the pod reads and writes the journal with the same right.
         let _right = self.applied.lock().await;
+        self.journal.put(endpoint)?;
         self.dataplane.add_port(&port).await?;
         self.changed.notify_one();
         Ok(())
@@ -194,7 +208,7 @@ impl Agent {
 mod tests {
     use std::net::IpAddr;
 
-    use portolan_net::{Allowed, Mac};
+    use portolan_net::{Allowed, Bandwidth, Limit, Mac};
     use serde_json::json;
 
     use super::*;
@@ -215,6 +229,7 @@ mod tests {
             resolver,
             redirected: None,
             allowed: Allowed::default(),
+            bandwidth: Bandwidth::default(),
             namespace: "shop".into(),
             pod: "web-0".into(),
             uid: "u".into(),
@@ -251,6 +266,22 @@ mod tests {
         assert_eq!(less.resolver, Some(Endpoint { resolver: true, ..both[1].clone() }));
         let kept = changes(&annotation::parse("backend").unwrap(), &both);
         assert_eq!((kept.unplug.len(), kept.resolver), (1, None));
+    }
+
+    #[test]
+    fn what_stays_has_the_bandwidth_that_is_asked_for() {
+        let wishes = |text: &str| annotation::parse(text).unwrap();
+        let both = [endpoint("backend", "eth1", true), endpoint("frontend", "eth2", false)];
+        let limited = r#"[{"name":"backend"},{"name":"frontend","bandwidth":{"egressRate":8000000}}]"#;
+        let asked = changes(&wishes(limited), &both);
+        let mut after = both.clone();
+        after[1].bandwidth.egress = Some(Limit { rate: 8_000_000, burst: 800_000 });
+        assert_eq!(asked, Changes { limit: vec![after[1].clone()], ..Changes::default() });
+        assert_eq!(changes(&wishes(limited), &after), Changes::default(), "it is so");
+        let back = changes(&wishes("backend, frontend"), &after);
+        assert_eq!(back, Changes { limit: vec![both[1].clone()], ..Changes::default() });
+        let alone = changes(&wishes(&limited.replace(r#"{"name":"backend"},"#, "")), &both);
+        assert_eq!(alone.resolver, Some(Endpoint { resolver: true, ..after[1].clone() }), "with the limit");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use portolan_net::{Allowed, BRIDGE_ADDRESS, Mac, PortSpec, port_name};
+use portolan_net::{Allowed, BRIDGE_ADDRESS, Bandwidth, Mac, PortSpec, port_name};
 use serde::{Deserialize, Serialize};
 
 /// One interface of one pod of this node.
@@ -49,6 +49,9 @@ pub struct Endpoint {
     /// What addresses the pod may use beside its own.
     #[serde(default, skip_serializing_if = "Allowed::is_none")]
     pub allowed: Allowed,
+    /// How fast the pod may receive and send by this interface.
+    #[serde(default, skip_serializing_if = "Bandwidth::is_none")]
+    pub bandwidth: Bandwidth,
     /// The pod's namespace.
     pub namespace: String,
     /// The pod's name.
@@ -97,6 +100,7 @@ impl Endpoint {
             resolvers: self.resolvers().collect(),
             locked: true,
             allowed: self.allowed.clone(),
+            bandwidth: self.bandwidth,
         }
     }
 }
@@ -193,6 +197,8 @@ impl Journal {
 
 #[cfg(test)]
 mod tests {
+    use portolan_net::Limit;
+
     use super::*;
 
     fn endpoint(container: &str) -> Endpoint {
@@ -211,6 +217,7 @@ mod tests {
             resolver: true,
             redirected: None,
             allowed: Allowed::default(),
+            bandwidth: Bandwidth::default(),
             namespace: "shop".into(),
             pod: "db-0".into(),
             uid: "u".into(),
@@ -258,6 +265,7 @@ mod tests {
         ipv6.allowed = Allowed::Further(vec!["fd32::100/128".parse().unwrap()]);
         let mut free = endpoint("c");
         free.allowed = Allowed::Any;
+        free.bandwidth.egress = Some(Limit { rate: 8_000_000, burst: 800_000 });
         let directory = tempfile::tempdir().unwrap();
         for endpoint in [&both, &ipv6, &free] {
             Journal::open(directory.path()).unwrap().put(endpoint.clone()).unwrap();
@@ -268,6 +276,8 @@ mod tests {
         assert_eq!(texts(&read[1]), ["fd32::6/64", "169.254.56.1/32"]);
         let allowed: Vec<Allowed> = read.iter().map(|endpoint| endpoint.port().allowed).collect();
         assert_eq!(allowed, [both.allowed, ipv6.allowed, free.allowed]);
+        let limits: Vec<Bandwidth> = read.iter().map(|endpoint| endpoint.port().bandwidth).collect();
+        assert_eq!(limits, [Bandwidth::default(), Bandwidth::default(), free.bandwidth]);
     }
 
     #[test]

@@ -171,6 +171,7 @@ impl Agent {
             resolver,
             redirected,
             allowed: Allowed::default(),
+            bandwidth: wish.bandwidth,
             namespace: pod.namespace().unwrap_or_default(),
             pod: pod.name_any(),
             uid: pod.uid().unwrap_or_default(),

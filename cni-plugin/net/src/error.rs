@@ -122,6 +122,14 @@ pub enum Error {
         /// The network's namespace.
         place: String,
     },
+    /// A pod could send or receive faster than it may.
+    #[error("port {port} is not held to its pod's bandwidth (in {place})")]
+    NotLimited {
+        /// The port's name.
+        port: String,
+        /// The network's namespace.
+        place: String,
+    },
     /// No interface of the host has the tunnel endpoint's address.
     #[error("no interface of this node has the address {0}")]
     NoUnderlay(Ipv4Addr),

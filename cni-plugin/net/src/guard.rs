@@ -10,9 +10,12 @@ use futures::TryStreamExt;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use netlink_packet_route::{
     RouteNetlinkMessage,
-    tc::{TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
+    tc::{
+        TcAction, TcActionAttribute, TcActionMirror, TcActionMirrorOption, TcActionOption, TcActionType, TcAttribute,
+        TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcMessage, TcMirror, TcOption,
+    },
 };
-use rtnetlink::packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_REPLACE, Nla};
+use rtnetlink::packet_core::{DefaultNla, Emitable, NLM_F_CREATE, NLM_F_REPLACE, Nla, NlasIterator, Parseable};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -68,34 +71,43 @@ const FRAGMENT: u32 = 44;
 /// A neighbour advertisement (RFC 4861, section 4.4).
 const ADVERTISEMENT: u32 = 136;
 
-/// Attributes that the netlink library has no names for (`linux/pkt_cls.h`): a classic program's length and instructions.
+/// Attributes that the netlink library has no names for (`linux/pkt_cls.h`): actions, and a classic program's length and instructions.
+const ACTIONS: u16 = 1;
 const OPS_LENGTH: u16 = 4;
 const OPS: u16 = 5;
 /// `ETH_P_ALL` in network byte order, as classifiers have it.
 const ALL_PROTOCOLS: u32 = 0x0300;
 
-/// A classifier of the guard: its priority, program, and whether the program says itself what is to be done.
+/// A classifier of the guard: its priority, program, and whether the program says itself what is to be done. If not, frames that are its own may
+/// be led to another link.
 pub(crate) struct Classifier {
     pub priority: u32,
     pub program: Vec<u8>,
     pub decides: bool,
+    pub to: Option<u32>,
 }
 
-/// Makes a port's guard what the spec says: none, or the two classifiers. What changes is replaced in one step.
-pub(crate) async fn set(network: &Netlink, index: u32, spec: &PortSpec) -> Result<()> {
+/// Makes a port's guard what the spec says: none, or the two classifiers. What changes is replaced in one step. What passes goes by the link
+/// `to`, if there is one.
+pub(crate) async fn set(network: &Netlink, index: u32, spec: &PortSpec, to: Option<u32>) -> Result<()> {
     let port = i32::try_from(index).unwrap_or_default();
-    if spec.allowed == Allowed::Any {
+    let wanted = classifiers(spec, to);
+    let is_right = present(network, port).await? == wanted.iter().map(Classifier::facts).collect::<Vec<_>>();
+    if spec.allowed == Allowed::Any && (wanted.is_empty() || !is_right) {
         let mut ingress = TcMessage::with_index(port);
         ingress.header.parent = TcHandle::INGRESS;
         let action = format!("remove the guard of port {}", spec.port);
         let removed = network.send(RouteNetlinkMessage::DelQueueDiscipline(ingress), 0, action).await;
-        return ok_if(ok_if(removed, libc::ENOENT), libc::EINVAL);
+        ok_if(ok_if(removed, libc::ENOENT), libc::EINVAL)?;
+    }
+    if wanted.is_empty() {
+        return Ok(());
     }
     let made = network.handle().qdisc().add(port).ingress().execute().await;
     ok_if(made.map_err(|e| network.error(format!("make the guard of port {}", spec.port), e)), libc::EEXIST)?;
     let present = present(network, port).await?;
     // The one that drops comes last: until then a port that is in use goes on.
-    for classifier in classifiers(spec) {
+    for classifier in wanted {
         if present.contains(&classifier.facts()) {
             continue;
         }
@@ -106,21 +118,18 @@ pub(crate) async fn set(network: &Netlink, index: u32, spec: &PortSpec) -> Resul
     Ok(())
 }
 
-/// Whether a port's guard is what the spec says.
-pub(crate) async fn check(network: &Netlink, index: u32, spec: &PortSpec) -> Result<()> {
+/// Whether a port's guard is what the spec says, and what passes goes by the link `to`.
+pub(crate) async fn check(network: &Netlink, index: u32, spec: &PortSpec, to: Option<u32>) -> Result<()> {
     let present = present(network, i32::try_from(index).unwrap_or_default()).await?;
-    let wanted: Vec<_> = match spec.allowed {
-        Allowed::Any => Vec::new(),
-        Allowed::Further(_) => classifiers(spec).iter().map(Classifier::facts).collect(),
-    };
+    let wanted: Vec<_> = classifiers(spec, to).iter().map(Classifier::facts).collect();
     if present == wanted {
         return Ok(());
     }
     Err(Error::NotGuarded { port: spec.port.clone(), place: network.place().to_owned() })
 }
 
-/// What tells a classifier from another: priority, program, and whether it decides.
-type Facts = (u32, Vec<u8>, bool);
+/// What tells a classifier from another: priority, program, whether it decides, and where it leads to.
+type Facts = (u32, Vec<u8>, bool, Option<u32>);
 
 /// The classifiers that a port has, in the order in which they are asked.
 async fn present(network: &Netlink, port: i32) -> Result<Vec<Facts>> {
@@ -140,7 +149,7 @@ fn facts(message: &TcMessage) -> Option<Facts> {
         TcAttribute::Options(options) => Some(options),
         _ => None,
     })?;
-    let (mut program, mut decides) = (Vec::new(), false);
+    let (mut program, mut decides, mut to) = (Vec::new(), false, None);
     for option in options {
         match option {
             TcOption::Bpf(TcFilterBpfOption::Flags(flags)) => decides = flags.contains(TcBpfFlags::DirectAction),
@@ -148,15 +157,47 @@ fn facts(message: &TcMessage) -> Option<Facts> {
                 program = vec![0; other.value_len()];
                 other.emit_value(&mut program);
             }
+            TcOption::Bpf(TcFilterBpfOption::Other(other)) if other.kind() == ACTIONS => to = led_to(other),
             _ => {}
         }
     }
-    Some((message.header.info >> 16, program, decides))
+    Some((message.header.info >> 16, program, decides, to))
+}
+
+/// The link that the actions of a classifier lead to.
+fn led_to(actions: &DefaultNla) -> Option<u32> {
+    let mut bytes = vec![0; actions.value_len()];
+    actions.emit_value(&mut bytes);
+    let actions = NlasIterator::new(&bytes[..]).filter_map(|action| TcAction::parse(&action.ok()?).ok());
+    let attributes: Vec<_> = actions.flat_map(|action| action.attributes).collect();
+    let options = attributes.iter().filter_map(|attribute| match attribute {
+        TcActionAttribute::Options(options) => Some(options),
+        _ => None,
+    });
+    options.flatten().find_map(|option| match option {
+        TcActionOption::Mirror(TcActionMirrorOption::Parms(to)) => Some(to.ifindex),
+        _ => None,
+    })
+}
+
+/// The action that sends what a classifier has for its own out by a link (tc-mirred(8)).
+fn lead(to: u32) -> TcFilterBpfOption {
+    let mut parameters = TcMirror::default();
+    parameters.generic.action = TcActionType::Stolen;
+    parameters.ifindex = to;
+    let mut action = TcAction::default();
+    action.attributes = vec![
+        TcActionAttribute::Kind(TcActionMirror::KIND.to_owned()),
+        TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(parameters))]),
+    ];
+    let mut bytes = vec![0; action.buffer_len()];
+    action.emit(&mut bytes);
+    TcFilterBpfOption::Other(DefaultNla::new(ACTIONS, bytes))
 }
 
 impl Classifier {
     fn facts(&self) -> Facts {
-        (self.priority, self.program.clone(), self.decides)
+        (self.priority, self.program.clone(), self.decides, self.to)
     }
 
     pub fn message(&self, port: i32) -> TcMessage {
@@ -169,25 +210,31 @@ impl Classifier {
             TcFilterBpfOption::ClassId(TcHandle { major: 0, minor: 1 }),
             TcFilterBpfOption::Flags(flags),
         ];
+        let options = options.into_iter().chain(self.to.map(lead)).map(TcOption::Bpf);
         let mut message = TcMessage::with_index(port);
         message.header.parent = TcHandle { major: u16::MAX, minor: TcHandle::MIN_INGRESS };
         message.header.handle = TcHandle { major: 0, minor: 1 };
         message.header.info = self.priority << 16 | ALL_PROTOCOLS;
-        message.attributes = vec![
-            TcAttribute::Kind(TcFilterBpf::KIND.to_owned()),
-            TcAttribute::Options(options.map(TcOption::Bpf).to_vec()),
-        ];
+        message.attributes =
+            vec![TcAttribute::Kind(TcFilterBpf::KIND.to_owned()), TcAttribute::Options(options.collect())];
         message
     }
 }
 
-fn classifiers(spec: &PortSpec) -> [Classifier; 2] {
-    let mut drop = Program::default();
-    drop.end(DROP);
-    [
-        Classifier { priority: 1, program: truthful(spec).bytes(), decides: false },
-        Classifier { priority: 2, program: drop.bytes(), decides: true },
-    ]
+fn classifiers(spec: &PortSpec, to: Option<u32>) -> Vec<Classifier> {
+    let always = |verdict| {
+        let mut program = Program::default();
+        program.end(verdict);
+        program.bytes()
+    };
+    match (&spec.allowed, to) {
+        (Allowed::Any, None) => Vec::new(),
+        (Allowed::Any, Some(_)) => vec![Classifier { priority: 1, program: always(PASS), decides: false, to }],
+        (Allowed::Further(_), _) => vec![
+            Classifier { priority: 1, program: truthful(spec).bytes(), decides: false, to },
+            Classifier { priority: 2, program: always(DROP), decides: true, to: None },
+        ],
+    }
 }
 
 /// Lets frames pass that say the truth. A frame that ends before what has to be looked at does not: the kernel ends a program that

@@ -4,6 +4,7 @@
 //! knows nothing of Kubernetes. Every operation is idempotent: killed between any two of its steps and run again, it ends in the
 //! same state.
 
+mod bandwidth;
 mod bpf;
 mod dataplane;
 mod error;
@@ -19,6 +20,7 @@ mod ping;
 mod port;
 mod sysctl;
 
+pub use bandwidth::{Bandwidth, Limit};
 pub use dataplane::Dataplane;
 pub use error::{Error, Result};
 pub use forwarding::{Forwarding, Peer};

@@ -117,7 +117,7 @@ async fn keep_membership(netlink: &Netlink, tunnel: u32) -> Result<()> {
     let made = netlink.send(RouteNetlinkMessage::NewQueueDiscipline(clsact), flags, "make room for vx0's classifier");
     ok_if(made.await, libc::EEXIST)?;
     let mut classifier =
-        Classifier { priority: 1, program: membership().bytes(), decides: true }.message(port);
+        Classifier { priority: 1, program: membership().bytes(), decides: true, to: None }.message(port);
     classifier.header.parent = EGRESS;
     let flags = NLM_F_CREATE | NLM_F_REPLACE;
     netlink.send(RouteNetlinkMessage::NewTrafficFilter(classifier), flags, "set the classifier of vx0").await

@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd;
 
 use crate::{
     BRIDGE, BRIDGE_ADDRESS, BRIDGE_MAC, Dataplane, TUNNEL,
+    bandwidth::is_shaper_name,
     dataplane::namespace_path,
     error::Result,
     mac::is_port_name,
@@ -93,7 +94,8 @@ impl Dataplane {
             let netlink = Netlink::open(&Namespace::open(self.root(), &path)?)?;
             for link in netlink.links().await? {
                 let name = link_name(&link).unwrap_or_default();
-                if name == TUNNEL || name == BRIDGE || name == pending_name(vni) || is_port_name(name) {
+                let is_pods = is_port_name(name) || is_shaper_name(name);
+                if name == TUNNEL || name == BRIDGE || name == pending_name(vni) || is_pods {
                     netlink.remove_link(name).await?;
                 }
             }

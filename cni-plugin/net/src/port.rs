@@ -19,7 +19,7 @@ use rtnetlink::{
 };
 
 use crate::{
-    Allowed, BRIDGE, BRIDGE_MAC, Dataplane, Mac,
+    Allowed, BRIDGE, BRIDGE_MAC, Bandwidth, Dataplane, Mac, bandwidth,
     error::{Error, Result},
     forwarding::{bridge_entry, neighbour},
     guard,
@@ -59,6 +59,8 @@ pub struct PortSpec {
     pub locked: bool,
     /// What addresses the pod may use beside its own.
     pub allowed: Allowed,
+    /// How fast the pod may receive and send by this interface.
+    pub bandwidth: Bandwidth,
 }
 
 impl Dataplane {
@@ -87,7 +89,7 @@ impl Dataplane {
         let result = added.await;
         if let Err(e) = &result
             && is_new
-            && let Err(second) = network.remove_link(&spec.port).await
+            && let Err(second) = remove_links(&network, &spec.port).await
         {
             tracing::warn!(error = %second, cause = %e, port = spec.port, "a port that could not be set up could not be removed either");
         }
@@ -139,7 +141,7 @@ impl Dataplane {
             other => other?,
         };
         let network = Netlink::open(&namespace)?;
-        network.remove_link(port).await?;
+        remove_links(&network, port).await?;
         if let Some(bridge) = network.link(BRIDGE).await? {
             for address in ipv4(addresses) {
                 remove_neighbour(&network, bridge.header.index, address).await?;
@@ -161,7 +163,7 @@ impl Dataplane {
         Ok(links.iter().filter_map(link_name).filter(|n| is_port_name(n)).map(str::to_owned).collect())
     }
 
-    /// Whether a pod's interface is there with its addresses, plugged in, locked and guarded as the spec says: what CNI's CHECK asks.
+    /// Whether a pod's interface is there with its addresses, plugged in, locked, guarded and limited as the spec says: what CNI's CHECK asks.
     ///
     /// # Errors
     /// What is missing, or what the kernel refuses.
@@ -173,7 +175,8 @@ impl Dataplane {
         let port = network.link(&spec.port).await?.filter(|l| link_facts(l).2 == Some(bridge));
         let port = port.ok_or_else(|| missing(&spec.port, Path::new(network.place())))?;
         check_lock(&network, &port, spec)?;
-        guard::check(&network, port.header.index, spec).await?;
+        let shaper = bandwidth::check(&network, port.header.index, spec).await?;
+        guard::check(&network, port.header.index, spec, shaper).await?;
         let pod = Netlink::open(&Namespace::open(self.root(), &spec.netns)?)?;
         let inside = pod.link(&spec.interface).await?.filter(|l| link_facts(l).0 == Some(spec.mac.0.as_slice()));
         let inside = inside.ok_or_else(|| missing(&spec.interface, &spec.netns))?;
@@ -187,13 +190,21 @@ impl Dataplane {
     }
 }
 
+/// The port first: what leads to the other would drop all without it.
+async fn remove_links(network: &Netlink, port: &str) -> Result<()> {
+    network.remove_link(port).await?;
+    network.remove_link(&bandwidth::shaper_name(port)).await
+}
+
 /// The network's side: the port into the bridge, and fixed entries, so that frames for the pod are never flooded and the
 /// bridge never asks for it.
 async fn plug(network: &Netlink, spec: &PortSpec) -> Result<()> {
     let bridge = network.index(BRIDGE).await?;
     let index = network.index(&spec.port).await?;
     // Before the first frame can come.
-    guard::set(network, index, spec).await?;
+    let shaper = bandwidth::ensure_shaper(network, spec).await?;
+    guard::set(network, index, spec, shaper).await?;
+    bandwidth::set(network, index, spec).await?;
     let up = LinkUnspec::new_with_index(index).mtu(spec.mtu).controller(bridge).up().build();
     network.set_link(up, format!("plug {} into br0", spec.port)).await?;
     let entry = bridge_entry(index, spec.mac);

@@ -5,7 +5,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use anyhow::Result;
 use ipnet::IpNet;
 use portolan_net::{
-    Allowed, BRIDGE_ADDRESS, Forwarding, Mac, Multicast, NetworkSpec, Peer, PortSpec, endpoint_mac, port_name,
+    Allowed, BRIDGE_ADDRESS, Bandwidth, Forwarding, Mac, Multicast, NetworkSpec, Peer, PortSpec, endpoint_mac,
+    port_name,
 };
 
 use crate::nodes::{End, Node, path};
@@ -67,6 +68,7 @@ async fn plug(node: &Node, pod: &str, last: u8) -> Result<(IpAddr, Mac)> {
         resolvers: vec![BRIDGE_ADDRESS],
         locked: true,
         allowed: Allowed::default(),
+        bandwidth: Bandwidth::default(),
     };
     node.dataplane.add_port(&port).await?;
     Ok((address, mac))

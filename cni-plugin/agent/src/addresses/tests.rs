@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use kube::{api::Patch, runtime::watcher::Event};
 use portolan_crds::{ContainerNetwork, ContainerNetworkSpec, ContainerNetworkStatus};
-use portolan_net::{Allowed, Mac, blocks};
+use portolan_net::{Allowed, Bandwidth, Mac, blocks};
 use portolan_tests::api::FakeApi;
 use proptest::prelude::*;
 
@@ -108,6 +108,7 @@ impl World {
             resolver: true,
             redirected: None,
             allowed: Allowed::default(),
+            bandwidth: Bandwidth::default(),
             namespace: "shop".into(),
             pod: pod.into(),
             uid: pod.into(),

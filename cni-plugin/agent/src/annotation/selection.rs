@@ -1,15 +1,17 @@
 //! The annotation as a list of JSON objects: network selection elements of the Network Plumbing Working Group's de-facto standard
 //! (multi-net-spec, version 1.3, section 4.1.2).
 
+mod bandwidth;
+
 use std::net::IpAddr;
 
-use portolan_net::{BRIDGE_MAC, Mac};
+use portolan_net::{BRIDGE_MAC, Bandwidth, Mac};
 use serde_json::{Map, Value};
 
 use super::{AnnotationError, Wish, default_interface, is_interface_name, is_network_name, refuse};
 
 /// Fields of the standard that have no meaning here, or not yet.
-const FIELDS: &str = "the fields name, interface, ips and mac";
+const FIELDS: &str = "the fields name, interface, ips, mac and bandwidth";
 
 /// Reads a list of selections.
 pub(super) fn parse(text: &str) -> Result<Vec<Wish>, AnnotationError> {
@@ -27,7 +29,7 @@ pub(super) fn parse(text: &str) -> Result<Vec<Wish>, AnnotationError> {
 
 fn selection(position: usize, object: &Map<String, Value>) -> Result<Wish, AnnotationError> {
     let (mut network, mut interface) = (None, default_interface(position));
-    let (mut addresses, mut mac) = (Vec::new(), None);
+    let (mut addresses, mut mac, mut limits) = (Vec::new(), None, Bandwidth::default());
     for (field, value) in object {
         let wrong = |allowed| refuse(&format!("{field}: {value}"), allowed);
         match field.as_str() {
@@ -49,12 +51,14 @@ fn selection(position: usize, object: &Map<String, Value>) -> Result<Wish, Annot
                 let allowed = "a locally administered MAC of one interface, such as 06:00:00:00:00:07 (its first byte ends in 2, 6, a or e)";
                 mac = Some(given.ok_or_else(|| wrong(allowed))?);
             }
+            "bandwidth" => limits = bandwidth::parse(value)?,
             _ => return Err(wrong(FIELDS)),
         }
     }
     let unnamed = || refuse(&Value::Object(object.clone()).to_string(), "an object with the field name");
     let named = object.contains_key("interface");
-    Ok(Wish { network: network.ok_or_else(unnamed)?, interface, named, addresses, mac })
+    let network = network.ok_or_else(unnamed)?;
+    Ok(Wish { network, interface, named, addresses, mac, bandwidth: limits })
 }
 
 fn ips(value: &Value) -> Option<Vec<IpAddr>> {
@@ -102,7 +106,7 @@ mod tests {
             (r#"[{"name":"a","mac":"03:00:00:00:00:07"}]"#, "locally administered"),
             (r#"[{"name":"a","mac":"02:50:a9:fe:35:35"}]"#, "locally administered"),
             (r#"[{"name":"a","mac":"7"}]"#, "locally administered"),
-            (r#"[{"name":"a","default-route":["10.32.0.1"]}]"#, "the fields name, interface, ips and mac"),
+            (r#"[{"name":"a","default-route":["10.32.0.1"]}]"#, "the fields name, interface, ips, mac and bandwidth"),
             (r#"[{"name":"a","namespace":"shop"}]"#, "namespace: "),
             (r#"[{"name":"a"},{"name":"a"}]"#, "each network once"),
             (r#"[{"name":"a","interface":"eth2"},{"name":"b"}]"#, "each interface once"),
