@@ -112,6 +112,19 @@ mod tests {
     }
 
     #[test]
+    fn multicast_is_flooded_unless_it_is_to_be_snooped() {
+        let underlay = Underlay { vtep: Ipv4Addr::LOCALHOST, port: 7789, mtu: 1450 };
+        let made = |spec: &str| {
+            let mut object = ContainerNetwork::new("backend", serde_json::from_str(spec).unwrap());
+            object.status = Some(ContainerNetworkStatus { vni: Some(77), ..Default::default() });
+            Network::new(&object).unwrap().spec(underlay).multicast
+        };
+        assert_eq!(made(r#"{"subnets":["10.32.0.0/16"]}"#), Multicast::Flood, "as releases before the field wrote it");
+        assert_eq!(made(r#"{"subnets":["10.32.0.0/16"],"multicast":"Flood"}"#), Multicast::Flood);
+        assert_eq!(made(r#"{"subnets":["10.32.0.0/16"],"multicast":"Snooping"}"#), Multicast::Snooping);
+    }
+
+    #[test]
     fn addresses_have_their_subnets_prefixes() {
         let network = network(&["fd32::/64", "10.32.0.0/16"]).unwrap();
         let addresses = ["fd32::5", "10.32.0.5", "192.0.2.1"].map(|address| address.parse().unwrap());

@@ -36,6 +36,13 @@ pub enum Multicast {
 /// How long a pod may take to answer what it has joined, in hundredths of a second. For so long the bridge floods after it began to snoop. The
 /// kernel's default of ten seconds is for links with many hosts; here each is asked on a port of its own.
 const RESPONSE: u64 = 100;
+/// How long after the first question a bridge, or a new port, is asked once more, in hundredths of a second: what was lost or kept back the
+/// first time is told then. Later it asks each 125 seconds.
+const AGAIN: u64 = 200;
+/// In which versions of IGMP and MLD the bridge asks. In the last ones each pod answers (RFC 3376, section 7.3.1). In those before, which are the
+/// kernel's default, a pod that hears another's answer keeps its own to itself; and while the bridge still floods, pods hear each other.
+const LAST_VERSIONS: [InfoBridge; 2] = [InfoBridge::MulticastIgmpVersion(3), InfoBridge::MulticastMldVersion(2)];
+const FIRST_VERSIONS: [InfoBridge; 2] = [InfoBridge::MulticastIgmpVersion(2), InfoBridge::MulticastMldVersion(1)];
 /// IGMP (RFC 3376, section 4), and in IPv6 a header of hop-by-hop options, which MLD always has (RFC 3810, section 5).
 const IGMP: u32 = 2;
 const HOP_BY_HOP: u32 = 0;
@@ -61,14 +68,18 @@ async fn snoop(netlink: &Netlink, bridge: u32, tunnel: u32) -> Result<()> {
     // MLD asks from a link-local address (RFC 3810, section 5.1.14). A kernel without IPv6 has nothing to ask.
     let address = netlink.add_address(bridge, link_local_subnet()).await;
     ok_if(address, libc::EOPNOTSUPP)?;
-    // By itself, as the kernel would set it after the two others.
-    set_bridge(netlink, bridge, vec![InfoBridge::MulticastQueryResponseInterval(RESPONSE)]).await?;
+    // Before the others, as the kernel would set it after them.
+    let [igmp, mld] = LAST_VERSIONS;
+    let [response, again] =
+        [InfoBridge::MulticastQueryResponseInterval(RESPONSE), InfoBridge::MulticastStartupQueryInterval(AGAIN)];
+    set_bridge(netlink, bridge, vec![response, again, igmp, mld]).await?;
     set_bridge(netlink, bridge, vec![InfoBridge::MulticastSnooping(true), InfoBridge::MulticastQuerier(true)]).await
 }
 
 /// A bridge that doesn't ask, and isn't told that somebody else does, takes nothing for certain of what it heard, and floods.
 async fn flood(netlink: &Netlink, bridge: u32, tunnel: u32) -> Result<()> {
-    set_bridge(netlink, bridge, vec![InfoBridge::MulticastQuerier(false)]).await?;
+    let [igmp, mld] = FIRST_VERSIONS;
+    set_bridge(netlink, bridge, vec![InfoBridge::MulticastQuerier(false), igmp, mld]).await?;
     let mut address = AddressMessage::default();
     let link_local = link_local_subnet();
     address.header.family = netlink_packet_route::AddressFamily::Inet6;
