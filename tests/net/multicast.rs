@@ -265,6 +265,11 @@ async fn a_network_in_use_changes_without_loss() {
         set(&a, Multicast::Snooping).await;
         assert_eq!(settings(&a), snooping, "a second time changes nothing");
         assert_eq!(watch.who(&stream), [true, true, true, false], "nor does the agent's next start");
+        // As the kernel does with a table that is full.
+        hear(&b, "0");
+        assert_eq!(watch.who(&stream), [true; 4]);
+        set(&b, Multicast::Snooping).await;
+        watch.until(&stream, &[true, true, true, false]);
         for node in [&a, &b] {
             set(node, Multicast::Flood).await;
         }
