@@ -408,9 +408,12 @@ impl ZoneHandle {
         Self(Arc::new(ArcSwap::from_pointee(zone)))
     }
 
-    /// Serves `zone` from now on.
+    /// Serves `zone` from now on. The memory of the one before is given back by a thread of its own: that of a large one takes longer than
+    /// an agent may stand still.
     pub fn replace(&self, zone: Zone) {
-        self.0.store(Arc::new(zone));
+        let before = self.0.swap(Arc::new(zone));
+        // Without a thread the closure is dropped here, and the zone with it.
+        let _ = std::thread::Builder::new().name("dns old zone".into()).spawn(move || drop(before));
     }
 
     pub(crate) fn current(&self) -> Arc<Zone> {
