@@ -48,6 +48,7 @@ e2e-storage: tools
 
 ## bench        Portolan beside what it is built on, in one run: networks and names, then volumes on LANE; ends with tables (docs/benchmarks.md)
 bench: tools bench-network bench-names
+	$(TIMED) "what people use else" $(LAB) packages openssh-server sanoid
 	$(TIMED) "the benchmarks on lane $(LANE)" env LANE=$(LANE) e2e/on-lane \
 	  $(CARGO) run --release --locked -q -p portolan-e2e --bin bench
 

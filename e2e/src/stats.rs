@@ -50,6 +50,11 @@ impl Pairs {
         Self { what: what.into(), bare, pairs: Vec::new() }
     }
 
+    /// What ours does.
+    pub fn what(&self) -> &str {
+        &self.what
+    }
+
     /// Adds a sample of ours and the one beside it, in the table's unit.
     pub fn push(&mut self, ours: f64, bare: f64) {
         self.pairs.push((ours, bare));

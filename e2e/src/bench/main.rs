@@ -6,6 +6,7 @@ mod crowd;
 mod downtime;
 mod load;
 mod snapshots;
+mod syncoid;
 mod transfer;
 mod volumes;
 mod watch;

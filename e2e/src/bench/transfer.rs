@@ -9,6 +9,7 @@ use portolan_e2e::{
 use crate::{
     Sizes,
     bare::{Bare, FOLDER, dataset, options},
+    syncoid::Syncoid,
     volumes::{NAMESPACE, Watches, between, claim},
     watch::Event,
 };
@@ -26,7 +27,8 @@ const SENDER: &str = r#"use Socket; my ($host, $port, @send) = @ARGV; socket(my 
 pub struct End<'a> {
     /// Its node.
     pub node: String,
-    address: String,
+    /// Where other nodes reach it.
+    pub address: String,
     /// Its shell.
     pub bare: &'a mut Bare,
 }
@@ -87,6 +89,8 @@ pub fn measure(lab: &Lab, watches: &Watches, a: &mut End<'_>, b: &mut End<'_>, s
     let mebibytes = sizes.transfer >> 20;
     a.bare.time(&format!("mkdir -p {FOLDER} && head -c {} /dev/urandom > {FOLDER}/random", sizes.transfer))?;
     let mut full = Rows::new(&format!("all of {mebibytes} MiB"), "`zfs send`, TCP, `zfs recv`");
+    let mut beside_syncoid = Pairs::new(full.transfer.what(), "`syncoid` by SSH");
+    let syncoid = Syncoid::start(lab, a, b)?;
     let mut delta = Rows::new(&format!("a delta of 1 MiB of {mebibytes}"), "`zfs send -i`, TCP, `zfs recv`");
     for i in 0..sizes.pairs {
         let name = format!("transfer-{i}");
@@ -100,6 +104,11 @@ pub fn measure(lab: &Lab, watches: &Watches, a: &mut End<'_>, b: &mut End<'_>, s
         let all = Sent { arguments: format!("{copy}@one"), dataset: copy.clone() };
         let (ours, bare) = pair(i, || moved(lab, watches, &name, &volume, &other), || send(a, b, &all))?;
         full.push(ours, bare);
+        if let Some(syncoid) = &syncoid {
+            let target = dataset(&format!("syncoid-{i}"));
+            beside_syncoid.push(ours.0, syncoid.send(a, b, &copy, &target)?);
+            b.destroy(&target)?;
+        }
 
         b.bare.time(&change(&format!("portolan/{volume}"), SOME_BYTES))?;
         b.bare.time(&format!("zfs set canmount=noauto {copy} && zfs set atime=off {copy}"))?;
@@ -114,7 +123,11 @@ pub fn measure(lab: &Lab, watches: &Watches, a: &mut End<'_>, b: &mut End<'_>, s
         a.destroy(&copy)?;
         b.destroy(&copy)?;
     }
-    let rows = [full.transfer, full.whole, delta.transfer, delta.whole];
+    let mut rows = vec![full.transfer, full.whole, delta.transfer, delta.whole];
+    if let Some(syncoid) = syncoid {
+        syncoid.stop(b)?;
+        rows.insert(1, beside_syncoid);
+    }
     Ok(Table::new("A volume from node to node", "ms", rows))
 }
 
