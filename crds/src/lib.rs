@@ -6,6 +6,7 @@
 mod handoff;
 mod migration;
 mod network;
+mod policy;
 mod snapshot;
 mod storage_node;
 mod subnets;
@@ -14,6 +15,7 @@ mod volume;
 pub use handoff::*;
 pub use migration::*;
 pub use network::*;
+pub use policy::{PolicyNetworksError, is_network_name, policy_networks};
 pub use snapshot::*;
 pub use storage_node::*;
 pub use subnets::{IPV6_LEAST_MTU, SubnetError, capacity, pool, subnets};
@@ -29,7 +31,8 @@ pub const DRIVER: &str = "portolan.dev";
 /// The only version served so far.
 pub const VERSION: &str = "v1alpha1";
 
-/// Pod annotation: the networks a pod is plugged into (`backend`, `backend, frontend@eth2`).
+/// Pod annotation: the networks a pod is plugged into (`backend`, `backend, frontend@eth2`). NetworkPolicy annotation: those it is also about
+/// (`backend, frontend`).
 pub const NETWORKS_ANNOTATION: &str = "portolan.dev/networks";
 /// Pod annotation: addresses that the pod may use on its networks beside its own (`10.32.0.100, fd32::/120`), or `any`.
 pub const ALLOWED_ADDRESSES_ANNOTATION: &str = "portolan.dev/allowed-addresses";

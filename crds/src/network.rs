@@ -1,6 +1,6 @@
 //! ContainerNetwork, and what nodes say of it: NetworkNodeSlice, IPBlock, IPClaim.
 
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
@@ -152,6 +152,9 @@ pub struct Endpoint {
     pub namespace: String,
     /// The pod's name.
     pub pod: String,
+    /// The pod's labels, by which NetworkPolicies choose it. Absent if they aren't known: then only those choose it that choose all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub labels: Option<BTreeMap<String, String>>,
     /// Name of the workload the pod belongs to (StatefulSet, Deployment, DaemonSet, Job).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,

@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
-use portolan_crds::{ALLOWED_ADDRESSES_ANNOTATION, NETWORKS_ANNOTATION};
+use portolan_crds::{ALLOWED_ADDRESSES_ANNOTATION, NETWORKS_ANNOTATION, is_network_name};
 use portolan_net::{Allowed, Bandwidth, Mac};
 
 /// What an interface may be called (the kernel's IFNAMSIZ less one).
@@ -135,17 +135,6 @@ fn parse_allowed(text: &str) -> Result<Allowed, AnnotationError> {
 /// Whether no host has such an address: a group's, or one that never leaves a host.
 fn is_nobodys(address: IpAddr) -> bool {
     address.is_multicast() || address.is_loopback() || address == IpAddr::from([255; 4])
-}
-
-/// A Kubernetes object name (RFC 1123 subdomain).
-fn is_network_name(name: &str) -> bool {
-    let label = |l: &str| {
-        let fine = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
-        l.bytes().all(|b| fine(b) || b == b'-')
-            && l.bytes().next().is_some_and(fine)
-            && l.bytes().last().is_some_and(fine)
-    };
-    name.len() <= 253 && name.split('.').all(label)
 }
 
 fn is_interface_name(name: &str) -> bool {

@@ -9,7 +9,10 @@ use std::{
 
 use futures::StreamExt;
 use k8s_openapi::{
-    api::core::v1::{Node, Pod, Service},
+    api::{
+        core::v1::{Namespace, Node, Pod, Service},
+        networking::v1::NetworkPolicy,
+    },
     apimachinery::pkg::apis::meta::v1::OwnerReference,
 };
 use kube::{
@@ -45,6 +48,8 @@ pub(crate) struct Cluster {
     pub networks: Store<ContainerNetwork>,
     pub slices: Store<NetworkNodeSlice>,
     pub claims: Store<IPClaim>,
+    pub policies: Store<NetworkPolicy>,
+    pub namespaces: Store<Namespace>,
     node_reference: OnceCell<OwnerReference>,
 }
 
@@ -58,6 +63,8 @@ impl Cluster {
             networks: follow(Api::all(client.clone()), all(), changed, shutdown),
             slices: follow(Api::all(client.clone()), all(), changed, shutdown),
             claims: follow(Api::all(client.clone()), all(), changed, shutdown),
+            policies: follow(Api::all(client.clone()), all(), changed, shutdown),
+            namespaces: follow(Api::all(client.clone()), all(), changed, shutdown),
             client,
             node: node.to_owned(),
             node_reference: OnceCell::new(),
@@ -69,7 +76,9 @@ impl Cluster {
         self.pods.wait_until_ready().await?;
         self.networks.wait_until_ready().await?;
         self.slices.wait_until_ready().await?;
-        self.claims.wait_until_ready().await
+        self.claims.wait_until_ready().await?;
+        self.policies.wait_until_ready().await?;
+        self.namespaces.wait_until_ready().await
     }
 
     /// The pod that a container runtime names. The watch may lag behind the kubelet, so what it lacks is asked for.
@@ -146,6 +155,8 @@ impl Cluster {
             networks: reflector::store().0,
             slices: reflector::store().0,
             claims,
+            policies: reflector::store().0,
+            namespaces: reflector::store().0,
             client,
             node: node.to_owned(),
             node_reference: OnceCell::new(),

@@ -208,6 +208,8 @@ impl Agent {
         // First on disk: a port that the journal doesn't know is taken for a leftover.
         self.journal.put(endpoint.clone())?;
         self.ensure_network(&mut applied, network.spec(self.underlay)).await?;
+        // Before the port is there: its first frame meets them.
+        self.filter_network(&mut applied, &network.name, network.vni).await?;
         self.dataplane.add_port(&endpoint.port()).await?;
         Ok(())
     }

@@ -12,7 +12,7 @@ use k8s_openapi::api::core::v1::{ObjectReference, Pod};
 use kube::{Resource, ResourceExt, runtime::reflector::ObjectRef};
 use portolan_crds::{NetworkNodeSlice, NetworkNodeSliceSpec};
 use portolan_dns::{Member, Zone};
-use portolan_net::{BRIDGE_ADDRESS, Forwarding, NetworkSpec};
+use portolan_net::{BRIDGE_ADDRESS, Filter, Forwarding, NetworkSpec};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -39,6 +39,7 @@ const RETRY: Duration = Duration::from_secs(2);
 pub(crate) struct Applied {
     networks: BTreeMap<u32, NetworkSpec>,
     forwarding: BTreeMap<u32, (Forwarding, Instant)>,
+    pub filters: BTreeMap<u32, Filter>,
 }
 
 impl Agent {
@@ -49,6 +50,7 @@ impl Agent {
         }
         self.dataplane.ensure_network(&spec).await?;
         applied.forwarding.remove(&spec.vni);
+        applied.filters.remove(&spec.vni);
         applied.networks.insert(spec.vni, spec);
         Ok(())
     }
@@ -68,7 +70,7 @@ impl Agent {
     }
 
     /// The endpoints of this node as the API knows their pods.
-    fn local(&self, endpoints: &[Endpoint]) -> Vec<Local> {
+    pub(crate) fn local(&self, endpoints: &[Endpoint]) -> Vec<Local> {
         let redirected: BTreeSet<String> =
             self.journal.select(|e| e.redirected.is_some()).into_iter().map(|e| e.container).collect();
         let local = |e: &Endpoint| {
@@ -81,6 +83,7 @@ impl Agent {
                 interface: Some(e.interface.clone()),
                 namespace: e.namespace.clone(),
                 pod: e.pod.clone(),
+                labels: pod.as_ref().map(|p| p.labels().clone()),
                 owner: e.owner.clone(),
                 ready: pod.as_ref().is_some_and(|p| pod::is_ready(p)),
                 aliases: names.aliases,
@@ -181,7 +184,7 @@ impl Sync<'_> {
         for (network, endpoints) in &by_network {
             let local = self.agent.local(endpoints);
             let view = View::new(&self.agent.cluster.node, &local, of_network(&slices, network));
-            note("network not set up", network, self.follow(&mut applied, network, endpoints, &view).await);
+            note("network not set up", network, self.follow(&mut applied, network, (endpoints, &local), &view).await);
             zones.push(view.zone(network, self.subnets(network), self.members(endpoints), &silent));
             written.push(NetworkNodeSliceSpec {
                 network: network.clone(),
@@ -261,7 +264,7 @@ impl Sync<'_> {
         &mut self,
         applied: &mut Applied,
         name: &str,
-        endpoints: &[Endpoint],
+        (endpoints, local): (&[Endpoint], &[Local]),
         view: &View,
     ) -> Result<(), String> {
         let Some(vni) = endpoints.first().map(|e| e.vni) else { return Ok(()) };
@@ -272,9 +275,14 @@ impl Sync<'_> {
             let spec = network.spec(self.agent.underlay);
             self.agent.ensure_network(applied, spec).await.map_err(|e| e.to_string())?;
         }
-        // Of a network that is being deleted, too: its pods are held to their addresses as long as they are there.
+        // Of a network that is being deleted, too: its pods are held to their addresses and policies as long as they are there.
+        let mut filtered = Ok(());
         if self.agent.dataplane.namespace(vni).is_ok() {
-            self.restore_ports(endpoints).await;
+            filtered = self.agent.filter(applied, (name, vni), endpoints, local, view).await.map_err(|e| e.to_string());
+            // No port is made whose rules aren't there.
+            if filtered.is_ok() {
+                self.restore_ports(endpoints).await;
+            }
         }
         let wanted = view.forwarding(network.is_some_and(|n| n.suppression));
         let is_done = applied.forwarding.get(&vni).is_some_and(|(f, at)| *f == wanted && at.elapsed() < INTERVAL);
@@ -287,7 +295,7 @@ impl Sync<'_> {
         for at in at {
             self.resolvers.ensure(&self.agent.dataplane, name, vni, at).map_err(|e| e.to_string())?;
         }
-        Ok(())
+        filtered
     }
 
     /// After a start: ports of the journal that the kernel lost, or that were never finished, or that an older release made. Later:
@@ -355,6 +363,7 @@ impl Sync<'_> {
             self.resolvers.stop(vni).await;
             applied.networks.remove(&vni);
             applied.forwarding.remove(&vni);
+            applied.filters.remove(&vni);
             self.agent.dataplane.remove_network(vni).await.map_err(|e| e.to_string())?;
             tracing::info!(vni, "network removed from this node");
         }
@@ -383,7 +392,7 @@ impl Sync<'_> {
     }
 }
 
-fn of_network<'a>(slices: &'a [Arc<NetworkNodeSlice>], network: &str) -> impl Iterator<Item = &'a NetworkNodeSlice> {
+pub(crate) fn of_network<'a>(slices: &'a [Arc<NetworkNodeSlice>], network: &str) -> impl Iterator<Item = &'a NetworkNodeSlice> {
     let network = network.to_owned();
     slices
         .iter()

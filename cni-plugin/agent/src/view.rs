@@ -105,6 +105,11 @@ impl View {
         view
     }
 
+    /// Who is there, on whatever node.
+    pub fn endpoints(&self) -> impl Iterator<Item = &Endpoint> {
+        self.local.iter().map(|local| &local.endpoint).chain(self.remote.values().flatten())
+    }
+
     /// Where frames go.
     pub fn forwarding(&self, suppression: bool) -> Forwarding {
         let peer = |(vtep, endpoints): (&Ipv4Addr, &Vec<Endpoint>)| Peer {

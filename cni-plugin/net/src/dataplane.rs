@@ -25,12 +25,13 @@ const PREFIX: &str = "portolan-";
 pub struct Dataplane {
     root: PathBuf,
     underlay: Option<PathBuf>,
+    programs: Option<PathBuf>,
 }
 
 impl Dataplane {
     /// The networks of the host whose root directory is seen at `root`. Tunnels leave by this process's own namespace.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), underlay: None }
+        Self { root: root.into(), underlay: None, programs: None }
     }
 
     /// Lets tunnels leave by another namespace, known by its path on the host.
@@ -38,6 +39,18 @@ impl Dataplane {
     pub fn with_underlay(mut self, path: impl Into<PathBuf>) -> Self {
         self.underlay = Some(path.into());
         self
+    }
+
+    /// Where the host's programs are seen, if not in its root directory.
+    #[must_use]
+    pub fn with_programs(mut self, root: impl Into<PathBuf>) -> Self {
+        self.programs = Some(root.into());
+        self
+    }
+
+    /// The root directory in which the host's programs are run.
+    pub(crate) fn programs(&self) -> &Path {
+        self.programs.as_deref().unwrap_or(&self.root)
     }
 
     /// Where the host's root directory is seen.

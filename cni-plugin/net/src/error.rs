@@ -130,6 +130,14 @@ pub enum Error {
         /// The network's namespace.
         place: String,
     },
+    /// What may pass at a network's ports can't be set.
+    #[error("nft (in {place}): {message}")]
+    Filter {
+        /// The network's namespace.
+        place: String,
+        /// What nft said, or why it did not start.
+        message: String,
+    },
     /// No interface of the host has the tunnel endpoint's address.
     #[error("no interface of this node has the address {0}")]
     NoUnderlay(Ipv4Addr),

@@ -116,6 +116,15 @@ impl Namespace {
         .map_err(|source| Error::Namespace { path: self.path.clone(), action: "work in", source })
     }
 
+    /// The same namespace, once more.
+    ///
+    /// # Errors
+    /// When there are too many open files.
+    pub(crate) fn again(&self) -> Result<Self> {
+        let fail = |source| Error::Namespace { path: self.path.clone(), action: "open", source };
+        Ok(Self { fd: self.fd.try_clone().map_err(fail)?, path: self.path.clone() })
+    }
+
     /// The namespace's path, as the host sees it.
     pub fn path(&self) -> &Path {
         &self.path
