@@ -20,6 +20,7 @@ mod families;
 mod leaks;
 mod multicast;
 mod ping;
+mod policies;
 mod spoofing;
 mod switch;
 mod wire;
@@ -38,7 +39,7 @@ impl Node {
     fn new(vtep: Ipv4Addr) -> Self {
         let root = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(root.path().join("run/netns")).unwrap();
-        let dataplane = Dataplane::new(root.path()).with_underlay("/run/netns/host");
+        let dataplane = Dataplane::new(root.path()).with_underlay("/run/netns/host").with_programs("/");
         let node = Self { root, vtep, dataplane };
         node.netns("host");
         node

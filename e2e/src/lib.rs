@@ -12,6 +12,7 @@ pub mod hotplug;
 pub mod lab;
 pub mod migration;
 mod names;
+pub mod policies;
 pub mod resuming;
 pub mod rolling;
 pub mod sanity;

@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use kube::Client;
 use portolan_operator::authority::{self, Authority};
 use portolan_operator::metrics::Metrics;
-use portolan_operator::{garbage, network, network_status, uninstall, webhook};
+use portolan_operator::{garbage, network, network_status, policies, uninstall, webhook};
 use portolan_runtime::events::Events;
 use portolan_runtime::http::Health;
 use portolan_runtime::leader;
@@ -142,7 +142,8 @@ async fn lead(
     leader::run(client.clone(), namespace, COMPONENT, &identity, stop.clone(), |leading| async move {
         tokio::join!(
             network::run(client.clone(), events.clone(), metrics.clone(), leading.clone()),
-            authority::run(client.clone(), Arc::clone(authority), account, events, metrics.clone(), leading.clone()),
+            authority::run(client.clone(), Arc::clone(authority), account, events.clone(), metrics.clone(), leading.clone()),
+            policies::run(client.clone(), events, leading.clone()),
             network_status::run(client.clone(), leading.clone()),
             garbage::run(client.clone(), leading),
         );

@@ -60,7 +60,7 @@ async fn connect(node: &Node, local: &[&Pod<'_>], peer: &Node, remote: &[&Pod<'_
 }
 
 /// Whether an echo request is answered (RFC 792, RFC 4443 section 4).
-fn pings(from: &Pod<'_>, to: impl Into<IpAddr>) -> bool {
+pub fn pings(from: &Pod<'_>, to: impl Into<IpAddr>) -> bool {
     let to = to.into();
     let (family, protocol, kinds) = match to {
         IpAddr::V4(_) => (AddressFamily::INET, ipproto::ICMP, [8, 0]),
