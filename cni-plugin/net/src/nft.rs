@@ -206,17 +206,18 @@ fn add_rules<'a>(
     text.push_str("}\n");
 }
 
-/// Lets pass what a rule is of, in a line for each family and protocol.
+/// Lets pass what a rule is of: a line for each way to be a peer, and each way to be a service. Only single values are in sets: one with
+/// intervals is empty for a moment after its rules are in force (seen on Linux 6.18), and what comes just then would be dropped.
 fn add_rule(text: &mut String, side: &str, rule: &Rule) {
     let peers = match &rule.peers {
         None => vec![String::new()],
-        Some(peers) => of_families(side, peers),
+        Some(peers) => of_peers(side, peers),
     };
     let services = match &rule.services {
         None => vec![String::new()],
         Some(services) => [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
             .into_iter()
-            .filter_map(|protocol| of_protocol(protocol, services.iter().filter(|s| s.protocol == protocol)))
+            .flat_map(|protocol| of_protocol(protocol, services.iter().filter(|s| s.protocol == protocol)))
             .collect(),
     };
     for peers in &peers {
@@ -226,29 +227,31 @@ fn add_rule(text: &mut String, side: &str, rule: &Rule) {
     }
 }
 
-/// Nothing for a family without peers: there is no match that nothing meets.
-fn of_families(side: &str, peers: &[IpNet]) -> Vec<String> {
-    // Sets take no overlaps.
-    let (ipv4, ipv6): (Vec<_>, Vec<_>) =
-        IpNet::aggregate(&peers.to_vec()).into_iter().partition(|peer| matches!(peer, IpNet::V4(_)));
-    let of = |header: &str, peers: Vec<IpNet>| {
-        let peers: Vec<String> = peers.iter().map(IpNet::to_string).collect();
-        (!peers.is_empty()).then(|| format!("{header} {side} {{ {} }} ", peers.join(", ")))
+/// Nothing where nobody is a peer: there is no match that nothing meets.
+fn of_peers(side: &str, peers: &[IpNet]) -> Vec<String> {
+    let is_host = |peer: &IpNet| peer.prefix_len() == peer.max_prefix_len();
+    let (hosts, nets): (Vec<IpNet>, Vec<IpNet>) = peers.iter().partition(|peer| is_host(peer));
+    let of = |header: &str, is_ipv6: bool| {
+        let hosts = hosts.iter().map(IpNet::addr).filter(|host| host.is_ipv6() == is_ipv6);
+        list(hosts.map(|host| host.to_string())).map(|hosts| format!("{header} {side} {hosts} "))
     };
-    [of("ip", ipv4), of("ip6", ipv6)].into_iter().flatten().collect()
+    let header = |net: &IpNet| if net.addr().is_ipv6() { "ip6" } else { "ip" };
+    let nets = IpNet::aggregate(&nets).into_iter().map(|net| format!("{} {side} {net} ", header(&net)));
+    [of("ip", false), of("ip6", true)].into_iter().flatten().chain(nets).collect()
 }
 
-fn of_protocol<'a>(protocol: Protocol, services: impl Iterator<Item = &'a Service>) -> Option<String> {
-    let mut ranges: Vec<(u16, u16)> = Vec::new();
-    // In the order of their first ports.
-    for service in services.filter(|service| service.first <= service.last) {
-        match ranges.last_mut() {
-            Some((_, last)) if service.first <= last.saturating_add(1) => *last = service.last.max(*last),
-            _ => ranges.push((service.first, service.last)),
-        }
-    }
-    let ranges: Vec<String> = ranges.iter().map(|(first, last)| format!("{first}-{last}")).collect();
-    (!ranges.is_empty()).then(|| format!("{protocol} dport {{ {} }} ", ranges.join(", ")))
+fn of_protocol<'a>(protocol: Protocol, services: impl Iterator<Item = &'a Service>) -> Vec<String> {
+    let services = services.filter(|service| service.first <= service.last);
+    let (single, ranges): (Vec<&Service>, Vec<&Service>) = services.partition(|service| service.first == service.last);
+    let single = list(single.iter().map(|service| service.first.to_string()));
+    let ranges = ranges.iter().map(|range| format!("{protocol} dport {}-{} ", range.first, range.last));
+    single.map(|ports| format!("{protocol} dport {ports} ")).into_iter().chain(ranges).collect()
+}
+
+/// A set; none if it is empty.
+fn list(values: impl Iterator<Item = String>) -> Option<String> {
+    let values: Vec<String> = values.collect();
+    (!values.is_empty()).then(|| format!("{{ {} }}", values.join(", ")))
 }
 
 /// Applies a script in a namespace, all of it or nothing. `root` is where the host's programs are seen.
@@ -324,27 +327,28 @@ mod tests {
         assert_eq!(lines(None, None), ["return"]);
         assert_eq!(lines(Some(&[]), None), [""; 0], "nobody");
         assert_eq!(lines(None, Some(&[])), [""; 0], "nothing");
-        assert_eq!(lines(Some(&["10.32.0.5/32"]), None), ["ip saddr { 10.32.0.5/32 } return"]);
+        assert_eq!(lines(Some(&["10.32.0.5/32"]), None), ["ip saddr { 10.32.0.5 } return"]);
         assert_eq!(
-            lines(Some(&["10.32.0.5/32", "fd32::5/128"]), Some(&[(Tcp, 80, 80), (Udp, 53, 53)])),
+            lines(Some(&["10.32.0.5/32", "fd32::5/128"]), Some(&[(Tcp, 80, 80), (Tcp, 22, 22), (Udp, 53, 53)])),
             [
-                "ip saddr { 10.32.0.5/32 } tcp dport { 80-80 } return",
-                "ip saddr { 10.32.0.5/32 } udp dport { 53-53 } return",
-                "ip6 saddr { fd32::5/128 } tcp dport { 80-80 } return",
-                "ip6 saddr { fd32::5/128 } udp dport { 53-53 } return",
+                "ip saddr { 10.32.0.5 } tcp dport { 22, 80 } return",
+                "ip saddr { 10.32.0.5 } udp dport { 53 } return",
+                "ip6 saddr { fd32::5 } tcp dport { 22, 80 } return",
+                "ip6 saddr { fd32::5 } udp dport { 53 } return",
             ]
         );
-        assert_eq!(lines(None, Some(&[(Sctp, 0, u16::MAX)])), ["sctp dport { 0-65535 } return"]);
+        assert_eq!(lines(None, Some(&[(Sctp, 0, u16::MAX), (Tcp, 9, 8)])), ["sctp dport 0-65535 return"]);
     }
 
     #[test]
-    fn what_overlaps_is_one() {
-        use Protocol::Tcp;
-        let peers = ["10.32.0.0/24", "10.32.0.5/32", "10.32.1.0/24"];
-        assert_eq!(lines(Some(&peers), None), ["ip saddr { 10.32.0.0/23 } return"]);
-        let services = [(Tcp, 80, 80), (Tcp, 81, 90), (Tcp, 85, 86), (Tcp, 0, 65535), (Tcp, 9, 8)];
-        assert_eq!(lines(None, Some(&services)), ["tcp dport { 0-65535 } return"]);
-        assert_eq!(lines(None, Some(&services[..3])), ["tcp dport { 80-90 } return"]);
+    fn no_set_has_intervals() {
+        let peers = ["10.32.0.0/24", "10.32.0.5/32", "10.32.1.0/24", "fd32::/64"];
+        assert_eq!(
+            lines(Some(&peers), None),
+            ["ip saddr { 10.32.0.5 } return", "ip saddr 10.32.0.0/23 return", "ip6 saddr fd32::/64 return"]
+        );
+        let services = [(Protocol::Tcp, 80, 80), (Protocol::Tcp, 90, 99)];
+        assert_eq!(lines(None, Some(&services)), ["tcp dport { 80 } return", "tcp dport 90-99 return"]);
     }
 
     #[test]
