@@ -1,7 +1,7 @@
 //! The filter in nftables' words: one table in the network's namespace, for what crosses the bridge.
 //!
 //! The kernel's connection tracking for bridges is an option that not every kernel has, so which packets are answers is remembered in sets:
-//! what passes notes the way back, until nothing passed for some time. The sets stay when the rules are replaced.
+//! what passes notes the way back, and what is answered notes both, until nothing passed for some time. The sets stay when the rules are replaced.
 
 use std::{
     collections::BTreeMap,
@@ -24,8 +24,8 @@ use crate::{
 /// Where `nft` is looked for on the host.
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin";
 const TABLE: &str = "bridge portolan";
-/// How many connections of a network are remembered on a node. More still pass; their answers do so by rules only.
-const CONNECTIONS: u32 = 1 << 18;
+/// How many directions of connections of a network are remembered on a node. More still pass; their answers do so by rules only.
+const CONNECTIONS: u32 = 1 << 19;
 /// How many pairs of talking pods, and how many packets in fragments.
 const OTHERS: u32 = 1 << 16;
 
@@ -131,8 +131,8 @@ fn add_sets(text: &mut String) {
     }
 }
 
-/// What needs no rule: the rest of a packet whose first fragment passed, and what answers something that passed. A TCP segment that begins a
-/// connection never does.
+/// What needs no rule: the rest of a packet whose first fragment passed, and what is of a connection that was answered, in both directions. A
+/// TCP segment that begins a connection always needs one.
 fn add_answers(text: &mut String) {
     text.push_str("chain answers {\n");
     for family in &FAMILIES {
@@ -140,13 +140,15 @@ fn add_answers(text: &mut String) {
     }
     text.push_str("tcp flags & (syn|ack) == syn return\n");
     for family in &FAMILIES {
-        let (s, forth, ip) = (family.suffix, family.forth(), family.header);
+        let (s, forth, back, ip) = (family.suffix, family.forth(), family.back(), family.header);
+        let closes = format!("update @closed{s} {{ {forth} }} update @closed{s} {{ {back} }}");
+        let forgets = format!("delete @flows{s} {{ {forth} }} delete @flows{s} {{ {back} }}");
         _ = writeln!(
             text,
-            "meta l4proto tcp {forth} @closed{s} goto deliver
-tcp flags & (fin|rst) != 0 {forth} @flows{s} update @closed{s} {{ {forth} }} delete @flows{s} {{ {forth} }} goto deliver
-meta l4proto tcp {forth} @flows{s} update @flows{s} {{ {forth} timeout 1d }} goto deliver
-meta l4proto {{ udp, sctp }} {forth} @flows{s} update @flows{s} {{ {forth} }} goto deliver"
+            "meta l4proto tcp {forth} @closed{s} update @closed{s} {{ {forth} }} goto deliver
+tcp flags & (fin|rst) != 0 {forth} @flows{s} {closes} {forgets} goto deliver
+meta l4proto tcp {forth} @flows{s} update @flows{s} {{ {forth} timeout 1d }} update @flows{s} {{ {back} timeout 1d }} goto deliver
+meta l4proto {{ udp, sctp }} {forth} @flows{s} update @flows{s} {{ {forth} }} update @flows{s} {{ {back} }} goto deliver"
         );
         let kinds = match ip {
             "ip" => "icmp type { echo-reply, timestamp-reply, destination-unreachable, time-exceeded, parameter-problem }",
@@ -161,12 +163,11 @@ meta l4proto {{ udp, sctp }} {forth} @flows{s} update @flows{s} {{ {forth} }} go
 fn add_pass(text: &mut String) {
     text.push_str("chain pass {\n");
     for family in &FAMILIES {
-        let (s, back, ip) = (family.suffix, family.back(), family.header);
+        let (s, forth, back, ip) = (family.suffix, family.forth(), family.back(), family.header);
         // Only an answer makes a TCP connection last: by itself nobody can fill the set for long.
         _ = writeln!(
             text,
-            "tcp flags & (syn|ack) == syn delete @closed{s} {{ {back} }}
-tcp flags & rst != 0 delete @flows{s} {{ {back} }} goto deliver
+            "tcp flags & (syn|ack) == syn delete @closed{s} {{ {forth} }} delete @closed{s} {{ {back} }}
 meta l4proto tcp add @flows{s} {{ {back} timeout 2m }}
 meta l4proto {{ udp, sctp }} update @flows{s} {{ {back} }}
 update @talks{s} {{ {ip} daddr . {ip} saddr }}"
