@@ -40,7 +40,15 @@ pub fn play(lab: &Lab) -> Result<()> {
     connects(lab, "stranger", server)?;
 
     lab.step("a wrong annotation is told of, and without the policies everybody connects again");
-    lab.kubectl(&["-n", NAMESPACE, "annotate", "networkpolicy", "allow", "--overwrite", &format!("{ANNOTATION}=Walled")])?;
+    lab.kubectl(&[
+        "-n",
+        NAMESPACE,
+        "annotate",
+        "networkpolicy",
+        "allow",
+        "--overwrite",
+        &format!("{ANNOTATION}=Walled"),
+    ])?;
     event(lab, NAMESPACE, "NetworkPolicy", "allow", &[ANNOTATION, "\"Walled\" was given", "allowed"])?;
     is_kept_out(lab, "friend", server)?;
     lab.kubectl(&["-n", NAMESPACE, "delete", "networkpolicies", "--all"])?;

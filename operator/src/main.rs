@@ -142,7 +142,14 @@ async fn lead(
     leader::run(client.clone(), namespace, COMPONENT, &identity, stop.clone(), |leading| async move {
         tokio::join!(
             network::run(client.clone(), events.clone(), metrics.clone(), leading.clone()),
-            authority::run(client.clone(), Arc::clone(authority), account, events.clone(), metrics.clone(), leading.clone()),
+            authority::run(
+                client.clone(),
+                Arc::clone(authority),
+                account,
+                events.clone(),
+                metrics.clone(),
+                leading.clone()
+            ),
             policies::run(client.clone(), events, leading.clone()),
             network_status::run(client.clone(), leading.clone()),
             garbage::run(client.clone(), leading),

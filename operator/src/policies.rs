@@ -45,7 +45,10 @@ mod tests {
         };
         assert_eq!((problem(None), problem(Some("backend, frontend"))), (None, None));
         let message = problem(Some("backend, Frontend")).unwrap();
-        assert!(message.starts_with("annotation portolan.dev/networks: \"Frontend\" was given; allowed: "), "{message}");
+        assert!(
+            message.starts_with("annotation portolan.dev/networks: \"Frontend\" was given; allowed: "),
+            "{message}"
+        );
         assert!(message.ends_with("enforced on no ContainerNetwork"), "{message}");
     }
 }

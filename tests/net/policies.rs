@@ -355,7 +355,8 @@ async fn rules_are_replaced_as_a_whole() {
     // The same once more, as after a restart, is the same.
     let before = rules_in_the_kernel(&b);
     scene.hold(filters[1].clone()).await;
-    let without_counts = |text: &str| text.lines().filter(|line| !line.contains("expires")).collect::<Vec<_>>().join("\n");
+    let without_counts =
+        |text: &str| text.lines().filter(|line| !line.contains("expires")).collect::<Vec<_>>().join("\n");
     assert_eq!(without_counts(&before), without_counts(&rules_in_the_kernel(&b)));
 
     // What is refused changes nothing.
@@ -379,7 +380,7 @@ async fn rules_are_replaced_as_a_whole() {
 async fn frames_that_are_no_ip_do_not_pass_but_neighbours_are_found() {
     let (a, b) = two_nodes();
     let scene = Scene::new(&a, &b).await;
-    let Scene { friend, server, .. } = &scene;
+    let Scene { friend, server, neighbour, .. } = &scene;
     scene.hold(lets_in(&[rule(&[friend], &[(Protocol::Tcp, WEB), (Protocol::Sctp, 5)])])).await;
     let mac = friend.port.mac;
     let tagged = [&[0, 5][..], &IPV4.to_be_bytes(), &ipv4(friend, server, 6, 0, &ports((9, WEB)))].concat();
@@ -395,7 +396,8 @@ async fn frames_that_are_no_ip_do_not_pass_but_neighbours_are_found() {
         ("a fragment whose first wasn't let in", false, to(server, friend, &ipv4(friend, server, 6, 0x00b9, &[0; 12]))),
         ("the last", true, to(server, friend, &ipv4(friend, server, 6, 0, &ports((10, WEB))))),
     ];
-    let (mut at_friend, mut at_server) = (Wire::open(friend), Wire::open(server));
+    let (mut at_friend, mut at_server, mut at_neighbour) =
+        (Wire::open(friend), Wire::open(server), Wire::open(neighbour));
     for (_, _, frame) in &cases {
         at_friend.send(frame);
     }
@@ -406,18 +408,26 @@ async fn frames_that_are_no_ip_do_not_pass_but_neighbours_are_found() {
         let is_there = seen.iter().any(|one| one == frame || (*name == "with a tag" && one.ends_with(&tagged[4..])));
         assert_eq!(is_there, *passes, "{name}");
     }
+    assert!(at_neighbour.sees(&cases[0].2), "nothing holds back what comes to an open port");
     // Whoever may come with whatever, it has to be IP.
     scene.hold(lets_in(&[Rule { peers: None, services: None }])).await;
     for (_, _, frame) in &cases {
         at_friend.send(frame);
     }
     let seen = at_server.until(last).expect("the last");
-    assert!(seen.contains(&cases[7].2) && !seen.contains(&cases[0].2) && !seen.iter().any(|one| one.ends_with(&tagged[4..])));
+    assert!(
+        seen.contains(&cases[7].2)
+            && !seen.contains(&cases[0].2)
+            && !seen.iter().any(|one| one.ends_with(&tagged[4..]))
+    );
     for family in ["-4", "-6"] {
         ip(friend, &[family, "neighbour", "flush", "dev", "eth1"]);
     }
     let _web = serve(server, WEB);
-    assert!(connects(friend, server.address, WEB) && connects(friend, server.ipv6, WEB), "who has it is asked and told");
+    assert!(
+        connects(friend, server.address, WEB) && connects(friend, server.ipv6, WEB),
+        "who has it is asked and told"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -425,7 +435,8 @@ async fn large_datagrams_come_whole() {
     let (a, b) = two_nodes();
     let scene = Scene::new(&a, &b).await;
     let Scene { friend, server, .. } = &scene;
-    let isolated = PortFilter { ingress: Some(vec![rule(&[friend], &[(Protocol::Udp, ECHO)])]), egress: Some(Vec::new()) };
+    let isolated =
+        PortFilter { ingress: Some(vec![rule(&[friend], &[(Protocol::Udp, ECHO)])]), egress: Some(Vec::new()) };
     scene.hold(isolated).await;
     let pairs: [(UdpSocket, UdpSocket, IpAddr); 2] = [
         (server.listen(), friend.inside(|| udp((friend.address, 0))), server.address.into()),

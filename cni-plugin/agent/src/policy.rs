@@ -92,8 +92,7 @@ impl<'a> Policies<'a> {
     /// One rule for all peers, and one more for those that have the same numbers for named ports: these are each peer's own.
     fn egress_rules(&self, namespace: &str, rule: &NetworkPolicyEgressRule) -> Vec<Rule> {
         let (to, ports) = (rule.to.as_deref().unwrap_or(&[]), rule.ports.as_deref().unwrap_or(&[]));
-        let mut rules: Vec<Rule> =
-            Rule::of(self.peers(namespace, to), services(ports, &[])).into_iter().collect();
+        let mut rules: Vec<Rule> = rule_of(self.peers(namespace, to), services(ports, &[])).into_iter().collect();
         if ports.iter().any(is_named) {
             let mut by_services: BTreeMap<BTreeSet<Service>, Vec<IpNet>> = BTreeMap::new();
             for endpoint in self.chosen(namespace, to) {
@@ -101,23 +100,17 @@ impl<'a> Policies<'a> {
                 let services = named.flat_map(|port| service(port, &endpoint.ports)).collect();
                 by_services.entry(services).or_default().extend(endpoint.addresses().map(IpNet::from));
             }
-            rules.extend(by_services.into_iter().filter_map(|(services, peers)| Rule::of(Some(peers), Some(services))));
+            rules.extend(by_services.into_iter().filter_map(|(services, peers)| rule_of(Some(peers), Some(services))));
         }
         rules
     }
 }
 
-/// A rule that lets nothing pass is none.
-trait RuleOf: Sized {
-    fn of(peers: Option<Vec<IpNet>>, services: Option<BTreeSet<Service>>) -> Option<Self>;
-}
-
-impl RuleOf for Rule {
-    fn of(peers: Option<Vec<IpNet>>, services: Option<BTreeSet<Service>>) -> Option<Self> {
-        let lets_pass = peers.as_ref().is_none_or(|peers| !peers.is_empty())
-            && services.as_ref().is_none_or(|services| !services.is_empty());
-        lets_pass.then_some(Self { peers, services })
-    }
+/// A rule, unless it lets nothing pass.
+fn rule_of(peers: Option<Vec<IpNet>>, services: Option<BTreeSet<Service>>) -> Option<Rule> {
+    let is_nobody = peers.as_ref().is_some_and(Vec::is_empty);
+    let is_nothing = services.as_ref().is_some_and(BTreeSet::is_empty);
+    (!is_nobody && !is_nothing).then_some(Rule { peers, services })
 }
 
 /// All that the policies let pass at an endpoint's port: they add up.
@@ -128,7 +121,7 @@ fn port_filter(policies: &[Resolved<'_>], endpoint: &Endpoint) -> PortFilter {
         let is_certain = selector::selects(policy.policy, endpoint);
         if let Some(rules) = &policy.ingress {
             let of_port = |(peers, ports): &(Option<Vec<IpNet>>, &[NetworkPolicyPort])| {
-                Rule::of(peers.clone(), services(ports, &endpoint.ports))
+                rule_of(peers.clone(), services(ports, &endpoint.ports))
             };
             let rules = rules.iter().filter(|_| is_certain).filter_map(of_port);
             filter.ingress.get_or_insert_default().extend(rules);

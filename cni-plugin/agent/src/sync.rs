@@ -392,7 +392,10 @@ impl Sync<'_> {
     }
 }
 
-pub(crate) fn of_network<'a>(slices: &'a [Arc<NetworkNodeSlice>], network: &str) -> impl Iterator<Item = &'a NetworkNodeSlice> {
+pub(crate) fn of_network<'a>(
+    slices: &'a [Arc<NetworkNodeSlice>],
+    network: &str,
+) -> impl Iterator<Item = &'a NetworkNodeSlice> {
     let network = network.to_owned();
     slices
         .iter()

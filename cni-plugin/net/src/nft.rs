@@ -122,7 +122,10 @@ fn add_sets(text: &mut String) {
         let (s, ip) = (family.suffix, family.header);
         let mut add = |name: &str, key: &str, size: u32, timeout: &str| {
             let flags = "flags dynamic,timeout";
-            _ = writeln!(text, "add set {TABLE} {name}{s} {{ typeof {key}; size {size}; {flags}; timeout {timeout}; }}");
+            _ = writeln!(
+                text,
+                "add set {TABLE} {name}{s} {{ typeof {key}; size {size}; {flags}; timeout {timeout}; }}"
+            );
         };
         add("flows", &family.forth(), CONNECTIONS, "3m");
         add("closed", &family.forth(), CONNECTIONS, "2m");
@@ -151,8 +154,12 @@ meta l4proto tcp {forth} @flows{s} update @flows{s} {{ {forth} timeout 1d }} upd
 meta l4proto {{ udp, sctp }} {forth} @flows{s} update @flows{s} {{ {forth} }} update @flows{s} {{ {back} }} goto deliver"
         );
         let kinds = match ip {
-            "ip" => "icmp type { echo-reply, timestamp-reply, destination-unreachable, time-exceeded, parameter-problem }",
-            _ => "icmpv6 type { echo-reply, destination-unreachable, packet-too-big, time-exceeded, parameter-problem }",
+            "ip" => {
+                "icmp type { echo-reply, timestamp-reply, destination-unreachable, time-exceeded, parameter-problem }"
+            }
+            _ => {
+                "icmpv6 type { echo-reply, destination-unreachable, packet-too-big, time-exceeded, parameter-problem }"
+            }
         };
         _ = writeln!(text, "{kinds} {ip} saddr . {ip} daddr @talks{s} goto deliver");
     }
@@ -259,7 +266,8 @@ fn list(values: impl Iterator<Item = String>) -> Option<String> {
 pub(crate) async fn run(root: &Path, namespace: Namespace, script: String) -> Result<()> {
     let place = namespace.path().display().to_string();
     let fail = |message: String| Error::Filter { place: place.clone(), message };
-    let output = output(root, namespace, &["-f", "-"], script).await?.map_err(|e| fail(format!("did not start: {e}")))?;
+    let output =
+        output(root, namespace, &["-f", "-"], script).await?.map_err(|e| fail(format!("did not start: {e}")))?;
     if output.status.success() {
         return Ok(());
     }

@@ -38,8 +38,7 @@ fn holds(expression: &LabelSelectorRequirement, labels: &Labels) -> bool {
 /// Whether a policy selects a pod, as far as the pod's labels are known.
 pub(super) fn selects(policy: &NetworkPolicy, endpoint: &Endpoint) -> bool {
     let selector = policy.spec.as_ref().and_then(|spec| spec.pod_selector.as_ref());
-    is_of_its_namespace(policy, endpoint)
-        && selector.is_none_or(|selector| matches(selector, endpoint.labels.as_ref()))
+    is_of_its_namespace(policy, endpoint) && selector.is_none_or(|selector| matches(selector, endpoint.labels.as_ref()))
 }
 
 /// Whether it does so, or the labels aren't known.

@@ -56,7 +56,8 @@ fn text(rules: Option<&Vec<Rule>>) -> String {
         (first, last) => format!("{} {first}-{last}", s.protocol),
     };
     let rule = |rule: &Rule| {
-        let ipv4 = |peers: &Vec<IpNet>| peers.iter().filter(|p| p.addr().is_ipv4()).map(peer).collect::<Vec<_>>().join(" ");
+        let ipv4 =
+            |peers: &Vec<IpNet>| peers.iter().filter(|p| p.addr().is_ipv4()).map(peer).collect::<Vec<_>>().join(" ");
         let peers = rule.peers.as_ref().map_or("*".to_owned(), ipv4);
         let services = |all: &BTreeSet<Service>| all.iter().map(service).collect::<Vec<_>>().join(", ");
         format!("{peers}: {}", rule.services.as_ref().map_or("*".to_owned(), services))
@@ -66,7 +67,8 @@ fn text(rules: Option<&Vec<Rule>>) -> String {
 
 /// Ingress of shop/db under one policy that selects all pods of its namespace.
 fn ingress(rules: Value) -> String {
-    let filter = filter_of(&[policy(json!({"podSelector": {}, "policyTypes": ["Ingress"], "ingress": rules}))], &pods());
+    let filter =
+        filter_of(&[policy(json!({"podSelector": {}, "policyTypes": ["Ingress"], "ingress": rules}))], &pods());
     text(filter.ports["shop/db"].ingress.as_ref())
 }
 
@@ -149,7 +151,10 @@ fn who_may_come() {
     let block = json!({"ipBlock": {"cidr": "10.32.0.0/30", "except": ["10.32.0.2/31"]}});
     assert_eq!(from(block), "10.32.0.0/31: *");
     assert_eq!(from(json!({"ipBlock": {"cidr": "no"}})), "");
-    assert_eq!(ingress(json!([{"from": [{"podSelector": web}, {"ipBlock": {"cidr": "10.33.0.0/16"}}]}])), "6 10.33.0.0/16: *");
+    assert_eq!(
+        ingress(json!([{"from": [{"podSelector": web}, {"ipBlock": {"cidr": "10.33.0.0/16"}}]}])),
+        "6 10.33.0.0/16: *"
+    );
 }
 
 #[test]
@@ -184,7 +189,10 @@ fn named_ports_are_the_selected_pods_own() {
     let policy = policy(json!({"podSelector": {}, "ingress": [{"ports": [{"port": "http"}, {"port": 22}]}]}));
     let filter = filter_of(&[policy], &pods);
     let of = |name: &str| text(filter.ports[name].ingress.as_ref());
-    assert_eq!((of("shop/a"), of("shop/b"), of("shop/c")), ("*: tcp 22, tcp 80".into(), "*: tcp 22, tcp 8080".into(), "*: tcp 22".into()));
+    assert_eq!(
+        (of("shop/a"), of("shop/b"), of("shop/c")),
+        ("*: tcp 22, tcp 80".into(), "*: tcp 22, tcp 8080".into(), "*: tcp 22".into())
+    );
 }
 
 #[test]
@@ -201,14 +209,20 @@ fn named_ports_of_egress_are_the_peers_own() {
     assert_eq!(egress(json!({"ports": http, "to": [{"podSelector": {}}]})), "6: tcp 80");
     assert_eq!(egress(json!({"ports": http, "to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]})), "", "a block has no names");
     let both = json!([{"port": "http"}, {"port": 22}]);
-    assert_eq!(egress(json!({"ports": both, "to": [{"namespaceSelector": {}}]})), "5 6 7 8 9: tcp 22; 6: tcp 80; 7: tcp 8080");
+    assert_eq!(
+        egress(json!({"ports": both, "to": [{"namespaceSelector": {}}]})),
+        "5 6 7 8 9: tcp 22; 6: tcp 80; 7: tcp 8080"
+    );
 }
 
 #[test]
 fn where_it_may_go() {
     assert_eq!(egress(json!([])), "");
     assert_eq!(egress(json!([{}])), "*: *");
-    assert_eq!(egress(json!([{"to": [{"podSelector": {"matchLabels": {"app": "web"}}}], "ports": [{"port": 80}]}])), "6: tcp 80");
+    assert_eq!(
+        egress(json!([{"to": [{"podSelector": {"matchLabels": {"app": "web"}}}], "ports": [{"port": 80}]}])),
+        "6: tcp 80"
+    );
 }
 
 #[test]
