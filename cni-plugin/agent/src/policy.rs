@@ -38,9 +38,14 @@ pub fn is_about(policy: &NetworkPolicy, network: &str) -> bool {
 /// A policy's rules, as far as they are the same for all pods that it selects.
 struct Resolved<'a> {
     policy: &'a NetworkPolicy,
-    /// Peers, and the ports, whose names are those of the selected pod.
-    ingress: Option<Vec<(Option<Vec<IpNet>>, &'a [NetworkPolicyPort])>>,
+    ingress: Option<Vec<Ingress<'a>>>,
     egress: Option<Vec<Rule>>,
+}
+
+/// A rule of ingress. Named ports are the selected pod's own.
+struct Ingress<'a> {
+    peers: Option<Vec<IpNet>>,
+    ports: &'a [NetworkPolicyPort],
 }
 
 impl<'a> Policies<'a> {
@@ -80,13 +85,9 @@ impl<'a> Policies<'a> {
         Some(Resolved { policy, ingress, egress })
     }
 
-    fn ingress_rule(
-        &self,
-        namespace: &str,
-        rule: &'a NetworkPolicyIngressRule,
-    ) -> (Option<Vec<IpNet>>, &'a [NetworkPolicyPort]) {
+    fn ingress_rule(&self, namespace: &str, rule: &'a NetworkPolicyIngressRule) -> Ingress<'a> {
         let from = rule.from.as_deref().unwrap_or(&[]);
-        (self.peers(namespace, from), rule.ports.as_deref().unwrap_or(&[]))
+        Ingress { peers: self.peers(namespace, from), ports: rule.ports.as_deref().unwrap_or(&[]) }
     }
 
     /// One rule for all peers, and one more for those that have the same numbers for named ports: these are each peer's own.
@@ -120,9 +121,7 @@ fn port_filter(policies: &[Resolved<'_>], endpoint: &Endpoint) -> PortFilter {
     for policy in selecting {
         let is_certain = selector::selects(policy.policy, endpoint);
         if let Some(rules) = &policy.ingress {
-            let of_port = |(peers, ports): &(Option<Vec<IpNet>>, &[NetworkPolicyPort])| {
-                rule_of(peers.clone(), services(ports, &endpoint.ports))
-            };
+            let of_port = |rule: &Ingress<'_>| rule_of(rule.peers.clone(), services(rule.ports, &endpoint.ports));
             let rules = rules.iter().filter(|_| is_certain).filter_map(of_port);
             filter.ingress.get_or_insert_default().extend(rules);
         }
