@@ -10,6 +10,7 @@ pub mod faults;
 pub mod ginkgo;
 pub mod hotplug;
 pub mod lab;
+pub mod limits;
 pub mod migration;
 mod names;
 pub mod policies;
