@@ -19,6 +19,7 @@ mod bandwidth;
 mod families;
 mod leaks;
 mod multicast;
+mod paths;
 mod ping;
 mod policies;
 mod spoofing;

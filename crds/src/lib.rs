@@ -18,7 +18,7 @@ pub use network::*;
 pub use policy::{PolicyNetworksError, is_network_name, policy_networks};
 pub use snapshot::*;
 pub use storage_node::*;
-pub use subnets::{IPV6_LEAST_MTU, SubnetError, capacity, pool, subnets};
+pub use subnets::{IPV6_LEAST_MTU, SubnetError, VXLAN_OVERHEAD, capacity, pool, subnets};
 pub use volume::*;
 
 use kube::CustomResourceExt;
@@ -100,6 +100,8 @@ pub mod condition {
     pub const NO_ORPHANS: &str = "NoOrphans";
     /// Of a ContainerNetwork: all pods that shall ask Portolan's DNS server do.
     pub const NAMES_INJECTED: &str = "NamesInjected";
+    /// Of a ContainerNetwork: a path between two of its nodes is known to carry less than its pods may send.
+    pub const MTU_MISMATCH: &str = "MTUMismatch";
     /// The type every kind here has: all is as the spec wants it.
     pub const READY: &str = "Ready";
 }

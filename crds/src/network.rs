@@ -92,7 +92,8 @@ pub struct ContainerNetworkStatus {
     /// The addresses of the IPv6 subnet, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ipv6: Option<AddressCounts>,
-    /// `Ready`, and what stands in its way; `NamesInjected`, and which pods don't get the network's names.
+    /// `Ready`, and what stands in its way; `NamesInjected`, and which pods don't get the network's names; `MTUMismatch`, and
+    /// which paths between nodes carry less than pods may send.
     #[serde(default)]
     pub conditions: Vec<Condition>,
 }
@@ -132,6 +133,33 @@ pub struct NetworkNodeSliceSpec {
     /// The pods of this node that are plugged in.
     #[serde(default)]
     pub endpoints: Vec<Endpoint>,
+    /// The paths to other nodes that carry less than this node's pods may send; none if no such path is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path_mtu: Option<PathMtu>,
+}
+
+/// Paths between nodes that are too small for a network.
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PathMtu {
+    /// What a path has to carry, in bytes with the outer IP header: the largest MTU of the node's pods, and 50 for VXLAN.
+    pub needed: u32,
+    /// The paths, the smallest first; sixteen at most.
+    #[serde(default)]
+    pub small: Vec<SmallPath>,
+    /// So many others there are at least: a power of two, or none.
+    #[serde(default)]
+    pub more: u32,
+}
+
+/// A path to another node.
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SmallPath {
+    /// The other node.
+    pub node: String,
+    /// The largest packet that gets there, in bytes with the outer IP header.
+    pub mtu: u32,
 }
 
 /// One pod's port on a network.

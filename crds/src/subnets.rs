@@ -12,6 +12,8 @@ const IPV6_PREFIXES: (u8, u8) = (48, 120);
 const IPV6_POOL: u8 = 104;
 /// The least MTU of a link that carries IPv6, in bytes (RFC 8200, section 5).
 pub const IPV6_LEAST_MTU: u32 = 1280;
+/// What VXLAN adds to a pod's packet between nodes, in bytes (RFC 7348, section 5): Ethernet 14, VXLAN 8, UDP 8, IPv4 20.
+pub const VXLAN_OVERHEAD: u32 = 50;
 
 /// What a network can't have as its subnets.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]

@@ -58,7 +58,14 @@ pub fn of_network(network: &ContainerNetwork) -> Vec<Problem> {
         message: it.message.clone(),
         next: "kubectl rollout restart the workloads of the pods that it names".to_owned(),
     });
-    let Some(message) = not_ready(conditions) else { return missed.into_iter().collect() };
+    let narrow = conditions.iter().find(|it| it.type_ == condition::MTU_MISMATCH && it.status == condition::TRUE);
+    let narrow = narrow.map(|it| Problem {
+        object: object.clone(),
+        message: it.message.clone(),
+        next: format!("kubectl edit {object}, or repair the network between the nodes that it names"),
+    });
+    let others = missed.into_iter().chain(narrow);
+    let Some(message) = not_ready(conditions) else { return others.collect() };
     let reason = conditions.iter().find(|it| it.type_ == condition::READY).map_or("", |it| it.reason.as_str());
     let next = match reason {
         // A subnet can't be changed: the pods on it would keep their addresses.
@@ -67,7 +74,7 @@ pub fn of_network(network: &ContainerNetwork) -> Vec<Problem> {
         "Deleting" => "kubectl delete the pods that it names".to_owned(),
         _ => format!("kubectl describe {object}"),
     };
-    [Problem { object, message, next }].into_iter().chain(missed).collect()
+    [Problem { object, message, next }].into_iter().chain(others).collect()
 }
 
 /// Why something isn't ready; none if it is.
@@ -119,6 +126,20 @@ mod tests {
         let problems = of_network(&network(status));
         assert_eq!((problems.len(), problems[0].message.as_str()), (1, "2 of the pods"));
         assert!(problems[0].next.starts_with("kubectl rollout restart"));
+    }
+
+    #[test]
+    fn a_path_that_is_too_small_is_a_problem_of_its_network() {
+        let mut status = ready("True", "Accepted", "");
+        let mismatch = |status: &str| {
+            json!({"type": "MTUMismatch", "status": status, "reason": "PathTooSmall",
+                "message": "from a to b 1420 pass", "lastTransitionTime": "2026-01-01T00:00:00Z"})
+        };
+        status["conditions"].as_array_mut().unwrap().push(mismatch("True"));
+        let problems = of_network(&network(status.clone()));
+        assert_eq!((problems.len(), problems[0].message.as_str()), (1, "from a to b 1420 pass"));
+        status["conditions"][1] = mismatch("False");
+        assert_eq!(of_network(&network(status)), []);
     }
 
     #[test]

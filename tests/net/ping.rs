@@ -2,12 +2,12 @@
 
 use std::{net::Ipv4Addr, path::Path, time::Duration};
 
-use portolan_net::{Namespace, Pinger};
+use portolan_net::{Heard, Namespace, Pinger};
 use tokio::{runtime::Handle, time::timeout};
 
 use super::{Node, run, two_nodes};
 
-fn pinger(node: &Node) -> Pinger {
+pub fn pinger(node: &Node) -> Pinger {
     let runtime = Handle::current();
     let host = Namespace::open(node.root.path(), Path::new("/run/netns/host")).unwrap();
     host.run(|| {
@@ -20,7 +20,10 @@ fn pinger(node: &Node) -> Pinger {
 async fn answers(pinger: &Pinger, node: Ipv4Addr) -> Option<Ipv4Addr> {
     // Nowhere to send it to is as good as no answer.
     let _ = pinger.ask(node).await;
-    timeout(Duration::from_secs(2), pinger.answer()).await.ok().map(Result::unwrap)
+    match timeout(Duration::from_secs(2), pinger.answer()).await.ok()?.unwrap() {
+        Heard::Answer { node, .. } => Some(node),
+        Heard::TooBig { .. } => None,
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -29,6 +29,7 @@ use crate::{
     journal::{Journal, JournalError},
     metrics::Metrics,
     network::Underlay,
+    paths::SmallPaths,
     peers::{self, Peers},
     resolver::Resolvers,
     server,
@@ -85,6 +86,7 @@ pub(crate) struct Agent {
     pub events: Events,
     pub metrics: Metrics,
     pub peers: Peers,
+    pub small_paths: SmallPaths,
     /// Told whenever there may be something to do.
     pub changed: Arc<Notify>,
     /// The pods whose networks are being changed.
@@ -148,6 +150,7 @@ pub async fn run(settings: Settings, shutdown: CancellationToken) -> Result<(), 
         }
         resolvers.set_upstream(servers).await;
     }
+    agent.small_paths.resume(&agent.cluster.node, &agent.cluster.slices.state());
     let keeper = Keeper::new(settings.names());
     tasks.push(tokio::spawn(peers::run(Arc::clone(&agent), shutdown.clone())));
     tasks.push(tokio::spawn(hotplug::run(Arc::clone(&agent), shutdown.clone())));
@@ -186,6 +189,7 @@ async fn prepare(
         events: Events::new(client, "portolan-agent"),
         metrics,
         peers: Peers::default(),
+        small_paths: SmallPaths::default(),
         changed,
         busy: Busy::default(),
         applied: Mutex::default(),

@@ -25,6 +25,7 @@ mod metrics;
 mod missed;
 mod names;
 mod network;
+mod paths;
 mod peers;
 mod plug;
 mod pod;

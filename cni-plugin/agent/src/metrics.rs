@@ -21,6 +21,7 @@ pub(crate) struct Metrics {
     endpoints: Family<NetworkLabel, Gauge>,
     names: Family<NetworkLabel, Gauge>,
     pub silent_nodes: Gauge,
+    pub small_paths: Gauge,
 }
 
 impl Metrics {
@@ -32,6 +33,7 @@ impl Metrics {
             endpoints: Family::default(),
             names: Family::default(),
             silent_nodes: Gauge::default(),
+            small_paths: Gauge::default(),
         };
         let mut registry = Registry::with_prefix("portolan");
         let help = "Time to plug a pod in, those without networks included";
@@ -41,6 +43,8 @@ impl Metrics {
         registry.register("dns_pods", help, metrics.names.clone());
         let help = "Nodes on this node's networks that answered once and don't any more";
         registry.register("network_silent_nodes", help, metrics.silent_nodes.clone());
+        let help = "Nodes on this node's networks to which the path carries less than pods may send";
+        registry.register("network_small_paths", help, metrics.small_paths.clone());
         metrics.dns.register(&mut registry);
         (metrics, Arc::new(registry))
     }

@@ -2,6 +2,8 @@
 //! part of a minute to notice; its kernel's silence shows within seconds.
 //!
 //! Silence is no proof: nothing is taken away by it, names only prefer pods of nodes that answer.
+//!
+//! The same questions, but large, tell which paths carry less than pods may send. A kernel answers them whatever release of the agent its node has.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use portolan_net::Pinger;
+use portolan_net::{Heard, Outcome, Paths, Pinger};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
@@ -38,6 +40,12 @@ impl Peers {
     /// The nodes that answered once and don't any more.
     pub fn silent(&self) -> BTreeSet<Ipv4Addr> {
         self.lock().iter().filter(|(_, peer)| peer.silent).map(|(node, _)| *node).collect()
+    }
+
+    /// The nodes that have answered since they were asked last.
+    fn answering(&self) -> BTreeSet<Ipv4Addr> {
+        let answers = |peer: &Peer| peer.ever_answered && peer.unanswered == 0;
+        self.lock().iter().filter(|(_, peer)| answers(peer)).map(|(node, _)| *node).collect()
     }
 
     /// Takes stock before each of `nodes` is asked again; others are forgotten. Returns those that became silent.
@@ -75,10 +83,12 @@ pub(crate) async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
     let pinger = match Pinger::open() {
         Ok(pinger) => pinger,
         Err(error) => {
-            tracing::warn!(%error, "names of pods on dead nodes stay until Kubernetes notices");
+            tracing::warn!(%error, "names of pods on dead nodes stay until Kubernetes notices, and no path's MTU is probed");
+            agent.small_paths.publish(BTreeMap::new());
             return;
         }
     };
+    let mut paths = Paths::new(agent.underlay.vtep, agent.small_paths.get());
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -86,24 +96,48 @@ pub(crate) async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
             // Answers that have come are heard before anybody is called silent.
             biased;
             () = shutdown.cancelled() => return,
-            answer = pinger.answer() => match answer {
-                Ok(node) if agent.peers.answered(node) => {
-                    tracing::info!(%node, "a node answers again");
-                    agent.changed.notify_one();
-                }
-                Ok(_) => {}
+            heard = pinger.answer() => match heard {
+                Ok(heard) => take_in(&agent, &mut paths, heard),
                 Err(error) => {
                     tracing::debug!(%error, "hearing answers failed");
                     tokio::time::sleep(INTERVAL).await;
                 }
             },
-            _ = ticks.tick() => ask(&agent, &pinger).await,
+            _ = ticks.tick() => ask(&agent, &pinger, &mut paths).await,
         }
     }
 }
 
-async fn ask(agent: &Agent, pinger: &Pinger) {
-    let nodes = agent.peers_of_networks();
+fn take_in(agent: &Agent, paths: &mut Paths, heard: Heard) {
+    match heard {
+        Heard::Answer { node, size } => {
+            paths.heard(node, size, Outcome::Passed);
+            if agent.peers.answered(node) {
+                tracing::info!(%node, "a node answers again");
+                agent.changed.notify_one();
+            }
+        }
+        Heard::TooBig { node, size, carries } => paths.heard(node, size, Outcome::TooBig(carries)),
+    }
+}
+
+async fn ask(agent: &Agent, pinger: &Pinger, paths: &mut Paths) {
+    let wanted = agent.wanted_sizes();
+    let nodes: BTreeSet<Ipv4Addr> = wanted.keys().copied().collect();
+    // The large ones first: a small one that is answered was sent after them.
+    for (node, size) in paths.tick(&wanted, &agent.peers.answering()) {
+        match pinger.probe(node, size).await {
+            Ok(true) => {}
+            Ok(false) => paths.heard(node, size, Outcome::TooBig(None)),
+            Err(error) => {
+                tracing::debug!(%node, %error, "not probed");
+                paths.heard(node, size, Outcome::Unknown);
+            }
+        }
+    }
+    if agent.small_paths.is_due(paths.too_small()) {
+        agent.changed.notify_one();
+    }
     let fell_silent = agent.peers.take_stock(&nodes);
     for node in &fell_silent {
         tracing::warn!(%node, "a node doesn't answer: names prefer pods of other nodes");
@@ -164,5 +198,16 @@ mod tests {
         seconds(&peers, 4);
         peers.take_stock(&BTreeSet::new());
         assert!(peers.silent().is_empty() && !peers.answered(NODE));
+    }
+
+    #[test]
+    fn who_answers_does_so_since_the_last_question() {
+        let peers = Peers::default();
+        seconds(&peers, 1);
+        assert!(peers.answering().is_empty());
+        peers.answered(NODE);
+        assert_eq!(peers.answering(), BTreeSet::from([NODE]));
+        seconds(&peers, 1);
+        assert!(peers.answering().is_empty());
     }
 }

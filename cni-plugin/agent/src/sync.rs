@@ -22,7 +22,7 @@ use crate::{
     journal::Endpoint,
     missed, names,
     network::Network,
-    pod,
+    paths, pod,
     resolver::Resolvers,
     slices::Slices,
     snapshot::{Keeper, Snapshot},
@@ -53,14 +53,6 @@ impl Agent {
         applied.filters.remove(&spec.vni);
         applied.networks.insert(spec.vni, spec);
         Ok(())
-    }
-
-    /// The tunnel endpoints of the other nodes that have pods on this node's networks.
-    pub(crate) fn peers_of_networks(&self) -> BTreeSet<Ipv4Addr> {
-        let own: BTreeSet<String> = self.journal.select(|_| true).into_iter().map(|e| e.network).collect();
-        let slices = self.cluster.slices.state();
-        let others = slices.iter().filter(|s| s.spec.node != self.cluster.node && own.contains(&s.spec.network));
-        others.filter_map(|s| s.spec.vtep.parse().ok()).collect()
     }
 
     /// The pod of an endpoint, as the API knows it.
@@ -173,6 +165,8 @@ impl Sync<'_> {
         let slices = self.agent.cluster.slices.state();
         let silent = self.agent.peers.silent();
         self.agent.metrics.silent_nodes.set(i64::try_from(silent.len()).unwrap_or(i64::MAX));
+        let small = self.agent.small_paths.get();
+        self.agent.metrics.small_paths.set(i64::try_from(small.len()).unwrap_or(i64::MAX));
         let mut zones = Vec::new();
         let mut views = BTreeMap::new();
         let mut written = Vec::new();
@@ -186,9 +180,11 @@ impl Sync<'_> {
             let view = View::new(&self.agent.cluster.node, &local, of_network(&slices, network));
             note("network not set up", network, self.follow(&mut applied, network, (endpoints, &local), &view).await);
             zones.push(view.zone(network, self.subnets(network), self.members(endpoints), &silent));
+            let (node, needed) = (self.agent.cluster.node.clone(), self.agent.needed(network, endpoints));
             written.push(NetworkNodeSliceSpec {
                 network: network.clone(),
-                node: self.agent.cluster.node.clone(),
+                path_mtu: paths::of_network(&node, needed, &small, of_network(&slices, network)),
+                node,
                 vtep: self.agent.underlay.vtep.to_string(),
                 endpoints: local.into_iter().map(|l| l.endpoint).collect(),
             });

@@ -210,7 +210,8 @@ mod tests {
 
     fn slice(node: &str, vtep: u8, version: &str, endpoints: Vec<Endpoint>) -> NetworkNodeSlice {
         let vtep = format!("192.0.2.{vtep}");
-        let spec = NetworkNodeSliceSpec { network: "backend".into(), node: node.into(), vtep, endpoints };
+        let (network, node_name) = ("backend".into(), node.into());
+        let spec = NetworkNodeSliceSpec { network, node: node_name, vtep, endpoints, path_mtu: None };
         let mut slice = NetworkNodeSlice::new(&format!("backend.{node}"), spec);
         slice.metadata.resource_version = Some(version.into());
         slice

@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Api, Client, Resource, ResourceExt};
 use portolan_crds::{
@@ -79,19 +80,28 @@ async fn write_status(
     let patch = json!({"status": status});
     write(client, network, "status", &patch, Some("status")).await?;
 
-    let reason_of = |conditions| conditions::find(conditions, condition::READY).map(|ready| ready.reason.as_str());
-    let before = network.status.as_ref().and_then(|status| reason_of(&status.conditions));
-    if let Some(ready) = conditions::find(&status.conditions, condition::READY)
-        && before != Some(ready.reason.as_str())
-    {
-        let about = network.object_ref(&());
-        if ready.status == condition::TRUE {
-            events.normal(&about, &ready.reason, "Validate", &ready.message).await;
+    let before = network.status.as_ref().map_or(&[][..], |status| &status.conditions);
+    for (is_warning, condition) in news(before, &status.conditions) {
+        let (about, action) =
+            (network.object_ref(&()), if condition.type_ == condition::READY { "Validate" } else { "Probe" });
+        if is_warning {
+            events.warning(&about, &condition.reason, action, &condition.message).await;
         } else {
-            events.warning(&about, &ready.reason, "Validate", &ready.message).await;
+            events.normal(&about, &condition.reason, action, &condition.message).await;
         }
     }
     Ok(())
+}
+
+/// What Events tell, and whether it needs a look: another reason of `Ready`, and a path that is too small once the first one is known.
+fn news<'a>(before: &[Condition], after: &'a [Condition]) -> Vec<(bool, &'a Condition)> {
+    let changed = |type_, of: fn(&Condition) -> &str| {
+        let after = conditions::find(after, type_)?;
+        (conditions::find(before, type_).map(of) != Some(of(after))).then_some(after)
+    };
+    let ready = changed(condition::READY, |it| &it.reason).map(|it| (it.status != condition::TRUE, it));
+    let mismatch = changed(condition::MTU_MISMATCH, |it| &it.status).filter(|it| it.status == condition::TRUE);
+    ready.into_iter().chain(mismatch.map(|it| (true, it))).collect()
 }
 
 async fn write(
@@ -157,5 +167,32 @@ where
         Err(kube::Error::Api(status)) if status.is_not_found() => Ok(true),
         Err(kube::Error::Api(status)) if status.is_conflict() => Ok(false),
         Err(source) => Err(Error::Delete { kind: K::kind(&()).into_owned(), name: object.name_any(), source }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn conditions(ready: &str, mismatch: &str, message: &str) -> Vec<Condition> {
+        let mut all = Vec::new();
+        conditions::set(&mut all, condition::READY, condition::TRUE, ready, "", None);
+        conditions::set(&mut all, condition::MTU_MISMATCH, mismatch, "PathTooSmall", message, None);
+        all
+    }
+
+    #[test]
+    fn a_path_that_is_too_small_is_told_once() {
+        let told = |before: &[Condition], after: &[Condition]| -> Vec<(bool, String)> {
+            news(before, after).into_iter().map(|(is_warning, it)| (is_warning, it.type_.clone())).collect()
+        };
+        let (fine, small) = (conditions("Accepted", "False", ""), conditions("Accepted", "True", "one"));
+        let mismatch = vec![(true, "MTUMismatch".to_owned())];
+        assert_eq!(told(&fine, &small), mismatch);
+        assert_eq!(told(&small, &conditions("Accepted", "True", "two")), [], "another path");
+        assert_eq!(told(&small, &fine), []);
+        assert_eq!(told(&fine[..1], &small), mismatch, "the status is of an older release");
+        assert_eq!(told(&[], &fine), [(false, "Ready".to_owned())]);
+        assert_eq!(told(&fine, &conditions("SubnetOverlaps", "True", "")).len(), 2);
     }
 }

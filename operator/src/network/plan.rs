@@ -14,7 +14,7 @@ use portolan_crds::{
 use portolan_runtime::conditions;
 
 use super::validate::{self, Refusal};
-use super::vni;
+use super::{narrow, vni};
 
 /// Pods that a message names before it only counts the rest.
 const NAMED_PODS: usize = 5;
@@ -77,7 +77,8 @@ pub fn plan(world: &World) -> Vec<Step> {
         let none = Vec::new();
         let plugged = pods.get(&name).unwrap_or(&none);
         let missed = missed.get(&name).unwrap_or(&none);
-        let seen = Seen { pods: plugged, missed, used: used.get(name.as_str()) };
+        let narrow = narrow::of_network(&world.slices, network);
+        let seen = Seen { pods: plugged, missed, used: used.get(name.as_str()), narrow };
         if network.metadata.deletion_timestamp.is_some() {
             steps.extend(ending(network, &seen));
             continue;
@@ -127,6 +128,8 @@ struct Seen<'a> {
     missed: &'a [String],
     /// Which addresses are somebody's.
     used: Option<&'a HashSet<IpAddr>>,
+    /// Which paths are too small, and what to do; none if no such path is known.
+    narrow: Option<String>,
 }
 
 impl Seen<'_> {
@@ -190,6 +193,11 @@ fn written(
     conditions::set(&mut status.conditions, condition::READY, state, reason, message, generation);
     let (state, reason, message) = names_injected(seen.missed);
     conditions::set(&mut status.conditions, condition::NAMES_INJECTED, state, reason, &message, generation);
+    let (state, reason, message) = match &seen.narrow {
+        Some(message) => (condition::TRUE, narrow::REASON, message.as_str()),
+        None => (condition::FALSE, "PathsSuffice", "no path between nodes is known to carry less than pods may send"),
+    };
+    conditions::set(&mut status.conditions, condition::MTU_MISMATCH, state, reason, message, generation);
     (status != before).then(|| Step::Status { network: network.clone(), status })
 }
 
@@ -210,8 +218,8 @@ fn names_injected(missed: &[String]) -> (&'static str, &'static str, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-    use portolan_crds::{ContainerNetworkSpec, IPClaimSpec, NetworkNodeSliceSpec};
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+    use portolan_crds::{ContainerNetworkSpec, IPClaimSpec, NetworkNodeSliceSpec, PathMtu, SmallPath};
 
     fn network(name: &str) -> ContainerNetwork {
         let spec = ContainerNetworkSpec { subnets: vec!["10.32.0.0/16".to_owned()], ..Default::default() };
@@ -319,6 +327,30 @@ mod tests {
         assert!(some.message.contains("default/db-4 (node1) and 2 more. Make them again: kubectl rollout restart"));
         assert_eq!(told(7), None, "nothing is written twice");
         assert_eq!(told(0).unwrap().status, "True");
+    }
+
+    #[test]
+    fn a_path_that_is_too_small_is_told_until_it_is_repaired() {
+        let mut network = network("a");
+        network.metadata.finalizers = Some(vec![NETWORK_FINALIZER.to_owned()]);
+        let mut told = |mtu: Option<u32>| {
+            let mut plugged = slice("a", 1);
+            let small = mtu.map(|mtu| vec![SmallPath { node: "node2".to_owned(), mtu }]);
+            plugged.spec.path_mtu = small.map(|small| PathMtu { needed: 1500, small, more: 0 });
+            let steps = plan(&World { networks: vec![network.clone()], slices: vec![plugged], ..Default::default() });
+            let Some(Step::Status { status, .. }) = steps.first() else { return None };
+            assert_eq!(ready(status), ("True", "Accepted"), "it can be used all the same");
+            network.status = Some(status.clone());
+            conditions::find(&status.conditions, condition::MTU_MISMATCH).cloned()
+        };
+        let status_of = |condition: Option<Condition>| condition.map(|it| (it.status, it.reason));
+        let fine = Some(("False".to_owned(), "PathsSuffice".to_owned()));
+        assert_eq!(status_of(told(None)), fine);
+        let small = told(Some(1420)).unwrap();
+        assert_eq!((small.status.as_str(), small.reason.as_str()), ("True", "PathTooSmall"));
+        assert!(small.message.contains("from node1 to node2 1420 pass: set spec.mtu to 1370 or less"), "{small:?}");
+        assert_eq!(told(Some(1420)), None, "nothing is written twice");
+        assert_eq!(status_of(told(None)), fine);
     }
 
     #[test]

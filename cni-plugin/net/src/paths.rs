@@ -1,0 +1,257 @@
+//! The paths to all nodes, and when which is checked. Pure: it is told the time by being asked once a second.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+};
+
+use crate::path::{Outcome, Path};
+
+/// How long after a check the next one begins, in seconds.
+const INTERVAL: u64 = 60;
+/// Over how many seconds the first checks of nodes that are there at once are spread. So are those of a node that all others see at once.
+const SPREAD: u64 = 16;
+/// So many seconds without an answer, and the node may be another one when it is back.
+const SILENT: u32 = 3;
+/// Large questions a second at most: more than twice what a thousand nodes need.
+const AT_ONCE: usize = 64;
+
+/// What is known of the paths to other nodes, by their addresses on the underlay.
+#[derive(Debug)]
+pub struct Paths {
+    own: Ipv4Addr,
+    now: u64,
+    paths: BTreeMap<Ipv4Addr, Checked>,
+    /// What was known before, of nodes that nobody has asked for yet.
+    before: BTreeMap<Ipv4Addr, u16>,
+}
+
+#[derive(Debug)]
+struct Checked {
+    path: Path,
+    /// When the next check begins; in the past while one is under way.
+    due: u64,
+    /// The size of the last question, while nothing is heard of it.
+    asked: Option<u16>,
+    /// Seconds since the last one in which the node answered.
+    silent: u32,
+}
+
+impl Paths {
+    /// The paths from a node that knew some to be too small.
+    pub fn new(own: Ipv4Addr, before: BTreeMap<Ipv4Addr, u16>) -> Self {
+        Self { own, now: 0, paths: BTreeMap::new(), before }
+    }
+
+    /// A second has passed. `wanted` are the nodes with the largest packets that have to pass, in bytes with the IP header; others are
+    /// forgotten. `answering` are those that have answered a small question since the last time. Returns whom to ask, and of what size.
+    ///
+    /// A small question is to follow: by its answer the large one is known to be lost.
+    pub fn tick(&mut self, wanted: &BTreeMap<Ipv4Addr, u16>, answering: &BTreeSet<Ipv4Addr>) -> Vec<(Ipv4Addr, u16)> {
+        self.now += 1;
+        self.paths.retain(|node, _| wanted.contains_key(node));
+        for (node, size) in wanted {
+            let first = self.now + spread(self.own, *node);
+            let before = self.before.remove(node);
+            let new = || Checked { path: Path::new(*size, before), due: u64::MAX, asked: None, silent: SILENT };
+            let checked = self.paths.entry(*node).or_insert_with(new);
+            checked.take_stock(answering.contains(node), first);
+            if checked.path.want(*size) {
+                checked.asked = None;
+                checked.due = checked.due.min(first);
+            }
+        }
+        let due = self.paths.iter().filter(|(node, it)| it.due <= self.now && answering.contains(node));
+        let mut due: Vec<(u64, Ipv4Addr)> = due.map(|(node, it)| (it.due, *node)).collect();
+        due.sort_unstable();
+        due.truncate(AT_ONCE);
+        let paths = &mut self.paths;
+        due.into_iter().filter_map(|(_, node)| Some((node, paths.get_mut(&node)?.ask()))).collect()
+    }
+
+    /// Something was heard of a large question.
+    pub fn heard(&mut self, node: Ipv4Addr, size: u16, outcome: Outcome) {
+        let now = self.now;
+        if let Some(checked) = self.paths.get_mut(&node) {
+            checked.step(size, outcome, now);
+        }
+    }
+
+    /// The nodes to which less passes than has to, and how much does, in bytes with the IP header.
+    pub fn too_small(&self) -> BTreeMap<Ipv4Addr, u16> {
+        self.paths.iter().filter_map(|(node, it)| Some((*node, it.path.too_small()?))).collect()
+    }
+}
+
+impl Checked {
+    fn ask(&mut self) -> u16 {
+        let size = self.path.ask();
+        self.asked = Some(size);
+        size
+    }
+
+    /// Before anything else is asked; `first` is when a node that has just come is checked.
+    fn take_stock(&mut self, answered: bool, first: u64) {
+        if let Some(size) = self.asked {
+            let outcome = if answered { Outcome::Lost } else { Outcome::Unknown };
+            self.step(size, outcome, first);
+        }
+        if !answered {
+            self.silent = self.silent.saturating_add(1);
+            return;
+        }
+        if self.silent >= SILENT {
+            self.path.abandon();
+            self.due = first;
+        }
+        self.silent = 0;
+    }
+
+    fn step(&mut self, size: u16, outcome: Outcome, now: u64) {
+        if self.asked == Some(size) {
+            self.asked = None;
+        }
+        let was_checked = self.path.is_checked();
+        self.path.step(size, outcome);
+        if was_checked && !self.path.is_checked() {
+            self.due = now + INTERVAL;
+        }
+    }
+}
+
+/// Which of the seconds from the next one on is a pair of nodes': the same every time, and another one for most of the others
+/// (multiplicative hashing).
+fn spread(own: Ipv4Addr, node: Ipv4Addr) -> u64 {
+    let mixed = (own.to_bits().rotate_left(16) ^ node.to_bits()).wrapping_mul(0x9e37_79b1);
+    u64::from(mixed >> 16) % SPREAD
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OWN: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+    const NODE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 7);
+
+    /// A network whose nodes answer or don't, and whose paths carry so much.
+    struct Network {
+        paths: Paths,
+        wanted: BTreeMap<Ipv4Addr, u16>,
+        answering: BTreeSet<Ipv4Addr>,
+        carries: u16,
+    }
+
+    impl Network {
+        fn new(nodes: impl IntoIterator<Item = Ipv4Addr>, carries: u16) -> Self {
+            let wanted: BTreeMap<_, _> = nodes.into_iter().map(|node| (node, 1500)).collect();
+            let answering = wanted.keys().copied().collect();
+            Self { paths: Paths::new(OWN, BTreeMap::new()), wanted, answering, carries }
+        }
+
+        /// Lets seconds pass; returns how many questions were asked in each.
+        fn seconds(&mut self, count: u64) -> Vec<usize> {
+            let second = |_| {
+                let asked = self.paths.tick(&self.wanted, &self.answering);
+                for (node, size) in &asked {
+                    if self.answering.contains(node) && *size <= self.carries {
+                        self.paths.heard(*node, *size, Outcome::Passed);
+                    }
+                }
+                asked.len()
+            };
+            (0..count).map(second).collect()
+        }
+
+        fn found(&self) -> Option<u16> {
+            self.paths.too_small().get(&NODE).copied()
+        }
+    }
+
+    #[test]
+    fn each_node_is_checked_soon_and_then_every_minute() {
+        let mut network = Network::new([NODE], 1500);
+        assert_eq!(network.seconds(SPREAD).iter().sum::<usize>(), 1);
+        assert_eq!(network.seconds(10 * INTERVAL).iter().sum::<usize>(), 10);
+        assert_eq!(network.found(), None);
+    }
+
+    #[test]
+    fn a_path_that_is_too_small_is_found_and_seen_to_be_repaired() {
+        let mut network = Network::new([NODE], 1420);
+        network.seconds(INTERVAL);
+        assert_eq!(network.found(), Some(1420));
+        network.seconds(3 * INTERVAL);
+        assert_eq!(network.found(), Some(1420));
+        network.carries = 1300;
+        network.seconds(2 * INTERVAL);
+        assert_eq!(network.found(), Some(1300));
+        network.carries = 1500;
+        network.seconds(INTERVAL + u64::from(SILENT));
+        assert_eq!(network.found(), None);
+    }
+
+    #[test]
+    fn a_silent_node_is_not_asked_and_nothing_is_said_of_its_path() {
+        let mut network = Network::new([NODE], 1420);
+        network.answering.clear();
+        assert_eq!(network.seconds(3 * INTERVAL).iter().sum::<usize>(), 0);
+        assert_eq!(network.found(), None);
+        network.answering.insert(NODE);
+        network.seconds(INTERVAL);
+        assert_eq!(network.found(), Some(1420));
+        // It goes in the middle of a check, and comes back with a path that is fine.
+        network.seconds(INTERVAL / 2);
+        network.answering.clear();
+        network.seconds(INTERVAL);
+        assert_eq!(network.found(), Some(1420), "what was known stays");
+        network.answering.insert(NODE);
+        network.carries = 1500;
+        network.seconds(SPREAD);
+        assert_eq!(network.found(), None, "it is checked soon after it is back");
+    }
+
+    #[test]
+    fn what_a_predecessor_knew_stays_until_it_is_checked() {
+        let mut network = Network::new([NODE], 1420);
+        network.paths = Paths::new(OWN, BTreeMap::from([(NODE, 1420), (OWN, 1400)]));
+        for _ in 0..2 * INTERVAL {
+            network.seconds(1);
+            assert_eq!(network.paths.too_small(), BTreeMap::from([(NODE, 1420)]));
+        }
+        network.wanted.clear();
+        network.seconds(1);
+        assert_eq!(network.paths.too_small(), BTreeMap::new(), "no network in common");
+    }
+
+    #[test]
+    fn more_that_is_wanted_is_checked_soon() {
+        let mut network = Network::new([NODE], 1500);
+        network.seconds(SPREAD);
+        network.wanted.insert(NODE, 1550);
+        network.seconds(INTERVAL);
+        assert_eq!(network.found(), Some(1500));
+        network.wanted.insert(NODE, 1500);
+        network.seconds(1);
+        assert_eq!(network.found(), None);
+    }
+
+    #[test]
+    fn nodes_are_not_asked_all_at_once() {
+        let nodes = (0..200).map(|n| Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 9)) + n));
+        let mut network = Network::new(nodes, 1500);
+        let first = network.seconds(SPREAD);
+        assert_eq!(first.iter().sum::<usize>(), 200, "{first:?}");
+        assert!(first.iter().all(|count| *count <= 30), "{first:?}");
+        // Nor is a node by all others.
+        let mut seconds = BTreeMap::new();
+        for n in 0..200 {
+            *seconds.entry(spread(Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 9)) + n), NODE)).or_insert(0) += 1;
+        }
+        assert!(seconds.values().all(|count| *count <= 30), "{seconds:?}");
+        let many = (0..5000).map(|n| Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 9)) + n));
+        let mut network = Network::new(many, 1500);
+        let asked = network.seconds(2 * INTERVAL);
+        assert!(asked.iter().all(|count| *count <= AT_ONCE), "{asked:?}");
+        assert!(asked.iter().sum::<usize>() >= 5000, "each of them once at least");
+    }
+}

@@ -1,0 +1,174 @@
+//! Which packets get from node to node, and so which of the pods'.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{Ipv4Addr, UdpSocket},
+    time::Duration,
+};
+
+use portolan_net::{Heard, Outcome, Paths, VXLAN_OVERHEAD};
+use rustix::net::sockopt::{Ipv4PathMtuDiscovery, set_ip_mtu_discover};
+use tokio::time::timeout;
+
+use super::{Node, PATIENCE, Pod, forward, ping::pinger, run, two_nodes};
+
+/// What pods with an MTU of 1450 need between nodes.
+const WANTED: u16 = 1500;
+/// Seconds as the paths are told them: the first check is over by then, a further one has been made, and none is under way.
+const SECONDS: u32 = 150;
+/// Linux lets a link pass frames that are four bytes longer than its MTU, for a VLAN's tag.
+const TAG: u16 = 4;
+
+/// What a node finds of its path to another in so many seconds, as the agent would; they pass as soon as the answers are there. Returns
+/// also how many large questions it took.
+async fn found(from: &Node, to: Ipv4Addr, paths: &mut Paths, seconds: u32) -> (Option<u16>, usize) {
+    let pinger = pinger(from);
+    let wanted = BTreeMap::from([(to, WANTED)]);
+    let (mut answering, mut questions) = (BTreeSet::new(), 0);
+    for _ in 0..seconds {
+        for (node, size) in paths.tick(&wanted, &answering) {
+            questions += 1;
+            if !pinger.probe(node, size).await.unwrap() {
+                paths.heard(node, size, Outcome::TooBig(None));
+            }
+        }
+        answering.clear();
+        // Down, or nowhere to send it to: no answer.
+        if pinger.ask(to).await.is_err() {
+            continue;
+        }
+        // The small one was asked last, and is the last to be answered.
+        while let Ok(heard) = timeout(PATIENCE, pinger.answer()).await {
+            match heard.unwrap() {
+                Heard::Answer { node, size } if size < 100 => {
+                    answering.insert(node);
+                    break;
+                }
+                Heard::Answer { node, size } => paths.heard(node, size, Outcome::Passed),
+                Heard::TooBig { node, size, carries } => paths.heard(node, size, Outcome::TooBig(carries)),
+            }
+        }
+    }
+    (paths.too_small().get(&to).copied(), questions)
+}
+
+fn new(node: &Node) -> Paths {
+    Paths::new(node.vtep, BTreeMap::new())
+}
+
+fn on_host(node: &Node, command: &[&str]) {
+    let enter = format!("--net={}", node.file("host").display());
+    run("nsenter", &[&[enter.as_str()], command].concat());
+}
+
+fn set_mtu(node: &Node, interface: &str, mtu: u16) {
+    on_host(node, &["ip", "link", "set", interface, "mtu", &mtu.to_string()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_that_loses_large_packets_is_measured_exactly_and_seen_to_be_repaired() {
+    let (a, b) = two_nodes();
+    let (mut from_a, mut from_b) = (new(&a), new(&b));
+    let (limit, questions) = found(&a, b.vtep, &mut from_a, SECONDS).await;
+    assert_eq!(limit, None, "nothing is wrong");
+    assert!((1..=4).contains(&questions), "{questions} in {SECONDS} s");
+    // The wire takes less than both nodes believe: it says nothing about it.
+    set_mtu(&b, "u0", 1420);
+    assert_eq!(found(&a, b.vtep, &mut from_a, SECONDS).await.0, Some(1420 + TAG));
+    // The node whose own interface it is can't even send more.
+    assert_eq!(found(&b, a.vtep, &mut from_b, SECONDS).await.0, Some(1420));
+    set_mtu(&b, "u0", 1500);
+    assert_eq!(found(&a, b.vtep, &mut from_a, SECONDS).await.0, None);
+    assert_eq!(found(&b, a.vtep, &mut from_b, SECONDS).await.0, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_does_not_answer_has_no_small_path() {
+    let (a, b) = two_nodes();
+    on_host(&b, &["sysctl", "-qw", "net.ipv4.icmp_echo_ignore_all=1"]);
+    let mut paths = new(&a);
+    let pinger = pinger(&a);
+    for _ in 0..60 {
+        let asked = paths.tick(&BTreeMap::from([(b.vtep, WANTED)]), &BTreeSet::new());
+        assert_eq!(asked, [], "it would be of no use");
+        pinger.ask(b.vtep).await.unwrap();
+    }
+    let heard = timeout(Duration::from_millis(300), pinger.answer()).await;
+    assert!(heard.is_err(), "{heard:?}");
+    assert_eq!(paths.too_small(), BTreeMap::new());
+}
+
+/// Two nodes with a router between them, whose link to the second takes 1400 bytes.
+fn routed() -> (Node, Node, Node) {
+    let (a, b) = (Node::new(Ipv4Addr::new(192, 0, 2, 1)), Node::new(Ipv4Addr::new(198, 51, 100, 1)));
+    let router = Node::new(Ipv4Addr::new(192, 0, 2, 254));
+    for (node, port, network) in [(&a, "r0", "192.0.2"), (&b, "r1", "198.51.100")] {
+        let other = node.file("host").display().to_string();
+        on_host(&router, &["ip", "link", "add", port, "type", "veth", "peer", "name", "u0", "netns", &other]);
+        on_host(&router, &["ip", "address", "add", &format!("{network}.254/24"), "dev", port]);
+        on_host(&router, &["ip", "link", "set", port, "up"]);
+        on_host(node, &["ip", "address", "add", &format!("{}/24", node.vtep), "dev", "u0"]);
+        on_host(node, &["ip", "link", "set", "u0", "up"]);
+        on_host(node, &["ip", "route", "add", "default", "via", &format!("{network}.254")]);
+    }
+    on_host(&router, &["sysctl", "-qw", "net.ipv4.ip_forward=1"]);
+    set_mtu(&router, "r1", 1400);
+    (a, router, b)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_routers_word_is_heard_and_not_needed() {
+    let (a, router, b) = routed();
+    let (limit, told) = found(&a, b.vtep, &mut new(&a), 40).await;
+    assert_eq!(limit, Some(1400));
+    assert!(told <= 8, "{told} questions, though the router says what it can pass on");
+    // Nothing that it says reaches the node.
+    let filter: &[&str] = &["protocol", "ip", "u32", "match", "ip", "icmp_type", "3", "0xff", "action", "drop"];
+    on_host(&router, &["tc", "qdisc", "add", "dev", "r0", "clsact"]);
+    on_host(&router, &[&["tc", "filter", "add", "dev", "r0", "egress"], filter].concat());
+    let (limit, silent) = found(&a, b.vtep, &mut new(&a), SECONDS).await;
+    assert_eq!(limit, Some(1400));
+    assert!(silent > told, "{silent} questions without the router's word, {told} with it");
+    // The kernel remembers what the router said (RFC 1191, section 6.3); we see that it was repaired.
+    set_mtu(&router, "r1", 1500);
+    assert_eq!(found(&a, b.vtep, &mut new(&a), SECONDS).await.0, None);
+}
+
+/// Whether a packet of so many bytes gets from pod to pod.
+fn gets_there(from: &Pod<'_>, to: &Pod<'_>, listener: &UdpSocket, size: u16) -> bool {
+    let headers = 20 + 8;
+    from.inside(|| {
+        let socket = UdpSocket::bind((from.address, 0))?;
+        set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::PROBE)?;
+        socket.send_to(&vec![0; usize::from(size) - headers], (to.address, super::ECHO))?;
+        // It comes after the other, if that comes at all.
+        socket.send_to(b"end", (to.address, super::ECHO))
+    });
+    let mut buffer = [0; 2000];
+    let first = listener.recv(&mut buffer).unwrap();
+    if first + headers == usize::from(size) {
+        assert_eq!(listener.recv(&mut buffer).unwrap(), 3);
+        return true;
+    }
+    assert_eq!(first, 3);
+    false
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_with_the_mtu_that_is_advised_lose_nothing() {
+    let (a, b) = two_nodes();
+    for node in [&a, &b] {
+        node.dataplane.ensure_network(&node.spec(77, false)).await.unwrap();
+    }
+    let (one, two) = (a.plug(77, "one", 5).await, b.plug(77, "two", 21).await);
+    forward(&a, 77, &[&one], &b, &[&two], false).await;
+    forward(&b, 77, &[&two], &a, &[&one], false).await;
+    let listener = two.listen();
+    assert!(gets_there(&one, &two, &listener, 1450), "what a healthy path carries");
+    set_mtu(&b, "u0", 1420);
+    let limit = found(&a, b.vtep, &mut new(&a), SECONDS).await.0.unwrap();
+    let fits = limit - u16::try_from(VXLAN_OVERHEAD).unwrap();
+    assert!(gets_there(&one, &two, &listener, fits));
+    assert!(!gets_there(&one, &two, &listener, fits + 1), "the first that vanishes");
+    assert!(!gets_there(&one, &two, &listener, 1450));
+}
