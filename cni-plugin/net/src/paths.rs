@@ -202,12 +202,50 @@ mod tests {
         // It goes in the middle of a check, and comes back with a path that is fine.
         network.seconds(INTERVAL / 2);
         network.answering.clear();
-        network.seconds(INTERVAL);
+        assert_eq!(network.seconds(2 * INTERVAL).iter().sum::<usize>(), 0);
         assert_eq!(network.found(), Some(1420), "what was known stays");
         network.answering.insert(NODE);
         network.carries = 1500;
         network.seconds(SPREAD);
         assert_eq!(network.found(), None, "it is checked soon after it is back");
+    }
+
+    #[test]
+    fn a_node_that_is_back_is_checked_soon() {
+        let mut network = Network::new([NODE], 1500);
+        network.seconds(SPREAD);
+        network.answering.clear();
+        network.seconds(u64::from(SILENT));
+        network.answering.insert(NODE);
+        assert_eq!(network.seconds(SPREAD).iter().sum::<usize>(), 1);
+    }
+
+    #[test]
+    fn what_passed_to_a_node_before_its_silence_is_forgotten() {
+        let mut network = Network::new([NODE], 1420);
+        network.seconds(SPREAD + 10);
+        assert_eq!(network.found(), None, "the search is under way");
+        network.answering.clear();
+        network.seconds(u64::from(SILENT));
+        (network.answering, network.carries) = (BTreeSet::from([NODE]), 600);
+        let mut found = BTreeSet::new();
+        for _ in 0..2 * INTERVAL {
+            network.seconds(1);
+            found.insert(network.found());
+        }
+        assert_eq!(found, BTreeSet::from([None, Some(600)]));
+    }
+
+    #[test]
+    fn what_is_lost_together_with_small_questions_says_nothing() {
+        let mut network = Network::new([NODE], 1420);
+        for _ in 0..2 * INTERVAL {
+            network.answering.insert(NODE);
+            network.seconds(1);
+            network.answering.clear();
+            network.seconds(1);
+        }
+        assert_eq!(network.found(), None);
     }
 
     #[test]
