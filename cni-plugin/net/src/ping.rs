@@ -86,13 +86,14 @@ impl Pinger {
         self.send(node, SMALLEST).await
     }
 
-    /// Sends one question of `size` bytes, the IP header included. Returns whether this node's own interface takes it.
+    /// Sends one question of `size` bytes, the IP header included. Returns whether this node's own interface takes it. (A router's refusal is
+    /// heard as an answer is; the socket isn't connected, and has no errors of that kind.)
     ///
     /// # Errors
     /// When there is no way there at this moment.
     pub async fn probe(&self, node: Ipv4Addr, size: u16) -> io::Result<bool> {
         match self.send(node, size.max(SMALLEST)).await {
-            Err(error) if is_too_big(&error) => Ok(false),
+            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => Ok(false),
             other => other.map(|()| true),
         }
     }
@@ -100,11 +101,7 @@ impl Pinger {
     async fn send(&self, node: Ipv4Addr, size: u16) -> io::Result<()> {
         let mut message = self.head(ECHO, size).to_vec();
         message.resize(usize::from(size) - IP_HEADER, 0);
-        match self.socket.send_to(&message, (node, 0)).await {
-            // It may be what a router said of an earlier one; then it is said only once.
-            Err(error) if is_too_big(&error) => self.socket.send_to(&message, (node, 0)).await.map(drop),
-            other => other.map(drop),
-        }
+        self.socket.send_to(&message, (node, 0)).await.map(drop)
     }
 
     /// Waits until something is heard of any of our questions. May be dropped while it waits.
@@ -115,11 +112,7 @@ impl Pinger {
         // Of a large one only the beginning tells anything.
         let mut buffer = [0; 256];
         loop {
-            let (length, from) = match self.socket.recv_from(&mut buffer).await {
-                // The router's message itself comes, too.
-                Err(error) if is_too_big(&error) => continue,
-                other => other?,
-            };
+            let (length, from) = self.socket.recv_from(&mut buffer).await?;
             if let (IpAddr::V4(from), Some(packet)) = (from.ip(), buffer.get(..length))
                 && let Some(heard) = self.understand(from, packet)
             {
@@ -162,10 +155,6 @@ impl Pinger {
         head[2..4].copy_from_slice(&checksum.to_be_bytes());
         head
     }
-}
-
-fn is_too_big(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EMSGSIZE)
 }
 
 /// What is behind a packet's IP header.
