@@ -43,3 +43,20 @@ async fn a_node_answers_without_any_process_of_ours_until_its_power_is_cut() {
     let again = async { while answers(&own, b.vtep).await.is_none() {} };
     timeout(Duration::from_secs(60), again).await.expect("it is back");
 }
+
+/// They come while the last ones are still being asked.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_answers_of_two_thousand_nodes_find_room() {
+    let (a, b) = two_nodes();
+    let pinger = pinger(&a);
+    assert_eq!(answers(&pinger, b.vtep).await, Some(b.vtep));
+    for _ in 0..2000 {
+        pinger.ask(b.vtep).await.unwrap();
+    }
+    let mut heard = 0;
+    while let Ok(answer) = timeout(Duration::from_millis(500), pinger.answer()).await {
+        answer.unwrap();
+        heard += 1;
+    }
+    assert_eq!(heard, 2000);
+}
