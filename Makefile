@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(PORTOLAN_CACHE)/target
 CARGO := env RUSTFLAGS='-C target-feature=+crt-static' CARGO_BUILD_TARGET=x86_64-unknown-linux-gnu cargo
 TIMED := e2e/timed
 
-.PHONY: help demo test test-code test-scene scene e2e-storage bench bench-network bench-names generate tools lab-build lab-up lab-down lab-shell lab-status images
+.PHONY: help demo test test-code test-scene scene e2e-storage bench bench-network bench-names bench-cni generate tools lab-build lab-up lab-down lab-shell lab-status images
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -46,8 +46,8 @@ e2e-storage: tools
 	$(TIMED) "the storage suite on lane $(LANE)" env LANE=$(LANE) e2e/on-lane \
 	  $(CARGO) run --release --locked -q -p portolan-e2e --bin e2e-storage
 
-## bench        Portolan beside what it is built on, in one run: networks and names, then volumes on LANE; ends with tables (docs/benchmarks.md)
-bench: tools bench-network bench-names
+## bench        Portolan beside what it is built on, in one run: networks, names and pods' starts, then volumes on LANE; ends with tables (docs/benchmarks.md)
+bench: tools bench-network bench-names bench-cni
 	$(TIMED) "what people use else" $(LAB) packages openssh-server sanoid
 	$(TIMED) "the benchmarks on lane $(LANE)" env LANE=$(LANE) e2e/on-lane \
 	  $(CARGO) run --release --locked -q -p portolan-e2e --bin bench
@@ -64,6 +64,14 @@ bench-names: tools
 	$(CARGO) build --release --locked -q -p portolan-e2e --bin bench-names
 	COREDNS=$$(e2e/lab/build/binaries)/coredns $(TIMED) "the benchmarks of names" \
 	  $(CARGO) run --release --locked -q -p portolan-e2e --bin bench-names
+
+## bench-cni    what Portolan adds to a pod's start and end, beside the plugins bridge and host-local; needs no cluster. QUICK=1 only shows that it works
+bench-cni: tools
+	$(TIMED) "Debian packages" e2e/lab/lab packages
+	$(TIMED) "the lab's programs" e2e/lab/lab build
+	$(CARGO) build --release --locked -q -p portolan-e2e -p portolan-cni --bin bench-cni --bin portolan-cni
+	CNI_PLUGINS=$$(e2e/lab/build/binaries)/cni $(TIMED) "the benchmarks of pods' starts" \
+	  $(CARGO) run --release --locked -q -p portolan-e2e --bin bench-cni
 
 ## generate     the custom resource definitions: ours from their types, those of snapshots from their Go module
 generate:

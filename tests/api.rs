@@ -2,26 +2,32 @@
 //!
 //! After the API concepts (kubernetes.io/docs/reference/using-api/api-concepts) and the conventions for `metadata`: a write that carries a
 //! `resourceVersion` or `uid` other than the object's is a conflict; what changes nothing makes no new version; `spec` and `status` are
-//! written apart; an object with finalizers stays, marked as deleted, until the last of them is gone. There is no watch.
+//! written apart; an object with finalizers stays, marked as deleted, until the last of them is gone. A watch forgets nothing and so needs no bookmarks.
 
 mod path;
+mod watch;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use http::{Method, Request, Response};
+use http_body_util::Either;
 use kube::client::Body;
 use kube::{Client, Resource};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tokio::sync::watch::Sender;
 
 pub use path::Path;
+use watch::Change;
 
 /// All the objects. Clones are the same.
 #[derive(Clone, Debug, Default)]
 pub struct FakeApi {
     state: Arc<Mutex<State>>,
+    /// Told of each change, and of what isn't held back any more.
+    news: Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -29,6 +35,10 @@ struct State {
     objects: BTreeMap<Key, Value>,
     version: u64,
     uids: u64,
+    /// All that has ever changed.
+    changes: Vec<Change>,
+    /// The kinds that nothing is answered about.
+    held: BTreeSet<String>,
 }
 
 /// Group and plural, namespace, name.
@@ -45,7 +55,13 @@ impl FakeApi {
         let api = self.clone();
         let service = tower::service_fn(move |request: Request<Body>| {
             let api = api.clone();
-            async move { Ok::<_, Infallible>(api.answer(request).await) }
+            async move {
+                let is_watch = request.uri().query().is_some_and(|query| query.contains("watch="));
+                Ok::<_, Infallible>(match is_watch {
+                    true => api.watch(request.uri()).await.map(Either::Right),
+                    false => api.answer(request).await.map(Either::Left),
+                })
+            }
         });
         Client::new(service, "default")
     }
@@ -63,12 +79,60 @@ impl FakeApi {
         self.lock().version
     }
 
-    /// Answers one request.
+    /// Makes an object in a collection (`/api/v1/namespaces/shop/pods`), its status included; returns it as it is then.
+    ///
+    /// # Panics
+    /// When there is one of that name.
+    pub fn make(&self, collection: &str, object: Value) -> Value {
+        let made = self.ask(&Method::POST, collection, object.clone());
+        let path = format!("{collection}/{}", made["metadata"]["name"].as_str().unwrap_or_default());
+        match object.get("status") {
+            Some(status) => self.ask(&Method::PATCH, &format!("{path}/status"), json!({ "status": status })),
+            None => made,
+        }
+    }
+
+    /// Changes an object by a merge patch.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn edit(&self, path: &str, patch: Value) -> Value {
+        self.ask(&Method::PATCH, path, patch)
+    }
+
+    /// Deletes an object.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn remove(&self, path: &str) {
+        self.ask(&Method::DELETE, path, Value::Null);
+    }
+
+    fn ask(&self, method: &Method, path: &str, body: Value) -> Value {
+        let answer = self.respond(method, &path.parse().unwrap(), body);
+        self.news.send_replace(());
+        answer.unwrap_or_else(|Refused(code, reason, message)| panic!("{method} {path}: {code} {reason}: {message}"))
+    }
+
+    /// From now on nothing is answered about a kind (`networking.k8s.io/networkpolicies`).
+    pub fn hold(&self, kind: &str) {
+        self.lock().held.insert(kind.to_owned());
+    }
+
+    /// What was asked about it is answered.
+    pub fn release(&self, kind: &str) {
+        self.lock().held.remove(kind);
+        self.news.send_replace(());
+    }
+
+    /// Answers one request that is none for a watch.
     pub async fn answer(&self, request: Request<Body>) -> Response<Body> {
         let (parts, body) = request.into_parts();
         let body = body.collect_bytes().await.unwrap_or_default();
         let body: Value = serde_json::from_slice(&body).unwrap_or_default();
-        let (code, value) = match self.respond(&parts.method, &parts.uri, body) {
+        self.wait_while_held(parts.uri.path()).await;
+        let is_apply = parts.headers.get("content-type").is_some_and(|it| it.as_bytes().starts_with(b"application/apply"));
+        let (code, value) = match self.apply_or(is_apply, &parts.method, &parts.uri, body) {
             Ok(value) => (200, value),
             Err(Refused(code, reason, message)) => {
                 let status = json!({
@@ -78,17 +142,34 @@ impl FakeApi {
                 (code, status)
             }
         };
+        self.news.send_replace(());
         let response = Response::builder().status(code).header("content-type", "application/json");
         response.body(Body::from(value.to_string().into_bytes())).unwrap()
+    }
+
+    async fn wait_while_held(&self, path: &str) {
+        let Some(Path { kind, .. }) = Path::parse(path) else { return };
+        let mut news = self.news.subscribe();
+        while self.lock().held.contains(&kind) {
+            let _ = news.changed().await;
+        }
+    }
+
+    /// What is applied is made if it isn't there.
+    fn apply_or(&self, is_apply: bool, method: &Method, uri: &http::Uri, body: Value) -> Answer {
+        match self.respond(method, uri, body.clone()) {
+            Err(Refused(404, ..)) if is_apply => {
+                let collection = uri.path().rsplit_once('/').map_or("", |(collection, _)| collection);
+                self.respond(&Method::POST, &collection.parse().unwrap(), body)
+            }
+            other => other,
+        }
     }
 
     fn respond(&self, method: &Method, uri: &http::Uri, body: Value) -> Answer {
         let bad = |why: &str| Err(Refused(400, "BadRequest", format!("{method} {uri}: {why}")));
         let Some(path) = Path::parse(uri.path()) else { return bad("is no path of an object") };
         let query = uri.query().unwrap_or_default();
-        if query.contains("watch=") {
-            return bad("there is no watch");
-        }
         let mut state = self.lock();
         match (method.as_str(), path.name.is_empty()) {
             ("GET", true) => Ok(state.list(&path, query)),
@@ -114,11 +195,7 @@ impl State {
 
     fn list(&self, path: &Path, query: &str) -> Value {
         let selectors = path::field_selectors(query);
-        let fits = |object: &Value| {
-            selectors.iter().all(|(pointer, wanted)| object.pointer(pointer).and_then(Value::as_str) == Some(wanted))
-        };
-        let of = |key: &Key| key.0 == path.kind && (path.namespace.is_empty() || key.1 == path.namespace);
-        let found = self.objects.iter().filter(|(key, object)| of(key) && fits(object));
+        let found = self.objects.iter().filter(|(key, object)| path.lists(key) && path::fit(&selectors, object));
         let items: Vec<&Value> = found.map(|(_, object)| object).collect();
         json!({
             "kind": "List", "apiVersion": "v1",
@@ -136,6 +213,9 @@ impl State {
             return Err(Refused(409, "AlreadyExists", format!("{} {:?} already exists", path.kind, path.name)));
         }
         object["metadata"]["name"] = json!(path.name);
+        if !path.namespace.is_empty() {
+            object["metadata"]["namespace"] = json!(path.namespace);
+        }
         object["metadata"]["uid"] = json!(format!("uid-{}", self.uids));
         object["metadata"]["generation"] = json!(1);
         object["metadata"]["creationTimestamp"] = json!("2026-01-01T00:00:00Z");
@@ -194,6 +274,8 @@ impl State {
         if deleted && !kept {
             self.objects.remove(&path.key());
             self.version += 1;
+            next["metadata"]["resourceVersion"] = json!(self.version.to_string());
+            self.changes.push(Change { key: path.key(), version: self.version, before: Some(next.clone()), after: None });
             return next;
         }
         if next == *old {
@@ -210,7 +292,8 @@ impl State {
         self.version += 1;
         object["metadata"]["resourceVersion"] = json!(self.version.to_string());
         prune(&mut object);
-        self.objects.insert(path.key(), object.clone());
+        let before = self.objects.insert(path.key(), object.clone());
+        self.changes.push(Change { key: path.key(), version: self.version, before, after: Some(object.clone()) });
         object
     }
 }

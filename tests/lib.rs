@@ -11,3 +11,5 @@
 #[cfg(feature = "api")]
 pub mod api;
 pub mod contract;
+#[cfg(feature = "node")]
+pub mod node;

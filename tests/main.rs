@@ -15,4 +15,5 @@ mod house;
 mod mounts;
 mod net;
 mod transfer;
+mod verbs;
 mod zfs;

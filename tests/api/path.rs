@@ -1,5 +1,9 @@
 //! What a request is about.
 
+use serde_json::Value;
+
+use super::Key;
+
 /// A path of the API, taken apart.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Path {
@@ -38,7 +42,12 @@ impl Path {
         self.part == "status"
     }
 
-    pub(super) fn key(&self) -> (String, String, String) {
+    /// Whether an object is among those that it is about.
+    pub(super) fn lists(&self, (kind, namespace, _): &Key) -> bool {
+        *kind == self.kind && (self.namespace.is_empty() || *namespace == self.namespace)
+    }
+
+    pub(super) fn key(&self) -> Key {
         (self.kind.clone(), self.namespace.clone(), self.name.clone())
     }
 }
@@ -49,6 +58,11 @@ pub(super) fn field_selectors(query: &str) -> Vec<(String, String)> {
     let given = given.replace("%3D", "=").replace("%2C", ",");
     let pairs = given.split(',').filter_map(|pair| pair.split_once('='));
     pairs.map(|(field, value)| (format!("/{}", field.replace('.', "/")), value.to_owned())).collect()
+}
+
+/// Whether an object is one of those that a list is limited to.
+pub(super) fn fit(selectors: &[(String, String)], object: &Value) -> bool {
+    selectors.iter().all(|(pointer, wanted)| object.pointer(pointer).and_then(Value::as_str) == Some(wanted))
 }
 
 #[cfg(test)]

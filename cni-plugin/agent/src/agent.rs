@@ -111,12 +111,26 @@ impl Agent {
 /// What the agent can't work without.
 pub async fn run(settings: Settings, shutdown: CancellationToken) -> Result<(), AgentError> {
     let client = kube::Client::try_default().await.map_err(|e| AgentError::Client(Box::new(e)))?;
+    let dataplane = Dataplane::new(&settings.host_root);
+    run_with(settings, client, dataplane, shutdown).await
+}
+
+/// The same, with another way to the API server than this process's own, and other networks than those of the host.
+///
+/// # Errors
+/// What the agent can't work without.
+pub async fn run_with(
+    settings: Settings,
+    client: kube::Client,
+    dataplane: Dataplane,
+    shutdown: CancellationToken,
+) -> Result<(), AgentError> {
     let (metrics, registry) = Metrics::new();
     let health = Health::new();
     let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.http_port));
     let web = tokio::spawn(http::serve(address, health.clone(), registry, shutdown.clone()));
 
-    let agent = Arc::new(prepare(&settings, client, metrics, &shutdown).await?);
+    let agent = Arc::new(prepare(&settings, client, dataplane, metrics, &shutdown).await?);
     let socket = settings.socket();
     let listener = server::listen(&socket).map_err(|source| AgentError::Socket { path: socket, source })?;
     let mut tasks = vec![
@@ -169,10 +183,10 @@ pub async fn run(settings: Settings, shutdown: CancellationToken) -> Result<(), 
 async fn prepare(
     settings: &Settings,
     client: kube::Client,
+    dataplane: Dataplane,
     metrics: Metrics,
     shutdown: &CancellationToken,
 ) -> Result<Agent, AgentError> {
-    let dataplane = Dataplane::new(&settings.host_root);
     let mtu = dataplane.underlay_mtu(settings.host_ip).await?.saturating_sub(VXLAN_OVERHEAD);
     let underlay = Underlay { vtep: settings.host_ip, port: settings.vxlan_port, mtu };
     let journal = Arc::new(Journal::open(settings.journal())?);

@@ -34,5 +34,5 @@ mod settings;
 mod slices;
 mod sync;
 
-pub use agent::{AgentError, run};
+pub use agent::{AgentError, run, run_with};
 pub use settings::{Settings, UninstallSettings, uninstall};

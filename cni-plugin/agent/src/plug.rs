@@ -188,7 +188,9 @@ impl Agent {
             return Err(PlugError::MacTaken { network: network.name.clone(), mac, reason });
         }
         let (slices, text) = (self.cluster.slices.state(), mac.to_string());
-        let there = slices.iter().filter(|slice| slice.spec.network == network.name).flat_map(|s| &s.spec.endpoints);
+        // Of this node's own pods the journal knows first who has gone.
+        let others = slices.iter().filter(|s| s.spec.network == network.name && s.spec.node != self.cluster.node);
+        let there = others.flat_map(|slice| &slice.spec.endpoints);
         let there = there.filter(|e| e.mac == text).map(|e| (e.namespace.clone(), e.pod.clone()));
         refuse_mac_of(there, &network.name, mac, pod)?;
         self.check_mac_here(&network.name, mac, pod)

@@ -76,6 +76,14 @@ pub enum Error {
         /// The namespace.
         place: String,
     },
+    /// A link of a port, or its pod's, forwards nothing.
+    #[error("link {link} is down (in {place})")]
+    Down {
+        /// The link's name.
+        link: String,
+        /// The namespace.
+        place: String,
+    },
     /// An interface can't have an IPv6 address.
     #[error("MTU {mtu} of interface {interface} is too small for its address {address}; allowed: 1280 or more")]
     MtuTooSmall {

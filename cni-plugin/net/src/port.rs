@@ -10,7 +10,9 @@ use std::{
 use ipnet::{IpNet, Ipv4Net};
 use netlink_packet_route::{
     RouteNetlinkMessage,
-    link::{BridgePortState, InfoBridgePort, InfoData, InfoPortData, InfoVeth, LinkAttribute, LinkInfo, LinkMessage},
+    link::{
+        BridgePortState, InfoBridgePort, InfoData, InfoPortData, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    },
     neighbour::{NeighbourFlags, NeighbourState},
 };
 use rtnetlink::{
@@ -163,7 +165,7 @@ impl Dataplane {
         Ok(links.iter().filter_map(link_name).filter(|n| is_port_name(n)).map(str::to_owned).collect())
     }
 
-    /// Whether a pod's interface is there with its addresses, plugged in, locked, guarded and limited as the spec says: what CNI's CHECK asks.
+    /// Whether a pod's interface is there and up with its addresses, plugged in, locked, guarded and limited as the spec says: what CNI's CHECK asks.
     ///
     /// # Errors
     /// What is missing, or what the kernel refuses.
@@ -174,12 +176,14 @@ impl Dataplane {
             |link: &str, place: &Path| Error::NoLink { link: link.to_owned(), place: place.display().to_string() };
         let port = network.link(&spec.port).await?.filter(|l| link_facts(l).2 == Some(bridge));
         let port = port.ok_or_else(|| missing(&spec.port, Path::new(network.place())))?;
+        check_up(&port, &spec.port, Path::new(network.place()))?;
         check_lock(&network, &port, spec)?;
         let shaper = bandwidth::check(&network, port.header.index, spec).await?;
         guard::check(&network, port.header.index, spec, shaper).await?;
         let pod = Netlink::open(&Namespace::open(self.root(), &spec.netns)?)?;
         let inside = pod.link(&spec.interface).await?.filter(|l| link_facts(l).0 == Some(spec.mac.0.as_slice()));
         let inside = inside.ok_or_else(|| missing(&spec.interface, &spec.netns))?;
+        check_up(&inside, &spec.interface, &spec.netns)?;
         let present = pod.addresses(inside.header.index).await?;
         match spec.addresses.iter().find(|wanted| !present.contains(*wanted)) {
             Some(&address) => {
@@ -319,6 +323,13 @@ async fn wait_until_forwarding(network: &Netlink, spec: &PortSpec) -> Result<()>
         tokio::time::sleep(FORWARDING_POLL).await;
     }
     Ok(())
+}
+
+fn check_up(link: &LinkMessage, name: &str, place: &Path) -> Result<()> {
+    if link.header.flags.contains(LinkFlags::Up) {
+        return Ok(());
+    }
+    Err(Error::Down { link: name.to_owned(), place: place.display().to_string() })
 }
 
 fn is_forwarding(link: &LinkMessage) -> bool {

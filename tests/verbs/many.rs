@@ -1,0 +1,75 @@
+//! Many pods at once, again and again.
+
+use std::{collections::BTreeSet, thread};
+
+use portolan_crds::IPBlock;
+use portolan_tests::node::{Node, Pod};
+use serde_json::json;
+
+use super::{DUAL, addresses, files, interface, journal, on_backend, state_of_network, told};
+
+const AT_ONCE: usize = 50;
+const ROUNDS: usize = 20;
+
+fn at_once(pods: &[Pod], work: impl Fn(&Pod) + Sync) {
+    thread::scope(|scope| {
+        for pod in pods {
+            scope.spawn(|| work(pod));
+        }
+    });
+}
+
+/// All that a node has of networks when there are no pods on them.
+fn state_of_node(node: &Node) -> String {
+    let directories = ["/run/netns", "/run/portolan", "/var/lib/portolan", "/var/lib/portolan/network", "/tmp"];
+    format!("{:?} {}", directories.map(|directory| files(node, directory)), node.run_in("host", "ip -o link show"))
+}
+
+fn is_empty(node: &Node) -> bool {
+    let networks = files(node, "/run/netns").iter().filter(|name| name.starts_with("portolan-")).count();
+    networks == 0 && journal(node).is_empty() && told(node).is_empty() && node.api.all::<IPBlock>().is_empty()
+}
+
+#[test]
+fn a_thousand_pods_leave_nothing() {
+    let node = Node::with_network(DUAL);
+    // Half of the pods are isolated: rules come and go with them.
+    super::policies::isolate(&node, "db");
+    let labels = |number: usize| json!({"app": if number % 2 == 0 { "db" } else { "web" }});
+    let netns: Vec<String> = (0..AT_ONCE).map(|number| format!("sandbox-{number}")).collect();
+    netns.iter().for_each(|netns| node.make_netns(netns));
+    let resident = node.pod("resident", on_backend(), json!({}));
+    node.add(&resident).unwrap();
+    node.delete(&resident).unwrap();
+    node.wait_for("the network to go", || is_empty(&node));
+    let without = state_of_node(&node);
+    node.add(&resident).unwrap();
+    node.wait_for("the resident to be told of", || told(&node).len() == 1);
+    let before = state_of_network(&node);
+
+    for round in 0..ROUNDS {
+        let pod = |(number, netns): (usize, &String)| {
+            node.pod_in(netns, &format!("pod-{round}-{number}"), on_backend(), labels(number))
+        };
+        let pods: Vec<Pod> = netns.iter().enumerate().map(pod).collect();
+        at_once(&pods, |pod| drop(node.add(pod).unwrap()));
+        assert_eq!(journal(&node).len(), AT_ONCE + 1);
+        let all: Vec<_> = pods.iter().flat_map(|pod| addresses(&node, pod)).collect();
+        let distinct: BTreeSet<_> = all.iter().collect();
+        assert_eq!((all.len(), distinct.len()), (2 * AT_ONCE, 2 * AT_ONCE), "round {round}: {all:?}");
+        at_once(&pods, |pod| drop(node.delete(pod).unwrap()));
+        assert_eq!(journal(&node).len(), 1);
+        for pod in &pods {
+            node.api.remove(&format!("/api/v1/namespaces/shop/pods/{}", pod.name));
+        }
+    }
+    node.wait_for("nothing to be left on the network", || state_of_network(&node) == before);
+    node.check(&resident).unwrap();
+    for netns in &netns {
+        assert_eq!(node.run_in(netns, "ip -o link show").lines().count(), 1, "only the loopback");
+    }
+    node.delete(&resident).unwrap();
+    assert_eq!(interface(&node, &resident), None);
+    node.wait_for("the network to go", || is_empty(&node));
+    assert_eq!(state_of_node(&node), without);
+}
