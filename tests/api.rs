@@ -131,7 +131,8 @@ impl FakeApi {
         let body = body.collect_bytes().await.unwrap_or_default();
         let body: Value = serde_json::from_slice(&body).unwrap_or_default();
         self.wait_while_held(parts.uri.path()).await;
-        let is_apply = parts.headers.get("content-type").is_some_and(|it| it.as_bytes().starts_with(b"application/apply"));
+        let is_apply =
+            parts.headers.get("content-type").is_some_and(|it| it.as_bytes().starts_with(b"application/apply"));
         let (code, value) = match self.apply_or(is_apply, &parts.method, &parts.uri, body) {
             Ok(value) => (200, value),
             Err(Refused(code, reason, message)) => {
@@ -275,7 +276,12 @@ impl State {
             self.objects.remove(&path.key());
             self.version += 1;
             next["metadata"]["resourceVersion"] = json!(self.version.to_string());
-            self.changes.push(Change { key: path.key(), version: self.version, before: Some(next.clone()), after: None });
+            self.changes.push(Change {
+                key: path.key(),
+                version: self.version,
+                before: Some(next.clone()),
+                after: None,
+            });
             return next;
         }
         if next == *old {

@@ -267,8 +267,7 @@ pub fn variables(command: &str, pod: Option<&Pod>) -> Vec<(String, String)> {
     let mut all = vec![("CNI_COMMAND".into(), command.into()), ("CNI_PATH".into(), "/opt/cni/bin".into())];
     if let Some(pod) = pod {
         let Pod { namespace, name, uid, .. } = pod;
-        let arguments =
-            format!("IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name};K8S_POD_UID={uid}");
+        let arguments = format!("IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name};K8S_POD_UID={uid}");
         all.extend([
             ("CNI_CONTAINERID".into(), pod.container.clone()),
             ("CNI_NETNS".into(), pod.netns.display().to_string()),

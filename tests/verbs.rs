@@ -42,17 +42,31 @@ fn port(pod: &Pod) -> String {
     port_name(&pod.container, "eth1")
 }
 
-/// A pod's interface as the kernel has it: index, MAC, flags, addresses; none if it isn't there.
-fn interface(node: &Node, pod: &Pod) -> Option<Value> {
-    let all: Vec<Value> = serde_json::from_str(&node.run_in(netns(pod), "ip -j address show")).unwrap();
-    all.into_iter().find(|link| link["ifname"] == "eth1")
+/// A pod's interface, as the kernel has it.
+#[derive(Debug, PartialEq)]
+struct Interface {
+    index: u64,
+    mac: String,
+    mtu: u64,
+    /// IPv4 first, without those that the kernel makes from the MAC.
+    addresses: Vec<IpAddr>,
 }
 
-/// The addresses of a pod's interface, IPv4 first, without those that the kernel makes from the MAC.
-fn addresses(node: &Node, pod: &Pod) -> Vec<IpAddr> {
-    let link = interface(node, pod).unwrap();
+/// None if it isn't there.
+fn interface(node: &Node, pod: &Pod) -> Option<Interface> {
+    let all: Vec<Value> = serde_json::from_str(&node.run_in(netns(pod), "ip -j address show")).unwrap();
+    let link = all.into_iter().find(|link| link["ifname"] == "eth1")?;
     let global = link["addr_info"].as_array().unwrap().iter().filter(|it| it["scope"] == "global");
-    global.map(|it| it["local"].as_str().unwrap().parse().unwrap()).collect()
+    Some(Interface {
+        index: link["ifindex"].as_u64().unwrap(),
+        mac: link["address"].as_str().unwrap().to_owned(),
+        mtu: link["mtu"].as_u64().unwrap(),
+        addresses: global.map(|it| it["local"].as_str().unwrap().parse().unwrap()).collect(),
+    })
+}
+
+fn addresses(node: &Node, pod: &Pod) -> Vec<IpAddr> {
+    interface(node, pod).unwrap().addresses
 }
 
 /// What the network's namespace has: links, forwarding entries, neighbours, rates, rules.
@@ -116,12 +130,12 @@ fn what_is_added_is_there_and_what_is_deleted_is_not() {
     let pod = node.pod("pod", on_backend(), json!({}));
     assert_eq!(node.add(&pod).unwrap(), json!({"cniVersion": "1.1.0"}), "the result of the plugin before it");
     let made = interface(&node, &pod).unwrap();
-    let given = addresses(&node, &pod);
+    let given = &made.addresses;
     let subnets: Vec<ipnet::IpNet> = DUAL.iter().map(|subnet| subnet.parse().unwrap()).collect();
-    assert!(given.len() == 2 && subnets.iter().zip(&given).all(|(subnet, address)| subnet.contains(address)));
+    assert!(given.len() == 2 && subnets.iter().zip(given).all(|(subnet, address)| subnet.contains(address)));
     assert!(reaches(&node, &pod, &resident) && reaches(&node, &resident, &pod));
     node.check(&pod).unwrap();
-    let entry = (given[0].to_string(), made["address"].as_str().unwrap().to_owned());
+    let entry = (given[0].to_string(), made.mac.clone());
     node.wait_for("the pod to be told of", || told(&node).contains(&entry));
 
     node.add(&pod).unwrap();

@@ -49,9 +49,9 @@ fn one_of_two_pods_gets_a_mac() {
         let told = format!("mac: {mac} was given for ContainerNetwork backend");
         let holder = format!("no other pod has: shop/{} has it", winner.name);
         names(refused[0].1.as_ref().unwrap_err(), 100, &[&told, &holder]);
-        assert_eq!(interface(&node, winner).unwrap()["address"], json!(mac));
+        assert_eq!(interface(&node, winner).unwrap().mac, mac);
         assert_eq!(interface(&node, loser), None);
-        assert!(reaches(&node, winner, &resident) && reaches(&node, &resident, &other));
+        assert!(reaches(&node, winner, &resident) && reaches(&node, &other, &resident));
         for (pod, _) in &answers {
             node.delete(pod).unwrap();
         }

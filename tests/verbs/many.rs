@@ -2,14 +2,14 @@
 
 use std::{collections::BTreeSet, thread};
 
-use portolan_crds::IPBlock;
+use portolan_crds::{IPBlock, NetworkNodeSlice};
 use portolan_tests::node::{Node, Pod};
 use serde_json::json;
 
 use super::{DUAL, addresses, files, interface, journal, on_backend, state_of_network, told};
 
 const AT_ONCE: usize = 50;
-const ROUNDS: usize = 20;
+const ROUNDS: usize = 10;
 
 fn at_once(pods: &[Pod], work: impl Fn(&Pod) + Sync) {
     thread::scope(|scope| {
@@ -25,13 +25,16 @@ fn state_of_node(node: &Node) -> String {
     format!("{:?} {}", directories.map(|directory| files(node, directory)), node.run_in("host", "ip -o link show"))
 }
 
-fn is_empty(node: &Node) -> bool {
-    let networks = files(node, "/run/netns").iter().filter(|name| name.starts_with("portolan-")).count();
-    networks == 0 && journal(node).is_empty() && told(node).is_empty() && node.api.all::<IPBlock>().is_empty()
+/// Waits until nothing of networks is left, here and in the API.
+fn wait_until_empty(node: &Node) {
+    node.wait_for("the pods to go", || journal(node).is_empty());
+    node.wait_for("the network to go", || !files(node, "/run/netns").iter().any(|name| name.starts_with("portolan-")));
+    node.wait_for("the slice to go", || node.api.all::<NetworkNodeSlice>().is_empty());
+    node.wait_for("the blocks to be given back", || node.api.all::<IPBlock>().is_empty());
 }
 
 #[test]
-fn a_thousand_pods_leave_nothing() {
+fn five_hundred_pods_leave_nothing() {
     let node = Node::with_network(DUAL);
     // Half of the pods are isolated: rules come and go with them.
     super::policies::isolate(&node, "db");
@@ -41,7 +44,7 @@ fn a_thousand_pods_leave_nothing() {
     let resident = node.pod("resident", on_backend(), json!({}));
     node.add(&resident).unwrap();
     node.delete(&resident).unwrap();
-    node.wait_for("the network to go", || is_empty(&node));
+    wait_until_empty(&node);
     let without = state_of_node(&node);
     node.add(&resident).unwrap();
     node.wait_for("the resident to be told of", || told(&node).len() == 1);
@@ -70,6 +73,26 @@ fn a_thousand_pods_leave_nothing() {
     }
     node.delete(&resident).unwrap();
     assert_eq!(interface(&node, &resident), None);
-    node.wait_for("the network to go", || is_empty(&node));
+    wait_until_empty(&node);
     assert_eq!(state_of_node(&node), without);
+}
+
+/// Blocks that were taken for a pod which is gone before anything else was done for it.
+#[test]
+fn a_pod_that_comes_and_goes_at_once_leaves_no_block() {
+    const SLICES: &str = "portolan.dev/networknodeslices";
+    let node = Node::with_network(DUAL);
+    node.make_network("other", 78, &["10.33.0.0/16"]);
+    let resident = node.pod("resident", json!({"portolan.dev/networks": "other"}), json!({}));
+    // The agent is busy telling the others of the resident.
+    node.api.hold(SLICES);
+    node.add(&resident).unwrap();
+    let pod = node.pod("pod", on_backend(), json!({}));
+    node.add(&pod).unwrap();
+    let blocks = || node.api.all::<IPBlock>().into_iter().filter(|block| block.spec.network == "backend").count();
+    assert_eq!(blocks(), 2);
+    node.delete(&pod).unwrap();
+    node.api.release(SLICES);
+    node.wait_for("the blocks to be given back", || blocks() == 0);
+    node.check(&resident).unwrap();
 }

@@ -342,6 +342,11 @@ impl Addresses {
         Ok(all.into_iter().filter(|b| b.spec.node == self.cluster.node).map(|b| b.spec.network).collect())
     }
 
+    /// The networks that this node was asked for addresses of, and whose blocks it hasn't given back since.
+    pub async fn networks_in_use(&self) -> Vec<String> {
+        self.state.lock().await.blocks.keys().cloned().collect()
+    }
+
     /// Gives a network's blocks back that nothing needs any more. A block with a claimed address stays this node's: returns
     /// whether none is left.
     pub async fn release(&self, network: &str) -> Result<bool, ApiError> {

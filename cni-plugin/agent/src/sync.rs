@@ -372,6 +372,10 @@ impl Sync<'_> {
             self.leaving = all.into_iter().map(|network| (network, None)).collect();
             self.started = true;
         }
+        // A pod that was gone again before the last pass has blocks left, too.
+        for network in self.agent.addresses.networks_in_use().await {
+            self.leaving.entry(network).or_insert(None);
+        }
         // Those that were here are the next to leave.
         let due = |tried: &Option<Instant>| tried.is_none_or(|at| at.elapsed() >= INTERVAL);
         let left = self.leaving.iter().filter(|(network, tried)| !present.contains(network) && due(tried));

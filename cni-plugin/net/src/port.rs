@@ -11,7 +11,8 @@ use ipnet::{IpNet, Ipv4Net};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{
-        BridgePortState, InfoBridgePort, InfoData, InfoPortData, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+        BridgePortState, InfoBridgePort, InfoData, InfoPortData, InfoVeth, LinkAttribute, LinkFlags, LinkInfo,
+        LinkMessage,
     },
     neighbour::{NeighbourFlags, NeighbourState},
 };

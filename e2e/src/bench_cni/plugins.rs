@@ -21,11 +21,11 @@ impl Plugins {
     pub fn find() -> Result<Self> {
         let reference = std::env::var_os("CNI_PLUGINS")
             .context("CNI_PLUGINS: the folder of the reference plugins is needed (make bench-cni gives it)")?;
-        let plugins = Self {
-            reference: reference.into(),
-            portolan: std::env::current_exe()?.with_file_name("portolan-cni"),
-        };
-        for program in [plugins.reference.join("bridge"), plugins.reference.join("host-local"), plugins.portolan.clone()] {
+        let plugins =
+            Self { reference: reference.into(), portolan: std::env::current_exe()?.with_file_name("portolan-cni") };
+        for program in
+            [plugins.reference.join("bridge"), plugins.reference.join("host-local"), plugins.portolan.clone()]
+        {
             ensure!(program.exists(), "{} is not there (make bench-cni builds it)", program.display());
         }
         Ok(plugins)
