@@ -38,7 +38,7 @@ fn five_hundred_pods_leave_nothing() {
     let node = Node::with_network(DUAL);
     // Half of the pods are isolated: rules come and go with them.
     super::policies::isolate(&node, "db");
-    let labels = |number: usize| json!({"app": if number % 2 == 0 { "db" } else { "web" }});
+    let labels = |number: usize| json!({"app": if number.is_multiple_of(2) { "db" } else { "web" }});
     let netns: Vec<String> = (0..AT_ONCE).map(|number| format!("sandbox-{number}")).collect();
     netns.iter().for_each(|netns| node.make_netns(netns));
     let resident = node.pod("resident", on_backend(), json!({}));

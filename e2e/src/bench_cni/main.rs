@@ -47,7 +47,7 @@ fn run() -> Result<String> {
     let (bridge, portolan) = (plugins.bridge(&node), plugins.portolan(&node));
     // Neither has to make its bridge for the pods that are measured.
     let resident = pod(&node, "resident");
-    let result = bridge.add(&resident)?;
+    let (result, _) = bridge.add(&resident)?;
     portolan.add(&resident, &result)?;
     let mut report = one_at_a_time(&node, &bridge, &portolan, sizes.pods)?;
     report += &at_once(&node, &bridge, &portolan, sizes.rounds)?;
@@ -63,23 +63,14 @@ fn end(node: &Node, pod: &Pod) {
     node.api.remove(&format!("/api/v1/namespaces/{}/pods/{}", pod.namespace, pod.name));
 }
 
-/// Runs `work`; returns what it does and the milliseconds that it took.
-fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, f64)> {
-    let begun = Instant::now();
-    let done = work()?;
-    Ok((done, begun.elapsed().as_secs_f64() * 1000.0))
-}
-
 fn one_at_a_time(node: &Node, bridge: &Bridge, portolan: &Portolan, pods: usize) -> Result<String> {
     let (mut added, mut deleted) = (Pairs::new("ADD", BESIDE), Pairs::new("DEL", BESIDE));
     for number in 0..pods {
         let pod = pod(node, &format!("pod-{number}"));
-        let (result, theirs) = node.inside("host", || Ok(timed(|| bridge.add(&pod))))?;
-        let ((), ours) = node.inside("host", || Ok(timed(|| portolan.add(&pod, &result))))?;
-        added.push(ours, theirs);
-        let ((), ours) = node.inside("host", || Ok(timed(|| portolan.delete(&pod, &result))))?;
-        let ((), theirs) = node.inside("host", || Ok(timed(|| bridge.delete(&pod))))?;
-        deleted.push(ours, theirs);
+        let (result, theirs) = bridge.add(&pod)?;
+        added.push(portolan.add(&pod, &result)?, theirs);
+        let ours = portolan.delete(&pod, &result)?;
+        deleted.push(ours, bridge.delete(&pod)?);
         end(node, &pod);
     }
     Ok(Table::new("Pods one at a time", "ms", [added, deleted]).markdown())
@@ -89,13 +80,13 @@ fn at_once(node: &Node, bridge: &Bridge, portolan: &Portolan, rounds: usize) -> 
     let (mut added, mut deleted) = (Pairs::new("ADD", BESIDE), Pairs::new("DEL", BESIDE));
     for round in 0..rounds {
         let pods: Vec<Pod> = (0..AT_ONCE).map(|number| pod(node, &format!("pod-{round}-{number}"))).collect();
-        let (results, theirs) = timed(|| all(node, &pods, |pod| bridge.add(pod)))?;
-        let of = |pod: &Pod| pods.iter().position(|it| it.name == pod.name).map(|at| &results[at]);
+        let (results, theirs) = all(&pods, |pod| Ok(bridge.add(pod)?.0))?;
+        let of = |pod: &Pod| pods.iter().position(|it| it.name == pod.name).and_then(|at| results.get(at));
         let result = |pod: &Pod| of(pod).ok_or_else(|| anyhow!("{} is none of the pods", pod.name));
-        let (_, ours) = timed(|| all(node, &pods, |pod| portolan.add(pod, result(pod)?)))?;
+        let (_, ours) = all(&pods, |pod| portolan.add(pod, result(pod)?))?;
         added.push(per_pod(ours), per_pod(theirs));
-        let (_, ours) = timed(|| all(node, &pods, |pod| portolan.delete(pod, result(pod)?)))?;
-        let (_, theirs) = timed(|| all(node, &pods, |pod| bridge.delete(pod)))?;
+        let (_, ours) = all(&pods, |pod| portolan.delete(pod, result(pod)?))?;
+        let (_, theirs) = all(&pods, |pod| bridge.delete(pod))?;
         deleted.push(per_pod(ours), per_pod(theirs));
         pods.iter().for_each(|pod| end(node, pod));
     }
@@ -107,12 +98,14 @@ fn per_pod(all: f64) -> f64 {
     all / AT_ONCE as f64
 }
 
-/// Does the same for all of these pods at once, each on a thread of its own; returns what came of it in their order.
-fn all<T: Send>(node: &Node, pods: &[Pod], work: impl Fn(&Pod) -> Result<T> + Sync) -> Result<Vec<T>> {
-    let work = &work;
-    thread::scope(|scope| {
-        let begin = |pod| scope.spawn(move || node.inside("host", || Ok(work(pod))));
-        let begun: Vec<_> = pods.iter().map(begin).collect();
-        begun.into_iter().map(|it| it.join().map_err(|_| anyhow!("a thread ended"))?).collect()
-    })
+/// Does the same for all of these pods at once, each on a thread of its own; returns what came of it in their order, and the milliseconds until
+/// all were done.
+fn all<T: Send>(pods: &[Pod], work: impl Fn(&Pod) -> Result<T> + Sync) -> Result<(Vec<T>, f64)> {
+    let (work, begun) = (&work, Instant::now());
+    let done = thread::scope(|scope| {
+        let started: Vec<_> = pods.iter().map(|pod| scope.spawn(move || work(pod))).collect();
+        let ended = started.into_iter().map(|it| it.join().map_err(|_| anyhow!("a thread ended"))?);
+        ended.collect::<Result<Vec<T>>>()
+    });
+    Ok((done?, begun.elapsed().as_secs_f64() * 1000.0))
 }

@@ -4,6 +4,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::Instant,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -58,21 +59,22 @@ pub struct Bridge<'a> {
 }
 
 impl Bridge<'_> {
-    /// ADD; returns its result.
-    pub fn add(&self, pod: &Pod) -> Result<Value> {
-        Ok(serde_json::from_slice(&self.run("ADD", pod)?)?)
+    /// ADD; returns its result, and the milliseconds that it took.
+    pub fn add(&self, pod: &Pod) -> Result<(Value, f64)> {
+        let (printed, took) = self.run("ADD", pod)?;
+        Ok((serde_json::from_slice(&printed)?, took))
     }
 
-    /// DEL.
-    pub fn delete(&self, pod: &Pod) -> Result<()> {
-        self.run("DEL", pod).map(drop)
+    /// DEL; returns the milliseconds that it took.
+    pub fn delete(&self, pod: &Pod) -> Result<f64> {
+        Ok(self.run("DEL", pod)?.1)
     }
 
-    fn run(&self, command: &str, pod: &Pod) -> Result<Vec<u8>> {
+    fn run(&self, command: &str, pod: &Pod) -> Result<(Vec<u8>, f64)> {
         // It knows the node's directories as this process does.
         let pod = Pod { netns: self.node.on_host(&pod.netns), ..pod.clone() };
         let folder = &self.plugins.reference;
-        run(&folder.join("bridge"), folder, command, &pod, &self.config)
+        run(self.node, &folder.join("bridge"), folder, (command, &pod), &self.config)
     }
 }
 
@@ -83,29 +85,37 @@ pub struct Portolan<'a> {
 }
 
 impl Portolan<'_> {
-    /// ADD of a pod that has what `previous` says.
-    pub fn add(&self, pod: &Pod, previous: &Value) -> Result<()> {
+    /// ADD of a pod that has what `previous` says; returns the milliseconds that it took.
+    pub fn add(&self, pod: &Pod, previous: &Value) -> Result<f64> {
         self.run("ADD", pod, previous)
     }
 
-    /// DEL.
-    pub fn delete(&self, pod: &Pod, previous: &Value) -> Result<()> {
+    /// DEL; returns the milliseconds that it took.
+    pub fn delete(&self, pod: &Pod, previous: &Value) -> Result<f64> {
         self.run("DEL", pod, previous)
     }
 
-    fn run(&self, command: &str, pod: &Pod, previous: &Value) -> Result<()> {
+    fn run(&self, command: &str, pod: &Pod, previous: &Value) -> Result<f64> {
         let config = self.node.config(previous).to_string();
-        run(&self.plugins.portolan, &self.plugins.reference, command, pod, &config).map(drop)
+        Ok(run(self.node, &self.plugins.portolan, &self.plugins.reference, (command, pod), &config)?.1)
     }
 }
 
-fn run(program: &Path, folder: &Path, command: &str, pod: &Pod, config: &str) -> Result<Vec<u8>> {
+/// Runs a plugin in the node's own namespace, and nowhere else: `bridge` makes a link there. Returns what it prints, and the milliseconds from its
+/// start to its end.
+fn run(node: &Node, program: &Path, folder: &Path, asked: (&str, &Pod), config: &str) -> Result<(Vec<u8>, f64)> {
+    let (command, pod) = asked;
     let mut process = Command::new(program);
     process.envs(variables(command, Some(pod))).env("CNI_PATH", folder).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut child = process.spawn().with_context(|| program.display().to_string())?;
-    child.stdin.take().context("its standard input")?.write_all(config.as_bytes())?;
-    let output = child.wait_with_output()?;
+    let (output, took) = node.inside("host", || {
+        let begun = Instant::now();
+        let mut child = process.spawn()?;
+        if let Some(mut input) = child.stdin.take() {
+            input.write_all(config.as_bytes())?;
+        }
+        Ok((child.wait_with_output()?, begun.elapsed()))
+    });
     let printed = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success(), "{} {command} of {}: {printed}", program.display(), pod.name);
-    Ok(output.stdout)
+    Ok((output.stdout, took.as_secs_f64() * 1000.0))
 }
