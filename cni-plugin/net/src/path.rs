@@ -132,12 +132,17 @@ impl Check {
         }
     }
 
+    /// A smaller size than what is asked for now says nothing of that: small questions are answered all the time.
     fn pass(&mut self, size: u16, wanted: u16) {
+        let asked = self.candidate(wanted);
         if size >= self.fails {
             // What failed was lost by chance, or its answer was late.
             (self.fails, self.findings) = (wanted.saturating_add(1), 0);
         }
-        (self.passes, self.lost) = (self.passes.max(size), 0);
+        self.passes = self.passes.max(size);
+        if size >= asked || self.candidate(wanted) != asked {
+            self.lost = 0;
+        }
     }
 
     fn fail(&mut self, size: u16) {

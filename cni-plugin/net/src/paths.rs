@@ -132,6 +132,7 @@ mod tests {
 
     const OWN: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
     const NODE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 7);
+    const SMALL: u16 = 36;
 
     /// A network whose nodes answer or don't, and whose paths carry so much.
     struct Network {
@@ -152,6 +153,10 @@ mod tests {
         fn seconds(&mut self, count: u64) -> Vec<usize> {
             let second = |_| {
                 let asked = self.paths.tick(&self.wanted, &self.answering);
+                // The small questions' answers are heard like all others.
+                for node in &self.answering {
+                    self.paths.heard(*node, SMALL, Outcome::Passed);
+                }
                 for (node, size) in &asked {
                     if self.answering.contains(node) && *size <= self.carries {
                         self.paths.heard(*node, *size, Outcome::Passed);
