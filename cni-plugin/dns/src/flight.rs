@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::OnceCell;
 
+use crate::sent::Sent;
+
 /// What there is to tell; none when all servers have failed and nothing older can stand in.
 type Told = Option<Vec<u8>>;
 
@@ -18,36 +20,29 @@ pub(crate) struct Flights {
 #[derive(Debug, Default)]
 struct Flight {
     told: Arc<OnceCell<Told>>,
+    /// What the first asker has sent, for whoever comes to wait for the answer.
+    sent: Option<Sent>,
     aboard: usize,
 }
 
 /// One asker's part in a flight, given back when this is dropped.
-struct Seat<'a> {
-    flights: &'a Flights,
-    key: Vec<u8>,
+#[derive(Debug)]
+pub(crate) struct Seat {
+    flights: Arc<Flights>,
+    pub(crate) key: Vec<u8>,
     told: Arc<OnceCell<Told>>,
 }
 
 impl Flights {
-    /// What `ask` comes to, or what another asker's `ask` comes to if that is under way; and whether it was this one's.
-    ///
-    /// A failure is shared as an answer is. If the asker whose `ask` runs is dropped, one of the others runs its own.
-    pub(crate) async fn join(&self, key: Vec<u8>, ask: impl Future<Output = Told>) -> (Told, bool) {
-        let seat = self.board(key);
-        let mut is_own = false;
-        let told = seat.told.get_or_init(|| {
-            is_own = true;
-            ask
-        });
-        let told = told.await.clone();
-        (told, is_own)
-    }
-
-    fn board(&self, key: Vec<u8>) -> Seat<'_> {
+    /// A seat in the flight of this key; who is the first aboard may `send` the question.
+    pub(crate) fn board(self: &Arc<Self>, key: Vec<u8>, send: impl FnOnce() -> Option<Sent>) -> Seat {
         let mut under_way = self.lock();
         let flight = under_way.entry(key.clone()).or_default();
+        if flight.aboard == 0 {
+            flight.sent = send();
+        }
         flight.aboard += 1;
-        Seat { flights: self, key, told: Arc::clone(&flight.told) }
+        Seat { flights: Arc::clone(self), key, told: Arc::clone(&flight.told) }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Vec<u8>, Flight>> {
@@ -56,12 +51,35 @@ impl Flights {
     }
 }
 
-impl Drop for Seat<'_> {
+impl Seat {
+    /// What `ask` comes to, or what another asker's `ask` comes to if that is under way; and whether it was this one's.
+    /// It gets what has been sent already.
+    ///
+    /// A failure is shared as an answer is. If the asker whose `ask` runs is dropped, one of the others runs its own.
+    pub(crate) async fn told<F: Future<Output = Told>>(&self, ask: impl FnOnce(Option<Sent>) -> F) -> (Told, bool) {
+        let mut is_own = false;
+        let told = self.told.get_or_init(|| {
+            is_own = true;
+            ask(self.sent())
+        });
+        let told = told.await.clone();
+        (told, is_own)
+    }
+
+    fn sent(&self) -> Option<Sent> {
+        self.flight(&mut self.flights.lock())?.sent.take()
+    }
+
+    /// This seat's flight, if it has not landed.
+    fn flight<'f>(&self, under_way: &'f mut HashMap<Vec<u8>, Flight>) -> Option<&'f mut Flight> {
+        under_way.get_mut(&self.key).filter(|flight| Arc::ptr_eq(&flight.told, &self.told))
+    }
+}
+
+impl Drop for Seat {
     fn drop(&mut self) {
         let mut under_way = self.flights.lock();
-        let Some(flight) = under_way.get_mut(&self.key).filter(|flight| Arc::ptr_eq(&flight.told, &self.told)) else {
-            return;
-        };
+        let Some(flight) = self.flight(&mut under_way) else { return };
         flight.aboard = flight.aboard.saturating_sub(1);
         // Who comes after the answer has a right to a later one.
         if flight.aboard == 0 || self.told.initialized() {
@@ -81,6 +99,10 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
+
+    fn board(flights: &Arc<Flights>) -> Seat {
+        flights.board(b"key".to_vec(), || None)
+    }
 
     /// Lets all other tasks run until they wait.
     async fn settle() {
@@ -102,7 +124,7 @@ mod tests {
                         landing.notified().await;
                         outcome
                     };
-                    flights.join(b"key".to_vec(), ask).await
+                    board(&flights).told(|_| ask).await
                 })
             };
             let askers: Vec<_> = (0..20).map(|_| ask()).collect();
@@ -131,7 +153,7 @@ mod tests {
                         None => pending().await,
                     }
                 };
-                flights.join(b"key".to_vec(), ask).await
+                board(&flights).told(|_| ask).await
             })
         };
         let first = join(None);
@@ -156,12 +178,12 @@ mod tests {
 
     #[tokio::test]
     async fn who_comes_after_the_answer_asks_anew() {
-        let flights = Flights::default();
-        let seat = flights.board(b"key".to_vec());
-        let late = flights.board(b"key".to_vec());
+        let flights = Arc::new(Flights::default());
+        let seat = board(&flights);
+        let late = board(&flights);
         assert!(late.told.set(None).is_ok());
         drop(seat);
-        let (told, is_own) = flights.join(b"key".to_vec(), async { Some(b"new".to_vec()) }).await;
+        let (told, is_own) = board(&flights).told(|_| async { Some(b"new".to_vec()) }).await;
         assert_eq!((told.as_deref(), is_own), (Some(&b"new"[..]), true));
         drop(late);
         assert!(flights.lock().is_empty());

@@ -1,18 +1,19 @@
 //! Asking the servers that know everything else.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpStream, UdpSocket};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::answer::{Forward, Transport, has_question, is_failure};
+use crate::answer::{Forward, Transport, is_failure};
 use crate::cache::{Cache, key};
-use crate::flight::Flights;
+use crate::flight::{Flights, Seat};
 use crate::metrics::{Look, Metrics, Outcome};
-use crate::wire::{is_truncated, question_name};
+use crate::sent::{Sent, with_random_id};
 
 /// For how long one server is waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -29,8 +30,17 @@ pub struct Upstream {
 pub(crate) struct Forwarder {
     upstream: Upstream,
     cache: Cache,
-    flights: Flights,
+    flights: Arc<Flights>,
     metrics: Metrics,
+}
+
+/// A question under way.
+#[derive(Debug)]
+pub(crate) enum Asking {
+    /// With all who ask the same.
+    Shared(Seat),
+    /// One whose answer can't be anybody else's, with what has been sent of it.
+    Own(Option<Sent>),
 }
 
 impl Forwarder {
@@ -38,18 +48,31 @@ impl Forwarder {
         Self { upstream, metrics, ..Self::default() }
     }
 
-    /// The answer to a query, with the asker's id; none when all servers have failed and nothing older can stand in.
+    /// Begins to ask, without waiting: by UDP the first server has the question then, if nobody else has asked it.
     ///
     /// Sockets are opened in the namespace of the calling thread.
-    pub(crate) async fn answer(&self, query: &Forward, transport: Transport) -> Option<Vec<u8>> {
-        let Some(key) = key(&query.packet) else {
-            self.metrics.looked(Look::Miss);
-            return query.pass_on(self.ask(query, transport).await?, transport);
+    pub(crate) fn begin(&self, query: &Forward, transport: Transport) -> Asking {
+        let send = || {
+            let server = self.upstream.servers.first().filter(|_| transport == Transport::Udp)?;
+            // What can't be sent is tried again, and the error told, when it is waited for.
+            Sent::send(*server, query).ok()
         };
-        if let Some(kept) = self.look(&key) {
-            return query.pass_on(kept, transport);
+        match key(&query.packet) {
+            Some(key) => Asking::Shared(self.flights.board(key, send)),
+            None => Asking::Own(send()),
         }
-        let (told, is_own) = self.flights.join(key.clone(), self.fetch(&key, query, transport)).await;
+    }
+
+    /// The answer to a query, with the asker's id; none when all servers have failed and nothing older can stand in.
+    pub(crate) async fn answer(&self, query: &Forward, transport: Transport, asking: Asking) -> Option<Vec<u8>> {
+        let seat = match asking {
+            Asking::Shared(seat) => seat,
+            Asking::Own(sent) => {
+                self.metrics.looked(Look::Miss);
+                return query.pass_on(self.ask(query, transport, sent).await?, transport);
+            }
+        };
+        let (told, is_own) = seat.told(|sent| self.fetch(&seat.key, query, transport, sent)).await;
         if !is_own {
             self.metrics.looked(Look::Merged);
         }
@@ -69,12 +92,20 @@ impl Forwarder {
     }
 
     /// What the servers say, which is kept; what they said before, if they say nothing.
-    async fn fetch(&self, key: &[u8], query: &Forward, transport: Transport) -> Option<Vec<u8>> {
+    async fn fetch(
+        &self,
+        key: &[u8],
+        query: &Forward,
+        transport: Transport,
+        sent: Option<Sent>,
+    ) -> Option<Vec<u8>> {
         // Another asker's answer may have come since this one looked.
-        if let Some(kept) = self.look(key) {
+        if sent.is_none()
+            && let Some(kept) = self.look(key)
+        {
             return Some(kept);
         }
-        let Some(answer) = self.ask(query, transport).await else {
+        let Some(answer) = self.ask(query, transport, sent).await else {
             let old = self.cache.get_stale(key, Instant::now());
             self.metrics.looked(if old.is_some() { Look::Stale } else { Look::Miss });
             return old;
@@ -84,11 +115,11 @@ impl Forwarder {
         Some(answer)
     }
 
-    /// Asks each server in turn; none when all have failed.
-    async fn ask(&self, query: &Forward, transport: Transport) -> Option<Vec<u8>> {
+    /// Asks each server in turn, the first by what has been sent to it; none when all have failed.
+    async fn ask(&self, query: &Forward, transport: Transport, mut sent: Option<Sent>) -> Option<Vec<u8>> {
         let mut failure = None;
         for &server in &self.upstream.servers {
-            let outcome = match timeout(PATIENCE, ask_one(server, query, transport)).await {
+            let outcome = match timeout(PATIENCE, ask_one(server, query, transport, sent.take())).await {
                 Ok(Ok(answer)) if !is_failure(&answer) => {
                     self.metrics.asked(server, Outcome::Answered);
                     return Some(answer);
@@ -113,51 +144,29 @@ impl Forwarder {
     }
 }
 
-async fn ask_one(server: SocketAddr, query: &Forward, transport: Transport) -> io::Result<Vec<u8>> {
+async fn ask_one(
+    server: SocketAddr,
+    query: &Forward,
+    transport: Transport,
+    sent: Option<Sent>,
+) -> io::Result<Vec<u8>> {
     // None: truncated, or by a server that doesn't keep the case of names, of which only a connection tells that it is the server.
-    if transport == Transport::Udp
-        && let Some(answer) = by_udp(server, query).await?
+    // Who asks by TCP may wait for what another one has sent by UDP.
+    if (transport == Transport::Udp || sent.is_some())
+        && let Some(answer) = by_udp(server, query, sent).await?
     {
         return Ok(answer);
     }
     by_tcp(server, query).await
 }
 
-/// A socket of its own for each query: its port, the id and the case of the name are what a forger would have to guess (RFC 5452).
-async fn by_udp(server: SocketAddr, query: &Forward) -> io::Result<Option<Vec<u8>>> {
-    let any: SocketAddr = match server {
-        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
-    };
-    let socket = UdpSocket::bind(any).await?;
-    socket.connect(server).await?;
-    let (id, mut packet) = with_random_id(&query.packet);
-    let name = question_name(&packet);
-    if let Some(name) = name.clone().and_then(|name| packet.get_mut(name)) {
-        mix_case(name);
+async fn by_udp(server: SocketAddr, query: &Forward, sent: Option<Sent>) -> io::Result<Option<Vec<u8>>> {
+    match sent {
+        Some(sent) => sent,
+        None => Sent::send(server, query)?,
     }
-    socket.send(&packet).await?;
-    // One byte more than it may have, by which one that has is known.
-    let mut buffer = vec![0; query.payload + 1];
-    loop {
-        let length = socket.recv(&mut buffer).await?;
-        let answer = buffer.get(..length).unwrap_or_default();
-        if !query.is_answered_by(answer, id) {
-            continue;
-        }
-        let keeps_case = name.is_none_or(|name| !has_question(answer) || answer.get(name.clone()) == packet.get(name));
-        let is_whole = length <= query.payload && !is_truncated(answer);
-        return Ok((keeps_case && is_whole).then(|| answer.to_vec()));
-    }
-}
-
-/// Letters in upper or lower case at random (draft-vixie-dnsext-dns0x20). Lengths of labels are below the letters.
-fn mix_case(name: &mut [u8]) {
-    for byte in name.iter_mut().filter(|byte| byte.is_ascii_alphabetic()) {
-        if rand::random() {
-            *byte ^= 0x20;
-        }
-    }
+    .answer(query)
+    .await
 }
 
 async fn by_tcp(server: SocketAddr, query: &Forward) -> io::Result<Vec<u8>> {
@@ -170,15 +179,6 @@ async fn by_tcp(server: SocketAddr, query: &Forward) -> io::Result<Vec<u8>> {
     } else {
         Err(io::Error::new(io::ErrorKind::InvalidData, "the reply is not to this question"))
     }
-}
-
-fn with_random_id(packet: &[u8]) -> (u16, Vec<u8>) {
-    let id: u16 = rand::random();
-    let mut packet = packet.to_vec();
-    if let Some(head) = packet.get_mut(..2) {
-        head.copy_from_slice(&id.to_be_bytes());
-    }
-    (id, packet)
 }
 
 /// Reads a message with its length before it (RFC 1035, 4.2.2).

@@ -16,6 +16,7 @@ mod metrics;
 mod plain;
 mod records;
 mod reverse;
+mod sent;
 mod server;
 mod udp;
 mod wire;

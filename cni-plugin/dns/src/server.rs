@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::answer::{Audience, Decision, Forward, Transport, decide};
-use crate::forward::{Forwarder, Upstream, read_message, write_message};
+use crate::forward::{Asking, Forwarder, Upstream, read_message, write_message};
 use crate::limit::{Place, Places, Rates};
 use crate::metrics::{self, Metrics, Reason, Source};
 use crate::zone::ZoneHandle;
@@ -60,10 +60,25 @@ pub(crate) struct Server {
     metrics: Metrics,
 }
 
+/// Who asks something, and how.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asker {
+    pub(crate) peer: SocketAddr,
+    pub(crate) transport: Transport,
+    /// When the question had come.
+    pub(crate) begun: Instant,
+}
+
+impl Asker {
+    fn source(&self) -> IpAddr {
+        self.peer.ip().to_canonical()
+    }
+}
+
 /// Answers pods of `network`: queries that come by `udp` and `tcp`, until `shutdown` resolves.
 ///
 /// The sockets are those of `network`'s namespace. Queries for other names are forwarded by sockets that are opened in the
-/// namespace of the runtime's own threads.
+/// namespace of the runtime's own threads, or by threads that these start.
 ///
 /// # Errors
 /// When a socket can't be registered with the runtime. What a packet or a peer does wrong is no error.
@@ -152,67 +167,59 @@ impl Server {
         Self { network, audience, zone, forwarder, forwards, rates: Rates::default(), metrics }
     }
 
-    pub(crate) fn decide(&self, peer: SocketAddr, transport: Transport, packet: &[u8], now: Instant) -> Decision {
-        let source = peer.ip().to_canonical();
-        if !self.rates.admit(source, now) {
+    /// What to do with a packet; a reply is counted already.
+    pub(crate) fn decide(&self, asker: Asker, packet: &[u8]) -> Decision {
+        if !self.rates.admit(asker.source(), asker.begun) {
             self.metrics.dropped(&self.network, Reason::Rate);
             return Decision::Drop;
         }
-        let decision = decide(&self.zone.current(), &self.audience, source, transport, packet);
-        if matches!(decision, Decision::Drop) {
-            self.metrics.dropped(&self.network, Reason::Malformed);
+        let decision = decide(&self.zone.current(), &self.audience, asker.source(), asker.transport, packet);
+        match &decision {
+            Decision::Drop => self.metrics.dropped(&self.network, Reason::Malformed),
+            Decision::Reply(reply) => self.answered(asker, Source::Own, reply),
+            Decision::Forward(_) => {}
         }
         decision
     }
 
     /// A place for one more question of a pod to the upstreams.
-    pub(crate) fn place(&self, peer: SocketAddr) -> Option<Place> {
-        self.forwards.take(peer.ip().to_canonical())
+    pub(crate) fn place(&self, asker: Asker) -> Option<Place> {
+        self.forwards.take(asker.source())
     }
 
     /// The reply, if the upstreams need not be asked.
-    pub(crate) fn kept(
-        &self,
-        query: &Forward,
-        peer: SocketAddr,
-        transport: Transport,
-        begun: Instant,
-    ) -> Option<Vec<u8>> {
-        let reply = self.forwarder.kept(query, transport)?;
-        self.answered(peer, Source::Forwarded, &reply, begun);
-        Some(reply)
+    pub(crate) fn kept(&self, query: &Forward, asker: Asker) -> Option<Vec<u8>> {
+        self.forwarded(asker, self.forwarder.kept(query, asker.transport))
+    }
+
+    /// Begins to ask the upstreams, without waiting.
+    pub(crate) fn begin(&self, query: &Forward, asker: Asker) -> Asking {
+        self.forwarder.begin(query, asker.transport)
     }
 
     /// The reply of the upstreams, or that there is none.
-    pub(crate) async fn forward(
-        &self,
-        query: &Forward,
-        peer: SocketAddr,
-        transport: Transport,
-        begun: Instant,
-    ) -> Option<Vec<u8>> {
-        let Some(answer) = self.forwarder.answer(query, transport).await else {
-            return self.failed(query, peer, begun);
-        };
-        self.answered(peer, Source::Forwarded, &answer, begun);
-        Some(answer)
+    pub(crate) async fn forward(&self, query: &Forward, asker: Asker, asking: Asking) -> Option<Vec<u8>> {
+        let answer = self.forwarder.answer(query, asker.transport, asking).await;
+        self.forwarded(asker, answer.or_else(|| query.failed()))
     }
 
     /// The reply that there is none.
-    pub(crate) fn failed(&self, query: &Forward, peer: SocketAddr, begun: Instant) -> Option<Vec<u8>> {
-        let reply = query.failed()?;
-        self.answered(peer, Source::Forwarded, &reply, begun);
-        Some(reply)
+    pub(crate) fn failed(&self, query: &Forward, asker: Asker) -> Option<Vec<u8>> {
+        self.forwarded(asker, query.failed())
+    }
+
+    fn forwarded(&self, asker: Asker, reply: Option<Vec<u8>>) -> Option<Vec<u8>> {
+        reply.inspect(|reply| self.answered(asker, Source::Forwarded, reply))
     }
 
     /// Counts an answer, and logs it at level debug under the target `portolan_dns::query`.
-    pub(crate) fn answered(&self, peer: SocketAddr, source: Source, answer: &[u8], begun: Instant) {
-        let took = begun.elapsed();
+    fn answered(&self, asker: Asker, source: Source, answer: &[u8]) {
+        let took = asker.begun.elapsed();
         self.metrics.answered(&self.network, source, answer, took);
         tracing::debug!(
             target: "portolan_dns::query",
             network = self.network,
-            pod = %peer.ip().to_canonical(),
+            pod = %asker.source(),
             name = wire::question_text(answer),
             r#type = metrics::type_of(answer),
             result = metrics::result_of(answer),
@@ -225,22 +232,16 @@ impl Server {
     /// Answers one connection's queries, one after the other, until the peer closes it or is silent.
     async fn converse(&self, mut stream: TcpStream, peer: SocketAddr) -> io::Result<()> {
         while let Ok(message) = timeout(IDLE, read_message(&mut stream)).await {
-            let begun = Instant::now();
-            let reply = match self.decide(peer, Transport::Tcp, &message?, begun) {
-                Decision::Drop => return Ok(()),
-                Decision::Reply(packet) => {
-                    self.answered(peer, Source::Own, &packet, begun);
-                    packet
-                }
-                Decision::Forward(query) => {
-                    let reply = match self.place(peer) {
-                        Some(_place) => self.forward(&query, peer, Transport::Tcp, begun).await,
-                        None => self.failed(&query, peer, begun),
-                    };
-                    let Some(packet) = reply else { return Ok(()) };
-                    packet
-                }
+            let asker = Asker { peer, transport: Transport::Tcp, begun: Instant::now() };
+            let reply = match self.decide(asker, &message?) {
+                Decision::Drop => None,
+                Decision::Reply(packet) => Some(packet),
+                Decision::Forward(query) => match self.place(asker) {
+                    Some(_place) => self.forward(&query, asker, self.begin(&query, asker)).await,
+                    None => self.failed(&query, asker),
+                },
             };
+            let Some(reply) = reply else { return Ok(()) };
             timeout(IDLE, write_message(&mut stream, &reply)).await??;
         }
         Ok(())

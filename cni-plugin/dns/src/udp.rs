@@ -1,6 +1,8 @@
-//! A server's datagrams: a thread that waits for them and answers what it can at once; tasks answer the rest.
+//! A server's datagrams: a thread that waits for them and answers what it can at once, and a thread that waits for the upstreams'
+//! answers to the rest.
 //!
-//! A thread that waits in the system call itself is woken half as late as a task is by way of the runtime's poll.
+//! A thread that waits in the system call itself is woken half as late as a task is by way of the runtime's poll. It sends the
+//! questions, too, so that the other thread is woken while the upstream is at work.
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
@@ -10,37 +12,41 @@ use std::thread::{Builder, JoinHandle, sleep};
 use std::time::Instant;
 
 use rustix::net::{Shutdown, shutdown};
-use tokio::sync::mpsc;
+use tokio::runtime;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use crate::answer::{Decision, Forward, Transport};
 use crate::batch::{Inbox, Outbox};
+use crate::forward::Asking;
 use crate::limit::Place;
-use crate::metrics::Source;
-use crate::server::{AFTER_FAILURE, Server};
+use crate::server::{AFTER_FAILURE, Asker, Server};
 
-/// A question for the upstreams.
+/// A question that the upstreams have been asked.
 struct Asked {
     query: Forward,
-    peer: SocketAddr,
-    begun: Instant,
+    asker: Asker,
+    asking: Asking,
     _place: Place,
 }
 
-/// The thread, which ends with this.
-struct Listener {
+/// The threads, which end with this.
+struct Threads {
     socket: Arc<UdpSocket>,
     is_over: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    /// The one that listens first: with it ends what the other one waits for.
+    handles: Vec<JoinHandle<()>>,
 }
 
-impl Drop for Listener {
+impl Drop for Threads {
     fn drop(&mut self) {
         self.is_over.store(true, Ordering::Relaxed);
         // It ends the wait and says ENOTCONN (inet_shutdown in net/ipv4/af_inet.c).
         let _ = shutdown(&self.socket, Shutdown::Both);
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("a DNS server's thread has panicked");
+        for handle in self.handles.drain(..) {
+            if handle.join().is_err() {
+                tracing::error!("a DNS server's thread has panicked");
+            }
         }
     }
 }
@@ -48,29 +54,42 @@ impl Drop for Listener {
 /// Answers what comes by `socket`, until it is dropped; no thread is left then.
 ///
 /// # Errors
-/// When the thread can't be started.
+/// When a thread can't be started.
 pub(crate) async fn serve(server: Arc<Server>, socket: UdpSocket) -> io::Result<()> {
     let (socket, is_over) = (Arc::new(socket), Arc::new(AtomicBool::new(false)));
     // No more are under way than there are places.
-    let (ask, mut asked) = mpsc::unbounded_channel();
+    let (ask, asked) = mpsc::unbounded_channel();
+    let (ended, end) = oneshot::channel::<()>();
     let listen = {
         let (server, socket, is_over) = (Arc::clone(&server), Arc::clone(&socket), Arc::clone(&is_over));
         move || listen(&server, &socket, &ask, &is_over)
     };
-    let thread = Some(Builder::new().name(format!("dns {}", server.network)).spawn(listen)?);
-    let listener = Listener { socket, is_over, thread };
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    let name = format!("dns {}", server.network);
+    let mut threads = Threads { socket: Arc::clone(&socket), is_over, handles: Vec::new() };
+    threads.handles.push(Builder::new().name(name.clone()).spawn(listen)?);
+    threads.handles.push(Builder::new().name(name).spawn(move || {
+        runtime.block_on(pass_on(server, socket, asked));
+        drop(ended);
+    })?);
+    // It is dropped, never sent.
+    let _ = end.await;
+    Ok(())
+}
+
+/// Waits for the upstreams' answers and gives them to who asked, until nobody asks any more.
+async fn pass_on(server: Arc<Server>, socket: Arc<UdpSocket>, mut asked: mpsc::UnboundedReceiver<Asked>) {
     let mut forwarding = JoinSet::new();
-    while let Some(Asked { query, peer, begun, _place: place }) = asked.recv().await {
+    while let Some(Asked { query, asker, asking, _place: place }) = asked.recv().await {
         while forwarding.try_join_next().is_some() {}
-        let (server, socket) = (Arc::clone(&server), Arc::clone(&listener.socket));
+        let (server, socket) = (Arc::clone(&server), Arc::clone(&socket));
         forwarding.spawn(async move {
-            if let Some(reply) = server.forward(&query, peer, Transport::Udp, begun).await {
-                Outbox::of(reply, peer).send_now(&socket);
+            if let Some(reply) = server.forward(&query, asker, asking).await {
+                Outbox::of(reply, asker.peer).send_now(&socket);
             }
             drop(place);
         });
     }
-    Ok(())
 }
 
 fn listen(server: &Server, socket: &UdpSocket, ask: &mpsc::UnboundedSender<Asked>, is_over: &AtomicBool) {
@@ -87,15 +106,7 @@ fn listen(server: &Server, socket: &UdpSocket, ask: &mpsc::UnboundedSender<Asked
         }
         let begun = Instant::now();
         for (packet, peer) in inbox.datagrams() {
-            let reply = match server.decide(peer, Transport::Udp, packet, begun) {
-                Decision::Drop => None,
-                Decision::Reply(reply) => {
-                    server.answered(peer, Source::Own, &reply, begun);
-                    Some(reply)
-                }
-                Decision::Forward(query) => later_or_now(server, query, peer, begun, ask),
-            };
-            if let Some(reply) = reply {
+            if let Some(reply) = answer(server, packet, peer, begun, ask) {
                 outbox.put(reply, peer);
             }
         }
@@ -103,25 +114,28 @@ fn listen(server: &Server, socket: &UdpSocket, ask: &mpsc::UnboundedSender<Asked
     }
 }
 
-/// The reply, if the cache has it or there is no place for one more question; otherwise the question is asked.
-fn later_or_now(
+/// The reply, if there is one now; none if nothing is owed, or once the upstreams have answered.
+fn answer(
     server: &Server,
-    query: Forward,
+    packet: &[u8],
     peer: SocketAddr,
     begun: Instant,
     ask: &mpsc::UnboundedSender<Asked>,
 ) -> Option<Vec<u8>> {
-    if let Some(reply) = server.kept(&query, peer, Transport::Udp, begun) {
+    let asker = Asker { peer, transport: Transport::Udp, begun };
+    let query = match server.decide(asker, packet) {
+        Decision::Drop => return None,
+        Decision::Reply(reply) => return Some(reply),
+        Decision::Forward(query) => query,
+    };
+    if let Some(reply) = server.kept(&query, asker) {
         return Some(reply);
     }
-    match server.place(peer) {
-        Some(_place) => {
-            // Nobody takes it any more when the server ends.
-            let _ = ask.send(Asked { query, peer, begun, _place });
-            None
-        }
-        None => server.failed(&query, peer, begun),
-    }
+    let Some(_place) = server.place(asker) else { return server.failed(&query, asker) };
+    let asking = server.begin(&query, asker);
+    // Nobody takes it any more when the server ends.
+    let _ = ask.send(Asked { query, asker, asking, _place });
+    None
 }
 
 #[cfg(test)]

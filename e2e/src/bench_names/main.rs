@@ -17,7 +17,7 @@ use portolan_e2e::stats::{Pairs, Table};
 
 use crate::{
     client::{Ask, rate, wait_for},
-    servers::{COREDNS, CoreDns, ECHO, OURS, Ours, start_echo, zone},
+    servers::{COREDNS, CoreDns, ECHO, OURS, Ours, RELAY, start_echo, start_relay, zone},
 };
 
 /// Set in the namespace that all of it runs in.
@@ -73,7 +73,8 @@ fn run(report: &mut String) -> Result<()> {
     let coredns = CoreDns::start(NAMES, FOREIGN)?;
     let ours = Ours::start(NAMES)?;
     start_echo()?;
-    for server in [OURS, COREDNS, ECHO] {
+    start_relay()?;
+    for server in [OURS, COREDNS, ECHO, RELAY] {
         wait_for(server, &own(0))?;
     }
     *report += &throughput(&sizes)?;
@@ -98,25 +99,55 @@ fn each<T>(turn: usize, servers: &[SocketAddr], mut run: impl FnMut(SocketAddr) 
     Ok(given)
 }
 
-/// What is beside Portolan: CoreDNS, and for names that need no other server the limit.
-fn beside(own: bool) -> &'static [(&'static str, SocketAddr)] {
-    let all = &[("CoreDNS", COREDNS), ("an echo", ECHO)];
-    if own { all } else { &all[..1] }
+/// Names by what it takes to answer them.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Kind {
+    Own,
+    AskedBefore,
+    New,
 }
 
-/// Portolan first.
-fn servers_of(own: bool) -> Vec<SocketAddr> {
-    [OURS].into_iter().chain(beside(own).iter().map(|(_, server)| *server)).collect()
+impl Kind {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Own => "own names",
+            Self::AskedBefore => "forwarded names, asked before",
+            Self::New => "forwarded names, asked for the first time",
+        }
+    }
+
+    /// What is beside Portolan: CoreDNS, and the limit.
+    fn beside(self) -> &'static [(&'static str, SocketAddr)] {
+        match self {
+            Self::Own => &[("CoreDNS", COREDNS), ("an echo", ECHO)],
+            Self::AskedBefore => &[("CoreDNS", COREDNS)],
+            Self::New => &[("CoreDNS", COREDNS), ("a relay", RELAY)],
+        }
+    }
+
+    /// Portolan first.
+    fn servers(self) -> Vec<SocketAddr> {
+        [OURS].into_iter().chain(self.beside().iter().map(|(_, server)| *server)).collect()
+    }
+
+    /// A name from the first number of a turn and that of the query.
+    fn name(self, next: usize, number: usize) -> String {
+        match self {
+            Self::Own => own(number),
+            Self::AskedBefore => servers::foreign(number % KNOWN),
+            Self::New => servers::foreign(next + number),
+        }
+    }
 }
 
 fn throughput(sizes: &Sizes) -> Result<String> {
     let own: Vec<_> = (0..NAMES).map(own).collect();
     let known: Vec<_> = (0..KNOWN).map(servers::foreign).collect();
     let mut rows = Vec::new();
-    for (what, names, is_own) in [("own names", own, true), ("forwarded names, asked before", known, false)] {
-        let mut pairs: Vec<_> = beside(is_own).iter().map(|(peer, _)| Pairs::new(what, peer)).collect();
+    for (kind, names) in [(Kind::Own, own), (Kind::AskedBefore, known)] {
+        let mut pairs: Vec<_> = kind.beside().iter().map(|(peer, _)| Pairs::new(kind.text(), peer)).collect();
         for turn in 0..sizes.turns {
-            let rates = each(turn, &servers_of(is_own), |server| rate(server, &names, sizes.time))?;
+            let rates = each(turn, &kind.servers(), |server| rate(server, &names, sizes.time))?;
             for (pairs, theirs) in pairs.iter_mut().zip(&rates[1..]) {
                 pairs.push(rates[0] / 1000.0, theirs / 1000.0);
             }
@@ -129,38 +160,22 @@ fn throughput(sizes: &Sizes) -> Result<String> {
     ))
 }
 
-/// A name from the first number of a turn and that of the query.
-type NameOf = fn(usize, usize) -> String;
-
 fn latency(sizes: &Sizes) -> Result<String> {
     // Those that are asked for the first time are asked once of each server.
     let mut next = KNOWN;
     ensure!(KNOWN + sizes.turns * sizes.queries <= FOREIGN, "too few names for so many queries");
-    let kinds: [(&str, NameOf); 3] = [
-        ("own names", |_, number| own(number)),
-        ("forwarded names, asked before", |_, number| servers::foreign(number % KNOWN)),
-        ("forwarded names, asked for the first time", |next, number| servers::foreign(next + number)),
-    ];
     let mut rows = Vec::new();
-    for (what, name) in kinds {
-        let peers = beside(what == "own names");
-        let servers = servers_of(what == "own names");
+    for kind in [Kind::Own, Kind::AskedBefore, Kind::New] {
         let row = |text, part| {
-            let of = |(peer, _): &(&'static str, _)| Pairs::new(format!("{what}, {text} of a turn"), peer);
-            (part, peers.iter().map(of).collect::<Vec<_>>())
+            let of = |(peer, _): &(&'static str, _)| Pairs::new(format!("{}, {text} of a turn", kind.text()), peer);
+            (part, kind.beside().iter().map(of).collect::<Vec<_>>())
         };
         let mut quantiles = [row("p50", 0.5), row("p99", 0.99)];
         for turn in 0..sizes.turns {
-            let first = next;
-            let queries = if what.ends_with("first time") {
-                sizes.queries.min((FOREIGN - KNOWN) / sizes.turns)
-            } else {
-                sizes.queries
-            };
-            let given =
-                each(turn, &servers, |server| Ask::new(server)?.each((0..queries).map(|number| name(first, number))))?;
-            if what.ends_with("first time") {
-                next += queries;
+            let names = |number| kind.name(next, number);
+            let given = each(turn, &kind.servers(), |server| Ask::new(server)?.each((0..sizes.queries).map(names)))?;
+            if kind == Kind::New {
+                next += sizes.queries;
             }
             for (part, rows) in &mut quantiles {
                 for (pairs, theirs) in rows.iter_mut().zip(&given[1..]) {

@@ -1,9 +1,11 @@
 //! The two servers, with the same names.
 
 use std::{
+    collections::HashMap,
     fmt::Write,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     process::{Child, Command, Stdio},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use anyhow::{Context, Result};
@@ -15,6 +17,8 @@ pub const OURS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 53
 pub const COREDNS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 5301);
 /// Where the limit answers ([`start_echo`]).
 pub const ECHO: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 5302);
+/// Where the limit of forwarding answers ([`start_relay`]).
+pub const RELAY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 5303);
 /// Pods that ask, each from an address of its own: what one of them may ask in a second is limited.
 pub const ASKERS: u8 = 8;
 const NETWORK: &str = "backend";
@@ -67,7 +71,7 @@ pub struct Ours {
 }
 
 impl Ours {
-    /// As the agent runs it: on tokio's usual threads.
+    /// As the agent runs it: on tokio's usual threads, and those that it starts itself.
     pub fn start(names: usize) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         let handle = ZoneHandle::new(Zone::new(vec![zone(names)]));
@@ -105,6 +109,37 @@ pub fn start_echo() -> Result<()> {
         }
     });
     Ok(())
+}
+
+/// The limit of forwarding: a thread that sends what comes to CoreDNS, and one that sends what CoreDNS says to who asked, by two sockets that
+/// are always the same; they look at nothing but the message's id. They end with the process.
+pub fn start_relay() -> Result<()> {
+    let front = Arc::new(UdpSocket::bind(RELAY)?);
+    let back = Arc::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?);
+    back.connect(COREDNS)?;
+    let peers: Arc<Mutex<HashMap<[u8; 2], SocketAddr>>> = Arc::default();
+    let there = (Arc::clone(&front), Arc::clone(&back), Arc::clone(&peers));
+    std::thread::spawn(move || {
+        let (front, back, peers) = there;
+        let mut packet = [0; 512];
+        while let Ok((length, peer)) = front.recv_from(&mut packet) {
+            lock(&peers).insert([packet[0], packet[1]], peer);
+            // What can't be sent is missed by whoever asked.
+            let _ = back.send(&packet[..length]);
+        }
+    });
+    std::thread::spawn(move || {
+        let mut packet = [0; 512];
+        while let Ok(length) = back.recv(&mut packet) {
+            let peer = lock(&peers).remove(&[packet[0], packet[1]]);
+            let _ = peer.map(|peer| front.send_to(&packet[..length], peer));
+        }
+    });
+    Ok(())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// CoreDNS with its plugin `hosts`, until it is dropped.
