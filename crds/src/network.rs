@@ -264,6 +264,7 @@ pub struct IPBlockSpec {
     printcolumn = r#"{"name":"Second","type":"string","jsonPath":".spec.secondAddress"}"#,
     printcolumn = r#"{"name":"Namespace","type":"string","jsonPath":".spec.namespace"}"#,
     printcolumn = r#"{"name":"Pod","type":"string","jsonPath":".spec.pod"}"#,
+    printcolumn = r#"{"name":"Node","type":"string","jsonPath":".spec.node"}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase")]
@@ -283,6 +284,9 @@ pub struct IPClaimSpec {
     pub owner: String,
     /// UID of that StatefulSet: the claim goes when it is gone.
     pub owner_uid: String,
+    /// The node that the pod was started on last. If its Node object is gone, the pod may still run there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
 }
 
 impl IPClaimSpec {

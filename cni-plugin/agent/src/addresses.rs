@@ -8,11 +8,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use kube::{
-    Api, ResourceExt,
-    api::{DeleteParams, ListParams, PostParams},
-    runtime::reflector::ObjectRef,
-};
+use kube::ResourceExt;
 use portolan_crds::{IPBlock, IPBlockSpec, IPClaim, IPClaimSpec, RESOLVER_RANGE, claim_name};
 use portolan_net::{block_of, free_address, free_block};
 
@@ -23,6 +19,10 @@ use crate::{
     network::Network,
     pod::Owner,
 };
+
+mod registry;
+
+use registry::{Registry, is_refusal};
 
 /// How often another node may be faster to the same block before we give up for now.
 const BLOCK_TRIES: usize = 8;
@@ -67,8 +67,8 @@ impl Drop for Reservation {
 }
 
 /// This node's addresses.
-pub(crate) struct Addresses {
-    cluster: Arc<Cluster>,
+pub(crate) struct Addresses<R = Cluster> {
+    registry: Arc<R>,
     journal: Arc<Journal>,
     reserved: Arc<Mutex<BTreeSet<Key>>>,
     state: tokio::sync::Mutex<State>,
@@ -82,9 +82,9 @@ struct State {
     fresh_claims: BTreeMap<String, (String, Vec<IpAddr>)>,
 }
 
-impl Addresses {
-    pub fn new(cluster: Arc<Cluster>, journal: Arc<Journal>) -> Self {
-        Self { cluster, journal, reserved: Arc::default(), state: tokio::sync::Mutex::default() }
+impl<R: Registry> Addresses<R> {
+    pub fn new(registry: Arc<R>, journal: Arc<Journal>) -> Self {
+        Self { registry, journal, reserved: Arc::default(), state: tokio::sync::Mutex::default() }
     }
 
     /// Addresses for a pod: its claim's if it has or may have one, else free ones.
@@ -108,7 +108,7 @@ impl Addresses {
     /// The addresses of a StatefulSet's pod: those of its claim, which is made if there is none.
     async fn sticky(&self, network: &Network, holder: &Holder<'_>, owner: &Owner) -> Result<Reservation, PlugError> {
         let name = claim_name(&network.name, holder.namespace, holder.pod);
-        if let Some(claim) = self.claim(&name).await? {
+        if let Some(claim) = self.registry.claim(&name).await? {
             return self.claimed(network, holder, claim, owner).await;
         }
         let reservation = self.allocate(network, holder, &[]).await?;
@@ -118,32 +118,36 @@ impl Addresses {
             pod: holder.pod.to_owned(),
             owner: owner.name.clone(),
             owner_uid: owner.uid.clone(),
+            node: Some(self.registry.node().to_owned()),
             ..IPClaimSpec::default()
         };
         set_addresses(&mut spec, &reservation.addresses);
-        match self.claims().create(&PostParams::default(), &IPClaim::new(&name, spec)).await {
-            Ok(_) => {
-                self.remember(name, &reservation).await;
-                Ok(reservation)
-            }
+        // Before it is asked for: who has lost the answer may have the claim all the same.
+        self.remember(name.clone(), &reservation).await;
+        match self.registry.create_claim(&IPClaim::new(&name, spec)).await {
+            Ok(true) => Ok(reservation),
             // Another node was faster (or we were, and never heard of it): its addresses count.
-            Err(kube::Error::Api(status)) if status.is_already_exists() => match self.claim(&name).await? {
-                Some(claim) => self.claimed(network, holder, claim, owner).await,
-                None => Err(PlugError::NotReady {
-                    network: network.name.clone(),
-                    reason: format!("IPClaim {name} came and went"),
-                }),
-            },
-            Err(e) => Err(ApiError::new(format!("create IPClaim {name}"), e).into()),
+            Ok(false) => {
+                self.forget(&name).await;
+                match self.registry.claim(&name).await? {
+                    Some(claim) => self.claimed(network, holder, claim, owner).await,
+                    None => Err(PlugError::NotReady {
+                        network: network.name.clone(),
+                        reason: format!("IPClaim {name} came and went"),
+                    }),
+                }
+            }
+            Err(error) => {
+                if is_refusal(&error) {
+                    self.forget(&name).await;
+                }
+                Err(error.into())
+            }
         }
     }
 
-    async fn claim(&self, name: &str) -> Result<Option<IPClaim>, ApiError> {
-        self.claims().get_opt(name).await.map_err(|e| ApiError::new(format!("get IPClaim {name}"), e))
-    }
-
-    /// The addresses of a claim. One of an earlier StatefulSet of the same name passes over to the pod's own; one that lacks a family of
-    /// the network gets an address of it.
+    /// The addresses of a claim, which says from then on that the pod is on this node. One of an earlier StatefulSet of the same name passes over to
+    /// the pod's own; one that lacks a family of the network gets an address of it.
     async fn claimed(
         &self,
         network: &Network,
@@ -164,14 +168,16 @@ impl Addresses {
         }
         let given: Vec<IpAddr> = claim.spec.addresses().collect();
         let reservation = self.allocate(network, holder, &given).await?;
-        if claim.spec.owner_uid != owner.uid || reservation.addresses != given {
+        // The watch may show it only when the pod is on another node already.
+        self.remember(name, &reservation).await;
+        let node = Some(self.registry.node());
+        if claim.spec.owner_uid != owner.uid || claim.spec.node.as_deref() != node || reservation.addresses != given {
             claim.spec.owner_uid.clone_from(&owner.uid);
             claim.spec.owner.clone_from(&owner.name);
+            claim.spec.node = node.map(str::to_owned);
             set_addresses(&mut claim.spec, &reservation.addresses);
             // With the version that was read: if the operator is just deleting it, this fails and the runtime tries again.
-            let fail = |e| ApiError::new(format!("hand IPClaim {name} over to StatefulSet {}", owner.name), e);
-            self.claims().replace(&name, &PostParams::default(), &claim).await.map_err(fail)?;
-            self.remember(name, &reservation).await;
+            self.registry.replace_claim(&claim).await?;
         }
         Ok(reservation)
     }
@@ -179,6 +185,10 @@ impl Addresses {
     async fn remember(&self, claim: String, reservation: &Reservation) {
         let written = (reservation.network.clone(), reservation.addresses.clone());
         self.state.lock().await.fresh_claims.insert(claim, written);
+    }
+
+    async fn forget(&self, claim: &str) {
+        self.state.lock().await.fresh_claims.remove(claim);
     }
 
     /// One address of each family that the network has: those that the pod has already, those that it asks for, and free ones for the rest.
@@ -238,19 +248,16 @@ impl Addresses {
         if state.blocks.get(&network.name).is_some_and(is_within) {
             return Ok(());
         }
-        let (own, taken) = self.own_blocks(network).await?;
-        let is_own = is_within(&own);
+        let (_, taken) = self.learn_blocks(state, network).await?;
+        if state.blocks.get(&network.name).is_some_and(is_within) {
+            return Ok(());
+        }
         let is_taken = taken.iter().any(|it| it.contains(&block) || block.contains(it));
-        state.blocks.insert(network.name.clone(), own);
-        if is_own {
+        if !is_taken && self.create_block(state, network, block).await? {
             return Ok(());
         }
-        if !is_taken && self.create_block(network, block).await? {
-            state.blocks.entry(network.name.clone()).or_default().push(block);
-            return Ok(());
-        }
-        let all = self.list_blocks().await?;
-        let is_it = |b: &&IPBlock| {
+        let all = self.registry.blocks().await?;
+        let is_it = |b: &&Arc<IPBlock>| {
             b.spec.network == network.name
                 && b.spec.cidr.parse().is_ok_and(|it: IpNet| it.contains(&block) || block.contains(&it))
         };
@@ -261,26 +268,21 @@ impl Addresses {
     /// A free address of one subnet, of a new block if need be.
     async fn free(&self, state: &mut State, network: &Network, subnet: IpNet) -> Result<IpAddr, PlugError> {
         if !state.blocks.contains_key(&network.name) {
-            let own = self.own_blocks(network).await?.0;
-            state.blocks.insert(network.name.clone(), own);
+            self.learn_blocks(state, network).await?;
         }
-        let used = self.used(state, &network.name);
         for _ in 0..BLOCK_TRIES {
+            let used = self.used(state, &network.name);
             let own = state.blocks.get(&network.name).map(Vec::as_slice).unwrap_or_default();
             if let Some(address) = free_address(subnet, own, &used) {
                 return Ok(address);
             }
-            let (own, taken) = self.own_blocks(network).await?;
-            let is_news = state.blocks.insert(network.name.clone(), own.clone()) != Some(own);
+            let (is_news, taken) = self.learn_blocks(state, network).await?;
             if is_news {
                 continue;
             }
-            let node = &self.cluster.node;
             let fail = |source| PlugError::NoAddress { network: network.name.clone(), source };
-            let block = free_block(subnet, &taken, node).map_err(fail)?;
-            if self.create_block(network, block).await? {
-                state.blocks.entry(network.name.clone()).or_default().push(block);
-            }
+            let block = free_block(subnet, &taken, self.registry.node()).map_err(fail)?;
+            self.create_block(state, network, block).await?;
         }
         Err(PlugError::NotReady { network: network.name.clone(), reason: "other nodes took each block first".into() })
     }
@@ -299,47 +301,74 @@ impl Addresses {
     fn claimed_addresses(&self, state: &mut State, network: &str) -> BTreeSet<IpAddr> {
         // A claim that was completed may be seen as it was before.
         state.fresh_claims.retain(|name, (_, written)| {
-            let seen = self.cluster.claims.get(&ObjectRef::new(name));
+            let seen = self.registry.seen_claim(name);
             !seen.is_some_and(|claim| written.iter().all(|address| claim.spec.addresses().any(|a| a == *address)))
         });
-        let claims = self.cluster.claims.state();
+        let claims = self.registry.seen_claims();
         let of_network = claims.iter().filter(|c| c.spec.network == network);
         let mut claimed: BTreeSet<IpAddr> = of_network.flat_map(|c| c.spec.addresses()).collect();
         claimed.extend(state.fresh_claims.values().filter(|(n, _)| n == network).flat_map(|(_, written)| written));
         claimed
     }
 
-    /// This node's blocks of a network, and everybody's.
-    async fn own_blocks(&self, network: &Network) -> Result<(Vec<IpNet>, BTreeSet<IpNet>), ApiError> {
-        let all = self.list_blocks().await?;
-        let of_network = || all.iter().filter(|b| b.spec.network == network.name);
-        let is_its = |net: &IpNet| network.subnets.iter().any(|subnet| subnet.contains(net));
-        let net = |b: &IPBlock| b.spec.cidr.parse::<IpNet>().ok().filter(is_its);
-        let own = of_network().filter(|b| b.spec.node == self.cluster.node).filter_map(net).collect();
-        Ok((own, of_network().filter_map(net).collect()))
-    }
-
-    async fn list_blocks(&self) -> Result<Vec<IPBlock>, ApiError> {
-        let listed = self.blocks().list(&ListParams::default()).await;
-        listed.map(|l| l.items).map_err(|e| ApiError::new("list IPBlocks", e))
-    }
-
-    /// Claims a block; `false` if another node was faster.
-    async fn create_block(&self, network: &Network, block: IpNet) -> Result<bool, ApiError> {
-        let name = block_name(&network.name, block);
-        let spec =
-            IPBlockSpec { network: network.name.clone(), cidr: block.to_string(), node: self.cluster.node.clone() };
-        match self.blocks().create(&PostParams::default(), &IPBlock::new(&name, spec)).await {
-            Ok(_) => Ok(true),
-            Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(false),
-            Err(e) => Err(ApiError::new(format!("create IPBlock {name}"), e)),
+    /// Asks which blocks of a network are this node's. Returns whether they are others than were known, and everybody's.
+    async fn learn_blocks(&self, state: &mut State, network: &Network) -> Result<(bool, BTreeSet<IpNet>), ApiError> {
+        let (mut own, mut taken) = (Vec::new(), BTreeSet::new());
+        let known = state.blocks.get(&network.name).cloned().unwrap_or_default();
+        for block in self.registry.blocks().await?.iter().filter(|block| block.spec.network == network.name) {
+            let Ok(cidr) = block.spec.cidr.parse::<IpNet>() else { continue };
+            if !network.subnets.iter().any(|subnet| subnet.contains(&cidr)) {
+                continue;
+            }
+            taken.insert(cidr);
+            // One that the operator is about to take back, as it was a gone node's, is written anew: then it is left alone, or is not this node's.
+            if block.spec.node == self.registry.node()
+                && (known.contains(&cidr) || self.registry.renew_block(block).await?)
+            {
+                own.push(cidr);
+            }
         }
+        let news: Vec<IpNet> = own.iter().filter(|block| !known.contains(block)).copied().collect();
+        self.learn_claims(state, network, &news).await?;
+        let is_news = known != own;
+        state.blocks.insert(network.name.clone(), own);
+        Ok((is_news, taken))
+    }
+
+    /// Claims a block, unless another node was faster: then nothing is said, as the next look shows it.
+    async fn create_block(&self, state: &mut State, network: &Network, block: IpNet) -> Result<bool, ApiError> {
+        let name = block_name(&network.name, block);
+        let spec = IPBlockSpec {
+            network: network.name.clone(),
+            cidr: block.to_string(),
+            node: self.registry.node().to_owned(),
+        };
+        if !self.registry.create_block(&IPBlock::new(&name, spec)).await? {
+            return Ok(false);
+        }
+        self.learn_claims(state, network, &[block]).await?;
+        state.blocks.entry(network.name.clone()).or_default().push(block);
+        Ok(true)
+    }
+
+    /// Asks for claims of addresses of blocks that were another's: the watch may have been silent since before they were made.
+    async fn learn_claims(&self, state: &mut State, network: &Network, blocks: &[IpNet]) -> Result<(), ApiError> {
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        for claim in self.registry.claims().await?.iter().filter(|claim| claim.spec.network == network.name) {
+            let addresses: Vec<IpAddr> = claim.spec.addresses().collect();
+            if addresses.iter().any(|address| blocks.iter().any(|block| block.contains(address))) {
+                state.fresh_claims.insert(claim.name_any(), (network.name.clone(), addresses));
+            }
+        }
+        Ok(())
     }
 
     /// The networks that this node has blocks of.
     pub async fn networks_with_blocks(&self) -> Result<BTreeSet<String>, ApiError> {
-        let all = self.list_blocks().await?;
-        Ok(all.into_iter().filter(|b| b.spec.node == self.cluster.node).map(|b| b.spec.network).collect())
+        let all = self.registry.blocks().await?;
+        Ok(all.into_iter().filter(|b| b.spec.node == self.registry.node()).map(|b| b.spec.network.clone()).collect())
     }
 
     /// The networks that this node was asked for addresses of, and whose blocks it hasn't given back since.
@@ -359,28 +388,16 @@ impl Addresses {
         let mut none_left = true;
         let claimed = self.claimed_addresses(&mut state, network);
         state.blocks.remove(network);
-        for block in self.list_blocks().await? {
-            let is_ours = block.spec.network == network && block.spec.node == self.cluster.node;
+        for block in self.registry.blocks().await? {
+            let is_ours = block.spec.network == network && block.spec.node == self.registry.node();
             let holds_claim = block.spec.cidr.parse::<IpNet>().is_ok_and(|net| claimed.iter().any(|a| net.contains(a)));
             none_left &= !(is_ours && holds_claim);
             if is_ours && !holds_claim {
-                let name = block.name_any();
-                match self.blocks().delete(&name, &DeleteParams::default()).await {
-                    Err(kube::Error::Api(status)) if status.is_not_found() => {}
-                    Err(e) => return Err(ApiError::new(format!("delete IPBlock {name}"), e)),
-                    Ok(_) => tracing::info!(block = name, "block given back"),
-                }
+                self.registry.delete_block(&block).await?;
+                tracing::info!(block = block.name_any(), "block given back");
             }
         }
         Ok(none_left)
-    }
-
-    fn blocks(&self) -> Api<IPBlock> {
-        Api::all(self.cluster.client.clone())
-    }
-
-    fn claims(&self) -> Api<IPClaim> {
-        Api::all(self.cluster.client.clone())
     }
 }
 
@@ -410,5 +427,7 @@ fn block_name(network: &str, block: IpNet) -> String {
     format!("{network}-{address}")
 }
 
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod tests;

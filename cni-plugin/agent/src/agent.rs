@@ -16,7 +16,7 @@ use portolan_runtime::{
     events::Events,
     http::{self, Health, ServeError},
 };
-use tokio::sync::{Mutex, Notify};
+use tokio::sync::{Mutex, Notify, RwLock};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -36,6 +36,7 @@ use crate::{
     settings::{SOCKET, Settings},
     snapshot::{Keeper, Snapshot},
     sync::{self, Applied},
+    turns::Turns,
 };
 
 /// How often the container runtime's directory is looked at.
@@ -92,7 +93,11 @@ pub(crate) struct Agent {
     /// The pods whose networks are being changed.
     pub busy: Busy,
     /// The right to change networks and ports.
-    pub applied: Mutex<Applied>,
+    pub applied: RwLock<Applied>,
+    /// Whose turn it is to change a port.
+    pub turns: Turns,
+    /// The right to give a pod a MAC that it asks for.
+    pub macs: Mutex<()>,
     /// Where pods ask that should ask our DNS server and don't, if they are to reach it there.
     pub redirect: OnceLock<Ipv4Addr>,
     synced: AtomicBool,
@@ -206,7 +211,9 @@ async fn prepare(
         small_paths: SmallPaths::default(),
         changed,
         busy: Busy::default(),
-        applied: Mutex::default(),
+        applied: RwLock::default(),
+        turns: Turns::default(),
+        macs: Mutex::default(),
         redirect: OnceLock::new(),
         synced: AtomicBool::new(false),
     })

@@ -64,8 +64,8 @@ pub async fn collect(dataplane: &Dataplane, journal: &Journal) -> Result<bool, U
 pub(crate) async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
     loop {
         {
-            // Whoever adds a port has this lock, and the port in the journal before.
-            let _right = agent.applied.lock().await;
+            // Whoever adds a port has the right to read this, and the port in the journal before.
+            let _right = agent.applied.write().await;
             match collect(&agent.dataplane, &agent.journal).await {
                 Ok(false) => {}
                 Ok(true) => agent.changed.notify_one(),

@@ -5,28 +5,47 @@ use std::sync::Arc;
 use k8s_openapi::api::{core::v1::Namespace, networking::v1::NetworkPolicy};
 use kube::ResourceExt;
 use portolan_net::{Filter, port_name};
+use tokio::sync::RwLockReadGuard;
 
 use crate::{
     agent::Agent,
     journal::Endpoint,
+    network::Network,
     policy::{Policies, is_about},
     sync::{Applied, of_network},
     view::{Local, View},
 };
 
 impl Agent {
-    /// The same as [`Self::filter`], for all endpoints of a network that the journal has.
-    pub(crate) async fn filter_network(
-        &self,
-        applied: &mut Applied,
-        network: &str,
-        vni: u32,
-    ) -> portolan_net::Result<()> {
+    /// What may pass at a network's ports, for all endpoints that the journal has.
+    fn filter_of(&self, network: &str) -> Filter {
+        let policies = self.cluster.policies.state();
+        // As a rule there are none, and then nobody needs to be looked at.
+        if !policies.iter().any(|policy| is_about(policy, network)) {
+            return Filter::default();
+        }
         let endpoints = self.journal.select(|e| e.network == network);
         let local = self.local(&endpoints);
         let slices = self.cluster.slices.state();
         let view = View::new(&self.cluster.node, &local, of_network(&slices, network));
-        self.filter(applied, (network, vni), &endpoints, &local, &view).await
+        self.wanted_filter(network, &endpoints, &local, &view)
+    }
+
+    /// Waits until a network is what it is to be, for all endpoints that the journal has: a port's first frame meets its rules. Returns the right
+    /// to change the network's ports, before anybody may change the network again.
+    pub(crate) async fn prepare(&self, network: &Network) -> portolan_net::Result<RwLockReadGuard<'_, Applied>> {
+        let spec = network.spec(self.underlay);
+        let applied = self.applied.read().await;
+        let is_there = applied.has(&spec) && self.dataplane.namespace(spec.vni).is_ok();
+        if is_there && applied.filters.get(&spec.vni) == Some(&self.filter_of(&network.name)) {
+            return Ok(applied);
+        }
+        drop(applied);
+        let (mut applied, vni) = (self.applied.write().await, spec.vni);
+        self.ensure_network(&mut applied, spec).await?;
+        let wanted = self.filter_of(&network.name);
+        self.set_filter(&mut applied, (&network.name, vni), wanted).await?;
+        Ok(applied.downgrade())
     }
 
     /// Makes what may pass at a network's ports what the policies say, if that isn't what was set last. `local` is what `endpoints` are, in
@@ -39,19 +58,30 @@ impl Agent {
         local: &[Local],
         view: &View,
     ) -> portolan_net::Result<()> {
+        let wanted = self.wanted_filter(network, endpoints, local, view);
+        self.set_filter(applied, (network, vni), wanted).await
+    }
+
+    fn wanted_filter(&self, network: &str, endpoints: &[Endpoint], local: &[Local], view: &View) -> Filter {
         let policies = self.cluster.policies.state();
         let policies: Vec<&NetworkPolicy> =
             policies.iter().map(AsRef::as_ref).filter(|policy| is_about(policy, network)).collect();
-        let wanted = match policies.is_empty() {
-            true => Filter::default(),
-            false => {
-                let namespaces = self.cluster.namespaces.state();
-                let namespaces = namespaces.iter().map(|it: &Arc<Namespace>| (it.name_any(), it.labels().clone()));
-                let ports = endpoints.iter().map(|e| port_name(&e.container, &e.interface));
-                let ports = ports.zip(local.iter().map(|local| &local.endpoint));
-                Policies::new(policies, namespaces, view.endpoints()).filter(ports)
-            }
-        };
+        if policies.is_empty() {
+            return Filter::default();
+        }
+        let namespaces = self.cluster.namespaces.state();
+        let namespaces = namespaces.iter().map(|it: &Arc<Namespace>| (it.name_any(), it.labels().clone()));
+        let ports = endpoints.iter().map(|e| port_name(&e.container, &e.interface));
+        let ports = ports.zip(local.iter().map(|local| &local.endpoint));
+        Policies::new(policies, namespaces, view.endpoints()).filter(ports)
+    }
+
+    async fn set_filter(
+        &self,
+        applied: &mut Applied,
+        (network, vni): (&str, u32),
+        wanted: Filter,
+    ) -> portolan_net::Result<()> {
         if applied.filters.get(&vni) == Some(&wanted) {
             return Ok(());
         }

@@ -196,7 +196,7 @@ impl Agent {
     async fn change(&self, endpoint: Endpoint) -> Result<(), PlugError> {
         let port = endpoint.port();
         // Whoever follows other annotations of the pod reads and writes the journal with the same right.
-        let _right = self.applied.lock().await;
+        let _right = self.applied.write().await;
         self.journal.put(endpoint)?;
         self.dataplane.add_port(&port).await?;
         self.changed.notify_one();

@@ -33,6 +33,7 @@ mod server;
 mod settings;
 mod slices;
 mod sync;
+mod turns;
 
 pub use agent::{AgentError, run, run_with};
 pub use settings::{Settings, UninstallSettings, uninstall};

@@ -204,16 +204,24 @@ impl Agent {
 
     async fn plug_one(&self, network: &Network, endpoint: &Endpoint) -> Result<(), PlugError> {
         self.evict(endpoint).await?;
-        let mut applied = self.applied.lock().await;
-        // Once more: another pod that asks for the same may have come first.
-        self.check_mac_here(&endpoint.network, endpoint.mac, (&endpoint.namespace, &endpoint.pod))?;
+        let _turn = self.turns.take(&endpoint.id()).await;
         // First on disk: a port that the journal doesn't know is taken for a leftover.
-        self.journal.put(endpoint.clone())?;
-        self.ensure_network(&mut applied, network.spec(self.underlay)).await?;
-        // Before the port is there: its first frame meets them.
-        self.filter_network(&mut applied, &network.name, network.vni).await?;
+        self.record(endpoint).await?;
+        let _right = self.prepare(network).await?;
         self.dataplane.add_port(&endpoint.port()).await?;
         Ok(())
+    }
+
+    /// Puts an endpoint into the journal, unless another pod got the MAC that it asks for first.
+    async fn record(&self, endpoint: &Endpoint) -> Result<(), PlugError> {
+        let _right = self.applied.read().await;
+        // Those that are made from addresses are nobody else's.
+        if is_endpoint_mac(&endpoint.network, endpoint.mac) {
+            return Ok(self.journal.put(endpoint.clone())?);
+        }
+        let _one_at_a_time = self.macs.lock().await;
+        self.check_mac_here(&endpoint.network, endpoint.mac, (&endpoint.namespace, &endpoint.pod))?;
+        Ok(self.journal.put(endpoint.clone())?)
     }
 
     /// An earlier sandbox of the same pod may still have the address. Another pod's is never taken.
@@ -235,7 +243,12 @@ impl Agent {
     }
 
     pub(crate) async fn unplug(&self, endpoint: &Endpoint) -> Result<(), UnplugError> {
-        let _right = self.applied.lock().await;
+        let _turn = self.turns.take(&endpoint.id()).await;
+        let _right = self.applied.read().await;
+        // Whoever had the turn before may have done it, and the address may be another port's by now.
+        if self.journal.select(|e| e.id() == endpoint.id()).is_empty() {
+            return Ok(());
+        }
         unplug(&self.dataplane, &self.journal, endpoint).await?;
         self.changed.notify_one();
         Ok(())

@@ -34,7 +34,8 @@ const INTERVAL: Duration = Duration::from_secs(60);
 /// How soon something that failed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 
-/// What was applied to the kernel since the agent started; its lock is the right to change networks and ports.
+/// What was applied to the kernel since the agent started. To read it is the right to change single ports, each of them in its
+/// [turn](crate::turns::Turns); to write it, the right to change networks and whatever is on them.
 #[derive(Default)]
 pub(crate) struct Applied {
     networks: BTreeMap<u32, NetworkSpec>,
@@ -42,10 +43,17 @@ pub(crate) struct Applied {
     pub filters: BTreeMap<u32, Filter>,
 }
 
+impl Applied {
+    /// Whether a network was made what the spec says since the start.
+    pub fn has(&self, spec: &NetworkSpec) -> bool {
+        self.networks.get(&spec.vni) == Some(spec)
+    }
+}
+
 impl Agent {
     /// Makes a network what its spec says, unless this was done since the start.
     pub(crate) async fn ensure_network(&self, applied: &mut Applied, spec: NetworkSpec) -> portolan_net::Result<()> {
-        if applied.networks.get(&spec.vni) == Some(&spec) && self.dataplane.namespace(spec.vni).is_ok() {
+        if applied.has(&spec) && self.dataplane.namespace(spec.vni).is_ok() {
             return Ok(());
         }
         self.dataplane.ensure_network(&spec).await?;
@@ -170,7 +178,7 @@ impl Sync<'_> {
         let mut zones = Vec::new();
         let mut views = BTreeMap::new();
         let mut written = Vec::new();
-        let mut applied = self.agent.applied.lock().await;
+        let mut applied = self.agent.applied.write().await;
         // Read under the lock: a pod that is being plugged in is in the journal before its network is touched.
         let by_network = self.by_network();
         self.refused.retain(|uid, _| by_network.values().flatten().any(|e| e.uid == *uid));

@@ -95,18 +95,18 @@ fn address(number: u128, subnet: IpNet) -> IpAddr {
 /// # Errors
 /// When every block is taken.
 pub fn free_block(subnet: IpNet, taken: &BTreeSet<IpNet>, node: &str) -> Result<IpNet, AddressError> {
-    let all = blocks(subnet);
-    let count = all.clone().count();
-    let start = node.bytes().fold(0usize, |sum, b| sum.wrapping_mul(31).wrapping_add(usize::from(b)));
-    let start = start % count.max(1);
+    let (pool, prefix) = (pool(subnet), block_prefix(subnet));
+    let (first, count) = (number(pool.network()), 1u128 << prefix.saturating_sub(pool.prefix_len()));
+    let size = 1u128 << pool.max_prefix_len().saturating_sub(prefix);
+    let start = node.bytes().fold(0u128, |sum, b| (sum * 31 + u128::from(b)) % count);
+    let nth = |n: u128| IpNet::new(address(first + (start + n) % count * size, subnet), prefix).ok();
     // A block is taken whole as a rule; one of another size is there only if the rule has changed since.
     let is_taken =
         |block: &IpNet| taken.contains(block) || taken.iter().any(|t| t.contains(block) || block.contains(t));
-    all.clone()
-        .skip(start)
-        .chain(all.take(start))
-        .find(|block| !is_taken(block))
-        .ok_or(AddressError::SubnetFull { subnet, blocks: count })
+    (0..count)
+        .filter_map(nth)
+        .find(|block| usable(subnet, *block).next().is_some() && !is_taken(block))
+        .ok_or_else(|| AddressError::SubnetFull { subnet, blocks: blocks(subnet).count() })
 }
 
 /// The first address of a node's own blocks of a subnet that is not in use; none when they are full.

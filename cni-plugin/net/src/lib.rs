@@ -22,6 +22,7 @@ mod path;
 mod paths;
 mod ping;
 mod port;
+mod removal;
 mod sysctl;
 
 pub use bandwidth::{Bandwidth, Limit};

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use futures::{StreamExt, TryStreamExt};
+use futures::{StreamExt, TryStreamExt, channel::mpsc::UnboundedReceiver};
 use ipnet::{IpNet, Ipv4Net};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
@@ -14,12 +14,19 @@ use netlink_packet_route::{
     neighbour::NeighbourMessage,
     route::{RouteAddress, RouteAttribute, RouteType},
 };
-use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use rtnetlink::{
+    MulticastGroup,
+    packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
+    sys::SocketAddr,
+};
 
 use crate::{
     error::{Error, Result},
     namespace::Namespace,
 };
+
+/// What the kernel says without being asked.
+pub(crate) type News = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>;
 
 /// An open socket. It holds its namespace alive until it is dropped.
 pub(crate) struct Netlink {
@@ -30,13 +37,18 @@ pub(crate) struct Netlink {
 impl Netlink {
     /// Opens a socket in a namespace. Needs a tokio runtime, which then drives it.
     pub fn open(namespace: &Namespace) -> Result<Self> {
+        Ok(Self::open_listening(namespace, &[])?.0)
+    }
+
+    /// The same, and what the kernel says of itself to these groups (rtnetlink(7)) from now on, until the socket is dropped.
+    pub fn open_listening(namespace: &Namespace, groups: &[MulticastGroup]) -> Result<(Self, News)> {
         let runtime = tokio::runtime::Handle::current();
-        let (connection, handle, _) = namespace.run(move || {
+        let (connection, handle, news) = namespace.run(move || {
             let _entered = runtime.enter();
-            rtnetlink::new_connection()
+            rtnetlink::new_multicast_connection(groups)
         })?;
         tokio::spawn(connection);
-        Ok(Self { handle, place: namespace.path().display().to_string() })
+        Ok((Self { handle, place: namespace.path().display().to_string() }, news))
     }
 
     /// The requests of the netlink library.

@@ -17,7 +17,7 @@ use netlink_packet_route::{
     neighbour::{NeighbourFlags, NeighbourState},
 };
 use rtnetlink::{
-    LinkBridgePort, LinkUnspec, LinkVeth,
+    LinkBridgePort, LinkUnspec, LinkVeth, MulticastGroup,
     packet_core::{NLM_F_CREATE, NLM_F_REPLACE},
 };
 
@@ -29,7 +29,7 @@ use crate::{
     mac::is_port_name,
     namespace::Namespace,
     netlink::{Netlink, link_facts, link_name},
-    sysctl,
+    removal, sysctl,
 };
 
 /// How long the kernel may take to let frames through a port that is up at both ends.
@@ -79,7 +79,8 @@ impl Dataplane {
         {
             return Err(Error::MtuTooSmall { mtu: spec.mtu, address, interface: spec.interface.clone() });
         }
-        let network = Netlink::open(&self.namespace(spec.vni)?)?;
+        let namespace = self.namespace(spec.vni)?;
+        let network = Netlink::open(&namespace)?;
         let pod_namespace = Namespace::open(self.root(), &spec.netns)?;
         let pod = Netlink::open(&pod_namespace)?;
         let mut is_new = false;
@@ -92,7 +93,7 @@ impl Dataplane {
         let result = added.await;
         if let Err(e) = &result
             && is_new
-            && let Err(second) = remove_links(&network, &spec.port).await
+            && let Err(second) = remove_links(&namespace, &spec.port).await
         {
             tracing::warn!(error = %second, cause = %e, port = spec.port, "a port that could not be set up could not be removed either");
         }
@@ -143,8 +144,7 @@ impl Dataplane {
             Err(Error::NoNetwork { .. }) => return Ok(()),
             other => other?,
         };
-        let network = Netlink::open(&namespace)?;
-        remove_links(&network, port).await?;
+        let network = remove_links(&namespace, port).await?;
         if let Some(bridge) = network.link(BRIDGE).await? {
             for address in ipv4(addresses) {
                 remove_neighbour(&network, bridge.header.index, address).await?;
@@ -195,10 +195,13 @@ impl Dataplane {
     }
 }
 
-/// The port first: what leads to the other would drop all without it.
-async fn remove_links(network: &Netlink, port: &str) -> Result<()> {
-    network.remove_link(port).await?;
-    network.remove_link(&bandwidth::shaper_name(port)).await
+/// The port first: what leads to the other would drop all without it. Returns the socket by which that was asked for.
+async fn remove_links(namespace: &Namespace, port: &str) -> Result<Netlink> {
+    let (network, mut news) = Netlink::open_listening(namespace, &[MulticastGroup::Link])?;
+    for link in [port, &bandwidth::shaper_name(port)] {
+        removal::remove_link(namespace, (&network, &mut news), link).await?;
+    }
+    Ok(network)
 }
 
 /// The network's side: the port into the bridge, and fixed entries, so that frames for the pod are never flooded and the

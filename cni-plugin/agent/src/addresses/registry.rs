@@ -1,0 +1,131 @@
+//! Where the nodes agree on addresses: IPBlocks and IPClaims, whose names are locks.
+
+use std::sync::Arc;
+
+use kube::{
+    Api, ResourceExt,
+    api::{DeleteParams, ListParams, PostParams, Preconditions},
+    runtime::reflector::ObjectRef,
+};
+use portolan_crds::{IPBlock, IPClaim};
+
+use crate::{cluster::Cluster, error::ApiError};
+
+/// The annotation of a block that says which version its node last took up: that makes it another version.
+const RENEWED: &str = "portolan.dev/renewed";
+
+/// What a node sees and does of blocks and claims. A request that fails may have been carried out all the same, unless the error says otherwise
+/// ([`is_refusal`]).
+pub(crate) trait Registry {
+    /// The node's own name.
+    fn node(&self) -> &str;
+
+    /// All blocks, as they are now.
+    async fn blocks(&self) -> Result<Vec<Arc<IPBlock>>, ApiError>;
+
+    /// Gives a block another version; `false` if it isn't any more what was read.
+    async fn renew_block(&self, block: &IPBlock) -> Result<bool, ApiError>;
+
+    /// Makes a block; `false` if there is one of that name.
+    async fn create_block(&self, block: &IPBlock) -> Result<bool, ApiError>;
+
+    /// Deletes this very block; it is right if it is gone, or is another one of the same name by now.
+    async fn delete_block(&self, block: &IPBlock) -> Result<(), ApiError>;
+
+    /// All claims, as they are now.
+    async fn claims(&self) -> Result<Vec<Arc<IPClaim>>, ApiError>;
+
+    /// A claim, as it is now.
+    async fn claim(&self, name: &str) -> Result<Option<IPClaim>, ApiError>;
+
+    /// Makes a claim; `false` if there is one of that name.
+    async fn create_claim(&self, claim: &IPClaim) -> Result<bool, ApiError>;
+
+    /// Changes a claim, unless it has changed since it was read.
+    async fn replace_claim(&self, claim: &IPClaim) -> Result<(), ApiError>;
+
+    /// All claims, as the watch has shown them by now.
+    fn seen_claims(&self) -> Vec<Arc<IPClaim>>;
+
+    /// One of these.
+    fn seen_claim(&self, name: &str) -> Option<Arc<IPClaim>>;
+}
+
+/// Whether the API server has refused a request: then it wasn't carried out, and never will be.
+pub(crate) fn is_refusal(error: &ApiError) -> bool {
+    matches!(&*error.source, kube::Error::Api(status) if (400..500).contains(&status.code))
+}
+
+impl Registry for Cluster {
+    fn node(&self) -> &str {
+        &self.node
+    }
+
+    async fn blocks(&self) -> Result<Vec<Arc<IPBlock>>, ApiError> {
+        let listed = Api::<IPBlock>::all(self.client.clone()).list(&ListParams::default()).await;
+        listed.map(|l| l.items.into_iter().map(Arc::new).collect()).map_err(|e| ApiError::new("list IPBlocks", e))
+    }
+
+    async fn renew_block(&self, block: &IPBlock) -> Result<bool, ApiError> {
+        let (name, mut renewed) = (block.name_any(), block.clone());
+        renewed.annotations_mut().insert(RENEWED.to_owned(), block.resource_version().unwrap_or_default());
+        match Api::<IPBlock>::all(self.client.clone()).replace(&name, &PostParams::default(), &renewed).await {
+            Ok(_) => Ok(true),
+            Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(false),
+            Err(e) => Err(ApiError::new(format!("renew IPBlock {name}"), e)),
+        }
+    }
+
+    async fn create_block(&self, block: &IPBlock) -> Result<bool, ApiError> {
+        let created = Api::<IPBlock>::all(self.client.clone()).create(&PostParams::default(), block).await;
+        is_new(created, || format!("create IPBlock {}", block.name_any()))
+    }
+
+    async fn delete_block(&self, block: &IPBlock) -> Result<(), ApiError> {
+        let preconditions = Some(Preconditions { uid: block.uid(), resource_version: None });
+        let params = DeleteParams { preconditions, ..DeleteParams::default() };
+        match Api::<IPBlock>::all(self.client.clone()).delete(&block.name_any(), &params).await {
+            Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(()),
+            Err(e) => Err(ApiError::new(format!("delete IPBlock {}", block.name_any()), e)),
+            Ok(_) => Ok(()),
+        }
+    }
+
+    async fn claims(&self) -> Result<Vec<Arc<IPClaim>>, ApiError> {
+        let listed = Api::<IPClaim>::all(self.client.clone()).list(&ListParams::default()).await;
+        listed.map(|l| l.items.into_iter().map(Arc::new).collect()).map_err(|e| ApiError::new("list IPClaims", e))
+    }
+
+    async fn claim(&self, name: &str) -> Result<Option<IPClaim>, ApiError> {
+        let found = Api::<IPClaim>::all(self.client.clone()).get_opt(name).await;
+        found.map_err(|e| ApiError::new(format!("get IPClaim {name}"), e))
+    }
+
+    async fn create_claim(&self, claim: &IPClaim) -> Result<bool, ApiError> {
+        let created = Api::<IPClaim>::all(self.client.clone()).create(&PostParams::default(), claim).await;
+        is_new(created, || format!("create IPClaim {}", claim.name_any()))
+    }
+
+    async fn replace_claim(&self, claim: &IPClaim) -> Result<(), ApiError> {
+        let (claims, name) = (Api::<IPClaim>::all(self.client.clone()), claim.name_any());
+        let replaced = claims.replace(&name, &PostParams::default(), claim).await;
+        let action = || format!("hand IPClaim {name} over to StatefulSet {}", claim.spec.owner);
+        replaced.map(drop).map_err(|e| ApiError::new(action(), e))
+    }
+
+    fn seen_claims(&self) -> Vec<Arc<IPClaim>> {
+        self.claims.state()
+    }
+
+    fn seen_claim(&self, name: &str) -> Option<Arc<IPClaim>> {
+        self.claims.get(&ObjectRef::new(name))
+    }
+}
+
+fn is_new<T>(created: kube::Result<T>, action: impl FnOnce() -> String) -> Result<bool, ApiError> {
+    match created {
+        Ok(_) => Ok(true),
+        Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(false),
+        Err(e) => Err(ApiError::new(action(), e)),
+    }
+}
