@@ -98,7 +98,12 @@ fn an_agent_of_five_thousand_nodes_knows_all_pods_and_follows() {
     node.start();
     wait("the agent to be ready", || node.status().is_ok());
     let (ready, ready_cpu) = used();
-    println!("{} pods of {NODES} nodes: heard of with {:.0} MiB and {:.1} s of a processor", NODES * PODS, ready - before, ready_cpu - cpu);
+    println!(
+        "{} pods of {NODES} nodes: heard of with {:.0} MiB and {:.1} s of a processor",
+        NODES * PODS,
+        ready - before,
+        ready_cpu - cpu
+    );
 
     let (_, cpu) = used();
     let begun = Instant::now();
@@ -107,18 +112,29 @@ fn an_agent_of_five_thousand_nodes_knows_all_pods_and_follows() {
     wait("the last name", || is_answered(&node, &pod, &format!("web-{}-{}.backend.", NODES - 1, PODS - 1)));
     wait("all forwarding entries", || tunnels(&node) == (NODES * PODS + NODES) as usize);
     let (there, there_cpu) = used();
-    println!("all in the kernel and in names after {:.1} s, with {:.1} s of a processor; {:.0} MiB in all", begun.elapsed().as_secs_f64(), there_cpu - cpu, there - before);
+    println!(
+        "all in the kernel and in names after {:.1} s, with {:.1} s of a processor; {:.0} MiB in all",
+        begun.elapsed().as_secs_f64(),
+        there_cpu - cpu,
+        there - before
+    );
 
     let (_, cpu) = used();
     let mut took = Vec::new();
     for far in 0..EVENTS {
         let name = format!("web-{far}-0.backend.");
         node.api.edit(&format!("{SLICES}/backend.far-{far}"), json!({"spec": {"endpoints": pods_of(far, false)}}));
-        took.push(wait("a pod that isn't ready to be out of answers", || !is_answered(&node, &pod, &name)).as_secs_f64());
+        took.push(
+            wait("a pod that isn't ready to be out of answers", || !is_answered(&node, &pod, &name)).as_secs_f64(),
+        );
     }
     took.sort_by(f64::total_cmp);
     let (_, after) = used();
-    println!("a change at a time: in answers after {:.2} s (median), {:.2} s of a processor each", took[took.len() / 2], (after - cpu) / f64::from(EVENTS));
+    println!(
+        "a change at a time: in answers after {:.2} s (median), {:.2} s of a processor each",
+        took[took.len() / 2],
+        (after - cpu) / f64::from(EVENTS)
+    );
 
     let (_, cpu) = used();
     let begun = Instant::now();
@@ -128,10 +144,18 @@ fn an_agent_of_five_thousand_nodes_knows_all_pods_and_follows() {
     let last = format!("web-{}-0.backend.", 1000 + BURST - 1);
     wait("the last change", || !is_answered(&node, &pod, &last));
     let (took, (memory, after)) = (begun.elapsed().as_secs_f64(), used());
-    println!("{BURST} changes at once: {:.0} a second, {:.1} ms of a processor each; {:.0} MiB in all", f64::from(BURST) / took, (after - cpu) * 1000.0 / f64::from(BURST), memory - before);
+    println!(
+        "{BURST} changes at once: {:.0} a second, {:.1} ms of a processor each; {:.0} MiB in all",
+        f64::from(BURST) / took,
+        (after - cpu) * 1000.0 / f64::from(BURST),
+        memory - before
+    );
     let begun = Instant::now();
     let another = node.pod("another", on_backend(), json!({}));
     node.add(&another).unwrap();
     println!("another pod's ADD: {:.0} ms", begun.elapsed().as_secs_f64() * 1000.0);
-    assert!((0..PODS).skip(1).all(|it| is_answered(&node, &pod, &format!("web-1000-{it}.backend."))), "the others stay");
+    assert!(
+        (0..PODS).skip(1).all(|it| is_answered(&node, &pod, &format!("web-1000-{it}.backend."))),
+        "the others stay"
+    );
 }

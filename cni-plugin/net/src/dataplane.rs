@@ -4,6 +4,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use futures::TryStreamExt;
@@ -13,6 +14,7 @@ use crate::{
     error::{Error, Result},
     namespace::{Namespace, within},
     netlink::Netlink,
+    removal::Removals,
 };
 
 /// Where named namespaces are on a host.
@@ -26,12 +28,13 @@ pub struct Dataplane {
     root: PathBuf,
     underlay: Option<PathBuf>,
     programs: Option<PathBuf>,
+    removals: Arc<Removals>,
 }
 
 impl Dataplane {
     /// The networks of the host whose root directory is seen at `root`. Tunnels leave by this process's own namespace.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), underlay: None, programs: None }
+        Self { root: root.into(), underlay: None, programs: None, removals: Arc::default() }
     }
 
     /// Lets tunnels leave by another namespace, known by its path on the host.
@@ -46,6 +49,11 @@ impl Dataplane {
     pub fn with_programs(mut self, root: impl Into<PathBuf>) -> Self {
         self.programs = Some(root.into());
         self
+    }
+
+    /// The links that are to go.
+    pub(crate) fn removals(&self) -> &Removals {
+        &self.removals
     }
 
     /// The root directory in which the host's programs are run.

@@ -17,7 +17,7 @@ use netlink_packet_route::{
     neighbour::{NeighbourFlags, NeighbourState},
 };
 use rtnetlink::{
-    LinkBridgePort, LinkUnspec, LinkVeth, MulticastGroup,
+    LinkBridgePort, LinkUnspec, LinkVeth,
     packet_core::{NLM_F_CREATE, NLM_F_REPLACE},
 };
 
@@ -93,7 +93,7 @@ impl Dataplane {
         let result = added.await;
         if let Err(e) = &result
             && is_new
-            && let Err(second) = remove_links(&namespace, &spec.port).await
+            && let Err(second) = self.remove_links(spec.vni, &namespace, &spec.port).await
         {
             tracing::warn!(error = %second, cause = %e, port = spec.port, "a port that could not be set up could not be removed either");
         }
@@ -144,13 +144,23 @@ impl Dataplane {
             Err(Error::NoNetwork { .. }) => return Ok(()),
             other => other?,
         };
-        let network = remove_links(&namespace, port).await?;
+        self.remove_links(vni, &namespace, port).await?;
+        let mut addresses = ipv4(addresses).peekable();
+        if addresses.peek().is_none() {
+            return Ok(());
+        }
+        let network = Netlink::open(&namespace)?;
         if let Some(bridge) = network.link(BRIDGE).await? {
-            for address in ipv4(addresses) {
+            for address in addresses {
                 remove_neighbour(&network, bridge.header.index, address).await?;
             }
         }
         Ok(())
+    }
+
+    async fn remove_links(&self, vni: u32, namespace: &Namespace, port: &str) -> Result<()> {
+        let links = vec![port.to_owned(), bandwidth::shaper_name(port)];
+        self.removals().remove(vni, namespace, links).await
     }
 
     /// The names of a network's ports; none if it isn't set up here.
@@ -195,15 +205,6 @@ impl Dataplane {
     }
 }
 
-/// The port first: what leads to the other would drop all without it. Returns the socket by which that was asked for.
-async fn remove_links(namespace: &Namespace, port: &str) -> Result<Netlink> {
-    let (network, mut news) = Netlink::open_listening(namespace, &[MulticastGroup::Link])?;
-    for link in [port, &bandwidth::shaper_name(port)] {
-        removal::remove_link(namespace, (&network, &mut news), link).await?;
-    }
-    Ok(network)
-}
-
 /// The network's side: the port into the bridge, and fixed entries, so that frames for the pod are never flooded and the
 /// bridge never asks for it.
 async fn plug(network: &Netlink, spec: &PortSpec) -> Result<()> {
@@ -213,7 +214,8 @@ async fn plug(network: &Netlink, spec: &PortSpec) -> Result<()> {
     let shaper = bandwidth::ensure_shaper(network, spec).await?;
     guard::set(network, index, spec, shaper).await?;
     bandwidth::set(network, index, spec).await?;
-    let up = LinkUnspec::new_with_index(index).mtu(spec.mtu).controller(bridge).up().build();
+    // It may have been about to go when the agent ended.
+    let up = LinkUnspec::new_with_index(index).mtu(spec.mtu).controller(bridge).link_group(removal::STAYS).up().build();
     network.set_link(up, format!("plug {} into br0", spec.port)).await?;
     let entry = bridge_entry(index, spec.mac);
     let flags = NLM_F_CREATE | NLM_F_REPLACE;

