@@ -99,6 +99,7 @@ impl Node {
             port: 7789,
             suppression: false,
             multicast: Multicast::Flood,
+            encrypted: false,
         };
         self.dataplane.ensure_network(&spec).await.unwrap();
     }

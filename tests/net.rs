@@ -16,6 +16,7 @@ use portolan_net::{
 
 mod addresses;
 mod bandwidth;
+mod encrypted;
 mod families;
 mod leaks;
 mod multicast;
@@ -60,7 +61,7 @@ impl Node {
     fn spec(&self, vni: u32, suppression: bool) -> NetworkSpec {
         let subnets = vec!["10.32.0.0/24".parse().unwrap(), "fd32::/64".parse().unwrap()];
         let multicast = Multicast::Flood;
-        NetworkSpec { vni, mtu: 1450, vtep: self.vtep, subnets, port: 7789, suppression, multicast }
+        NetworkSpec { vni, mtu: 1450, vtep: self.vtep, subnets, port: 7789, suppression, multicast, encrypted: false }
     }
 
     /// A pod of that name on a network; its addresses are 10.32.0.`last` and fd32::`last`.

@@ -18,7 +18,9 @@ pub use network::*;
 pub use policy::{PolicyNetworksError, is_network_name, policy_networks};
 pub use snapshot::*;
 pub use storage_node::*;
-pub use subnets::{IPV6_LEAST_MTU, SubnetError, VXLAN_OVERHEAD, capacity, pool, subnets};
+pub use subnets::{
+    IPV6_LEAST_MTU, SubnetError, VXLAN_OVERHEAD, WIREGUARD_OVERHEAD, WIREGUARD_PADDING, capacity, pool, subnets,
+};
 pub use volume::*;
 
 use kube::CustomResourceExt;

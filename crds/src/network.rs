@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -35,6 +35,7 @@ use crate::subnets::addresses;
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("self.subnets == oldSelf.subnets").message("subnets can't be changed once pods may have addresses: make another network"),
+    validation = Rule::new("self.encryption == oldSelf.encryption").message("encryption can't be changed: make another network"),
     validation = Rule::new("!has(self.mtu) || self.mtu >= 1280 || self.subnets.all(s, isCIDR(s) && cidr(s).ip().family() == 4)")
         .message("mtu is 1280 or more where a subnet is an IPv6 CIDR (RFC 8200, section 5)"),
 )]
@@ -54,7 +55,7 @@ pub struct ContainerNetworkSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 16_777_215))]
     pub vni: Option<u32>,
-    /// The MTU of the pods' interfaces in bytes; the underlay's less 50 if not given.
+    /// The MTU of the pods' interfaces in bytes; the underlay's less 50 if not given, or less 110 with encryption.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 576, max = 9000))]
     pub mtu: Option<u32>,
@@ -64,6 +65,19 @@ pub struct ContainerNetworkSpec {
     /// Where IP multicast goes: to all pods (`Flood`), or only to those that joined the group by IGMP or MLD (`Snooping`; RFC 4541).
     #[serde(default)]
     pub multicast: Multicast,
+    /// How packets between nodes are encrypted. A pod doesn't start on a node whose kernel has no WireGuard if its network has `WireGuard`.
+    #[serde(default)]
+    pub encryption: Encryption,
+}
+
+/// How a network's packets are encrypted between nodes.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum Encryption {
+    /// Not at all.
+    #[default]
+    None,
+    /// By the kernel's WireGuard.
+    WireGuard,
 }
 
 /// Where a network's IP multicast goes.
@@ -92,10 +106,24 @@ pub struct ContainerNetworkStatus {
     /// The addresses of the IPv6 subnet, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ipv6: Option<AddressCounts>,
+    /// The newest generation of the nodes' keys, if the network is encrypted; the same for all networks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keys: Option<KeyGeneration>,
     /// `Ready`, and what stands in its way; `NamesInjected`, and which pods don't get the network's names; `MTUMismatch`, and
     /// which paths between nodes carry less than pods may send.
     #[serde(default)]
     pub conditions: Vec<Condition>,
+}
+
+/// The newest generation of the nodes' keys.
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KeyGeneration {
+    /// Its number. Nodes make a key of it, and drop the former one when nobody needs it any more.
+    pub generation: u32,
+    /// When it began. A time long ago makes the next one begin.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<Time>,
 }
 
 /// How many addresses of a subnet are somebody's.
@@ -136,13 +164,39 @@ pub struct NetworkNodeSliceSpec {
     /// The paths to other nodes that carry less than this node's pods may send; none if no such path is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path_mtu: Option<PathMtu>,
+    /// By which keys the node is to be reached, if the network is encrypted; the same in all slices of the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<NodeEncryption>,
+}
+
+/// What a node says of its keys.
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeEncryption {
+    /// The keys by which it can be reached: one, or two while they are rotated.
+    #[serde(default)]
+    pub keys: Vec<NodeKey>,
+    /// The oldest generation of keys by which it still sends packets to any node.
+    #[serde(default)]
+    pub sends: u32,
+}
+
+/// A node's key of one generation. Keys of the same generation belong together.
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeKey {
+    /// The generation.
+    pub generation: u32,
+    /// WireGuard's public key in base64.
+    pub public_key: String,
 }
 
 /// Paths between nodes that are too small for a network.
 #[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PathMtu {
-    /// What a path has to carry, in bytes with the outer IP header: the largest MTU of the node's pods, and 50 for VXLAN.
+    /// What a path has to carry, in bytes with the outer IP header: the largest MTU of the node's pods, and 50 for VXLAN; with encryption
+    /// 60 more, and up to 15 by which packets are filled up.
     pub needed: u32,
     /// The paths, the smallest first; sixteen at most.
     #[serde(default)]

@@ -14,6 +14,10 @@ const IPV6_POOL: u8 = 104;
 pub const IPV6_LEAST_MTU: u32 = 1280;
 /// What VXLAN adds to a pod's packet between nodes, in bytes (RFC 7348, section 5): Ethernet 14, VXLAN 8, UDP 8, IPv4 20.
 pub const VXLAN_OVERHEAD: u32 = 50;
+/// What WireGuard adds to that over IPv4, in bytes: outer IP 20, UDP 8, header 16, authentication tag 16.
+pub const WIREGUARD_OVERHEAD: u32 = 60;
+/// WireGuard fills packets up to a multiple of so many bytes.
+pub const WIREGUARD_PADDING: u32 = 16;
 
 /// What a network can't have as its subnets.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]

@@ -38,6 +38,11 @@ impl Lab {
         self.openzfs
     }
 
+    /// Whether the nodes' kernel has WireGuard.
+    pub fn has_wireguard(&self) -> bool {
+        self.openzfs
+    }
+
     /// Whether there is a node beside those with pools, on which Portolan's controllers belong.
     pub fn has_control_node(&self) -> bool {
         self.openzfs

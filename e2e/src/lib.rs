@@ -3,6 +3,7 @@
 //! The lab must be up (`make lab-up`); `LANE` chooses which one.
 
 pub mod bad_input;
+pub mod encrypted;
 pub mod encryption;
 pub mod everyone;
 pub mod families;

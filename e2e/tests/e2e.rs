@@ -1,7 +1,7 @@
 //! The lab must be up, with the images imported.
 
 use portolan_e2e::{
-    bad_input, encryption, everyone, families, faults, hotplug,
+    bad_input, encrypted, encryption, everyone, families, faults, hotplug,
     lab::Lab,
     limits, migration, policies, resuming, rolling, sanity, scene, shared_reading, snapshots,
     storage_suite::{self, Scope},
@@ -16,7 +16,7 @@ type Part = (&'static str, bool, fn(&Lab) -> anyhow::Result<()>);
 fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     let lab = Lab::connect()?;
     let openzfs = lab.has_zvols();
-    let parts: [Part; 20] = [
+    let parts: [Part; 21] = [
         ("install", true, scene::install),
         ("scene", true, scene::play),
         // The same on each pool, and emulated nodes need many minutes.
@@ -30,6 +30,8 @@ fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
         ("snapshots", !openzfs, snapshots::play),
         ("shared-reading", !openzfs, shared_reading::play),
         ("encryption", true, encryption::play),
+        // By the kernel's WireGuard, which only guests have; the others say so.
+        ("encrypted", true, encrypted::play),
         ("resuming", openzfs, resuming::play),
         ("migration", !openzfs, migration::play),
         ("faults", !openzfs, faults::play),

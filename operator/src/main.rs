@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -45,6 +46,9 @@ struct Arguments {
     /// The cluster's domain.
     #[arg(long, env = "CLUSTER_DOMAIN", default_value = "cluster.local")]
     cluster_domain: String,
+    /// How old the nodes' keys for encrypted networks get before new ones are made, in hours; 0 for ever.
+    #[arg(long, env = "KEY_ROTATION_HOURS", default_value_t = 720)]
+    key_rotation_hours: u32,
 }
 
 #[derive(Subcommand)]
@@ -138,10 +142,12 @@ async fn lead(
         .node_service_account
         .clone()
         .unwrap_or_else(|| format!("system:serviceaccount:{namespace}:portolan-storage"));
+    let hours = u64::from(arguments.key_rotation_hours);
+    let rotation = (hours > 0).then(|| Duration::from_secs(hours * 3600));
     let events = Events::new(client.clone(), COMPONENT);
     leader::run(client.clone(), namespace, COMPONENT, &identity, stop.clone(), |leading| async move {
         tokio::join!(
-            network::run(client.clone(), events.clone(), metrics.clone(), leading.clone()),
+            network::run(client.clone(), events.clone(), metrics.clone(), rotation, leading.clone()),
             authority::run(
                 client.clone(),
                 Arc::clone(authority),

@@ -53,21 +53,24 @@ unsafe impl SocketAddrArg for LinkAddress {
 impl Wire {
     /// Opens the interface `eth1` of a pod. Frames that come from now on are kept.
     pub fn open(pod: &Pod<'_>) -> Self {
-        pod.inside(|| {
-            let socket = socket(AddressFamily::PACKET, SocketType::RAW, Some(eth::ALL))?;
-            let address = LinkAddress {
-                family: AddressFamily::PACKET.as_raw(),
-                protocol: u16::try_from(eth::ALL.as_raw().get()).unwrap(),
-                index: netdevice::name_to_index(&socket, "eth1")?,
-                hardware: 0,
-                kind: 0,
-                length: 0,
-                address: [0; 8],
-            };
-            rustix::net::bind(&socket, &address)?;
-            set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
-            Ok(Self(File::from(socket)))
-        })
+        pod.inside(|| Self::at("eth1"))
+    }
+
+    /// Opens an interface of the namespace that the thread is in.
+    pub fn at(interface: &str) -> io::Result<Self> {
+        let socket = socket(AddressFamily::PACKET, SocketType::RAW, Some(eth::ALL))?;
+        let address = LinkAddress {
+            family: AddressFamily::PACKET.as_raw(),
+            protocol: u16::try_from(eth::ALL.as_raw().get()).unwrap(),
+            index: netdevice::name_to_index(&socket, interface)?,
+            hardware: 0,
+            kind: 0,
+            length: 0,
+            address: [0; 8],
+        };
+        rustix::net::bind(&socket, &address)?;
+        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
+        Ok(Self(File::from(socket)))
     }
 
     pub fn send(&mut self, frame: &[u8]) {
@@ -90,6 +93,17 @@ impl Wire {
             }
         }
         None
+    }
+
+    /// All frames that have come by now.
+    pub fn all(&mut self) -> Vec<Vec<u8>> {
+        rustix::io::ioctl_fionbio(&self.0, true).unwrap();
+        let mut seen = Vec::new();
+        let mut buffer = [0; 2000];
+        while let Ok(length) = self.0.read(&mut buffer) {
+            seen.push(buffer[..length].to_vec());
+        }
+        seen
     }
 
     pub fn sees(&mut self, wanted: &[u8]) -> bool {

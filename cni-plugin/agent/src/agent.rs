@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use portolan_net::{Dataplane, VXLAN_OVERHEAD};
+use portolan_net::Dataplane;
 use portolan_runtime::{
     events::Events,
     http::{self, Health, ServeError},
@@ -27,6 +27,7 @@ use crate::{
     everyone::Everyone,
     hotplug::{self, Busy},
     journal::{Journal, JournalError},
+    keys::KeyFile,
     metrics::Metrics,
     network::Underlay,
     paths::SmallPaths,
@@ -83,6 +84,10 @@ pub(crate) struct Agent {
     pub dataplane: Dataplane,
     pub underlay: Underlay,
     pub journal: Arc<Journal>,
+    /// This node's private keys.
+    pub keys: KeyFile,
+    /// The first of the two UDP ports of WireGuard, the same on all nodes.
+    pub wireguard_port: u16,
     pub addresses: Addresses,
     pub events: Events,
     pub metrics: Metrics,
@@ -192,7 +197,7 @@ async fn prepare(
     metrics: Metrics,
     shutdown: &CancellationToken,
 ) -> Result<Agent, AgentError> {
-    let mtu = dataplane.underlay_mtu(settings.host_ip).await?.saturating_sub(VXLAN_OVERHEAD);
+    let mtu = dataplane.underlay_mtu(settings.host_ip).await?;
     let underlay = Underlay { vtep: settings.host_ip, port: settings.vxlan_port, mtu };
     let journal = Arc::new(Journal::open(settings.journal())?);
     conflist::install_plugin(&settings.cni_plugin, &settings.on_host(&settings.cni_bin_dir))?;
@@ -205,6 +210,8 @@ async fn prepare(
         dataplane,
         underlay,
         journal,
+        keys: KeyFile(settings.keys()),
+        wireguard_port: settings.wireguard_port,
         events: Events::new(client, "portolan-agent"),
         metrics,
         peers: Peers::default(),

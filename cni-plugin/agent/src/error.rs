@@ -7,7 +7,7 @@ use portolan_cni::Failure;
 use portolan_crds::{NETWORKS_ANNOTATION, RESOLVER_RANGE};
 use portolan_net::{AddressError, Mac};
 
-use crate::{annotation::AnnotationError, collect::UnplugError, journal::JournalError};
+use crate::{annotation::AnnotationError, collect::UnplugError, encryption::EncryptionError, journal::JournalError};
 
 /// A request of the API server that failed.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +72,8 @@ pub(crate) enum PlugError {
     Busy,
     #[error("no network namespace in /run/netns has the pod's address {0}, or several have it")]
     NoNamespace(IpAddr),
+    #[error("ContainerNetwork {network} is encrypted, which can't be on this node: {source}")]
+    Encryption { network: String, source: EncryptionError },
     #[error(transparent)]
     Api(#[from] ApiError),
     #[error(transparent)]
@@ -103,7 +105,7 @@ impl PlugError {
             | Self::Busy
             | Self::NoNamespace(_)
             | Self::Api(_) => Failure::TRY_AGAIN,
-            Self::Net(_) | Self::Journal(_) | Self::Unplug(_) => Failure::SETUP,
+            Self::Encryption { .. } | Self::Net(_) | Self::Journal(_) | Self::Unplug(_) => Failure::SETUP,
         }
     }
 

@@ -9,6 +9,7 @@ use tokio::sync::RwLockReadGuard;
 
 use crate::{
     agent::Agent,
+    error::PlugError,
     journal::Endpoint,
     network::Network,
     policy::{Policies, is_about},
@@ -33,7 +34,7 @@ impl Agent {
 
     /// Waits until a network is what it is to be, for all endpoints that the journal has: a port's first frame meets its rules. Returns the right
     /// to change the network's ports, before anybody may change the network again.
-    pub(crate) async fn prepare(&self, network: &Network) -> portolan_net::Result<RwLockReadGuard<'_, Applied>> {
+    pub(crate) async fn prepare(&self, network: &Network) -> Result<RwLockReadGuard<'_, Applied>, PlugError> {
         let spec = network.spec(self.underlay);
         let applied = self.applied.read().await;
         let is_there = applied.has(&spec) && self.dataplane.namespace(spec.vni).is_ok();
@@ -42,6 +43,10 @@ impl Agent {
         }
         drop(applied);
         let (mut applied, vni) = (self.applied.write().await, spec.vni);
+        if network.encrypted {
+            let failed = |source| PlugError::Encryption { network: network.name.clone(), source };
+            self.encrypt(&mut applied, Some(&network.name)).await.map_err(failed)?;
+        }
         self.ensure_network(&mut applied, spec).await?;
         let wanted = self.filter_of(&network.name);
         self.set_filter(&mut applied, (&network.name, vni), wanted).await?;

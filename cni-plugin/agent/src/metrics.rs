@@ -22,6 +22,7 @@ pub(crate) struct Metrics {
     names: Family<NetworkLabel, Gauge>,
     pub silent_nodes: Gauge,
     pub small_paths: Gauge,
+    pub waiting_nodes: Gauge,
 }
 
 impl Metrics {
@@ -34,6 +35,7 @@ impl Metrics {
             names: Family::default(),
             silent_nodes: Gauge::default(),
             small_paths: Gauge::default(),
+            waiting_nodes: Gauge::default(),
         };
         let mut registry = Registry::with_prefix("portolan");
         let help = "Time to plug a pod in, those without networks included";
@@ -45,6 +47,8 @@ impl Metrics {
         registry.register("network_silent_nodes", help, metrics.silent_nodes.clone());
         let help = "Nodes on this node's networks to which the path carries less than pods may send";
         registry.register("network_small_paths", help, metrics.small_paths.clone());
+        let help = "Nodes on this node's encrypted networks with which there has been no handshake by their newest key";
+        registry.register("network_nodes_without_handshake", help, metrics.waiting_nodes.clone());
         metrics.dns.register(&mut registry);
         (metrics, Arc::new(registry))
     }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use ipnet::IpNet;
 use kube::ResourceExt;
 use portolan_crds::{ContainerNetwork, RESOLVER_RANGE, condition};
-use portolan_net::{Multicast, NetworkSpec};
+use portolan_net::{Multicast, NetworkSpec, VXLAN_OVERHEAD, WIREGUARD_OVERHEAD, encrypted_size};
 
 use crate::error::PlugError;
 
@@ -17,6 +17,8 @@ pub(crate) struct Network {
     /// At most one of each family, IPv4 first.
     pub subnets: Vec<IpNet>,
     pub suppression: bool,
+    /// Whether it reaches other nodes by WireGuard alone.
+    pub encrypted: bool,
     multicast: Multicast,
     mtu: Option<u32>,
 }
@@ -26,7 +28,7 @@ pub(crate) struct Network {
 pub(crate) struct Underlay {
     pub vtep: Ipv4Addr,
     pub port: u16,
-    /// The MTU of networks that ask for none.
+    /// The MTU in bytes of the interface that has that address.
     pub mtu: u32,
 }
 
@@ -50,11 +52,21 @@ impl Network {
             portolan_crds::Multicast::Flood => Multicast::Flood,
             portolan_crds::Multicast::Snooping => Multicast::Snooping,
         };
-        Ok(Self { name, vni, subnets, suppression, multicast, mtu })
+        let encrypted = object.spec.encryption == portolan_crds::Encryption::WireGuard;
+        if encrypted && status.keys.is_none() {
+            return Err(not_ready("it has no generation of keys yet; is portolan-operator running, of this release?"));
+        }
+        Ok(Self { name, vni, subnets, suppression, encrypted, multicast, mtu })
     }
 
     pub fn mtu(&self, underlay: Underlay) -> u32 {
-        self.mtu.unwrap_or(underlay.mtu)
+        let encryption = if self.encrypted { WIREGUARD_OVERHEAD } else { 0 };
+        self.mtu.unwrap_or(underlay.mtu.saturating_sub(VXLAN_OVERHEAD + encryption))
+    }
+
+    /// The largest packet between nodes, in bytes with the outer IP header, of pods with that MTU.
+    pub fn size(&self, mtu: u32, underlay: Underlay) -> u32 {
+        if self.encrypted { encrypted_size(mtu, underlay.mtu) } else { mtu + VXLAN_OVERHEAD }
     }
 
     /// Whether pods have IPv4 addresses on it, from which they ask the DNS server.
@@ -81,6 +93,7 @@ impl Network {
             port: underlay.port,
             suppression: self.suppression,
             multicast: self.multicast,
+            encrypted: self.encrypted,
         }
     }
 }
@@ -99,7 +112,7 @@ mod tests {
 
     #[test]
     fn what_a_node_makes_of_the_subnets() {
-        let underlay = Underlay { vtep: Ipv4Addr::LOCALHOST, port: 7789, mtu: 1450 };
+        let underlay = Underlay { vtep: Ipv4Addr::LOCALHOST, port: 7789, mtu: 1500 };
         let made = |subnets: &[&str]| {
             let spec = network(subnets).unwrap().spec(underlay);
             spec.subnets.iter().map(IpNet::to_string).collect::<Vec<_>>()
@@ -113,7 +126,7 @@ mod tests {
 
     #[test]
     fn multicast_is_flooded_unless_it_is_to_be_snooped() {
-        let underlay = Underlay { vtep: Ipv4Addr::LOCALHOST, port: 7789, mtu: 1450 };
+        let underlay = Underlay { vtep: Ipv4Addr::LOCALHOST, port: 7789, mtu: 1500 };
         let made = |spec: &str| {
             let mut object = ContainerNetwork::new("backend", serde_json::from_str(spec).unwrap());
             object.status = Some(ContainerNetworkStatus { vni: Some(77), ..Default::default() });
@@ -122,6 +135,27 @@ mod tests {
         assert_eq!(made(r#"{"subnets":["10.32.0.0/16"]}"#), Multicast::Flood, "as releases before the field wrote it");
         assert_eq!(made(r#"{"subnets":["10.32.0.0/16"],"multicast":"Flood"}"#), Multicast::Flood);
         assert_eq!(made(r#"{"subnets":["10.32.0.0/16"],"multicast":"Snooping"}"#), Multicast::Snooping);
+    }
+
+    #[test]
+    fn an_encrypted_network_has_smaller_packets() {
+        let underlay = Underlay { vtep: Ipv4Addr::LOCALHOST, port: 7789, mtu: 1500 };
+        let made = |spec: &str| {
+            let mut object = ContainerNetwork::new("backend", serde_json::from_str(spec).unwrap());
+            let keys = Some(portolan_crds::KeyGeneration { generation: 1, since: None });
+            object.status = Some(ContainerNetworkStatus { vni: Some(77), keys, ..Default::default() });
+            let network = Network::new(&object).unwrap();
+            let spec = network.spec(underlay);
+            (spec.encrypted, spec.mtu, network.size(spec.mtu, underlay))
+        };
+        assert_eq!(
+            made(r#"{"subnets":["10.32.0.0/16"]}"#),
+            (false, 1450, 1500),
+            "as releases before the field wrote it"
+        );
+        assert_eq!(made(r#"{"subnets":["10.32.0.0/16"],"encryption":"None"}"#), (false, 1450, 1500));
+        assert_eq!(made(r#"{"subnets":["10.32.0.0/16"],"encryption":"WireGuard"}"#), (true, 1390, 1500));
+        assert_eq!(made(r#"{"subnets":["10.32.0.0/16"],"encryption":"WireGuard","mtu":1300}"#), (true, 1300, 1420));
     }
 
     #[test]

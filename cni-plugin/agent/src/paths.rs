@@ -103,7 +103,9 @@ impl Agent {
 fn needed(network: Option<&Network>, pods: &[Endpoint], underlay: Underlay) -> u16 {
     let to_come = network.map(|network| network.mtu(underlay));
     let mtu = pods.iter().map(|pod| pod.mtu).chain(to_come).max().unwrap_or(0);
-    u16::try_from(mtu + VXLAN_OVERHEAD).unwrap_or(u16::MAX)
+    // Of a network that isn't there any more it isn't known whether it was encrypted; then less is asked for.
+    let size = network.map_or(mtu + VXLAN_OVERHEAD, |network| network.size(mtu, underlay));
+    u16::try_from(size).unwrap_or(u16::MAX)
 }
 
 fn wanted(
@@ -174,6 +176,7 @@ mod tests {
     #[test]
     fn the_operator_counts_with_the_same_overhead() {
         assert_eq!(portolan_crds::VXLAN_OVERHEAD, VXLAN_OVERHEAD);
+        assert_eq!(portolan_crds::WIREGUARD_OVERHEAD, portolan_net::WIREGUARD_OVERHEAD);
     }
 
     #[test]
@@ -186,7 +189,7 @@ mod tests {
 
     #[test]
     fn pods_need_their_own_mtu_until_they_are_made_again() {
-        let underlay = Underlay { vtep: vtep(1), port: 7789, mtu: 1450 };
+        let underlay = Underlay { vtep: vtep(1), port: 7789, mtu: 1500 };
         let pod = |mtu: u32| -> Endpoint {
             let text = format!(
                 r#"{{"container":"c","interface":"eth1","network":"backend","vni":77,"netns":"/run/netns/x","address":"10.32.0.5",

@@ -15,6 +15,8 @@ pub(crate) const SOCKET: &str = "/run/portolan/cni.sock";
 const JOURNAL: &str = "/var/lib/portolan/network/endpoints";
 /// Where the names that were known last are, as the host sees it.
 const NAMES: &str = "/var/lib/portolan/network/names.json";
+/// Where this node's private keys are, as the host sees it.
+const KEYS: &str = "/var/lib/portolan/network/keys.json";
 
 /// How the agent runs.
 #[derive(Clone, Debug, clap::Args)]
@@ -40,6 +42,9 @@ pub struct Settings {
     /// UDP port of the tunnels, the same on all nodes.
     #[arg(long, default_value_t = 7789)]
     pub vxlan_port: u16,
+    /// The first of two UDP ports of encrypted networks' WireGuard, the same on all nodes.
+    #[arg(long, default_value_t = 7795, value_parser = clap::value_parser!(u16).range(1..65535))]
+    pub wireguard_port: u16,
     /// TCP port for health and metrics.
     #[arg(long, default_value_t = 7793)]
     pub http_port: u16,
@@ -70,6 +75,10 @@ impl Settings {
 
     pub(crate) fn names(&self) -> PathBuf {
         self.on_host(NAMES)
+    }
+
+    pub(crate) fn keys(&self) -> PathBuf {
+        self.on_host(KEYS)
     }
 
     pub(crate) fn socket(&self) -> PathBuf {

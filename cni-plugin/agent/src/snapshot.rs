@@ -6,6 +6,7 @@ use std::{
     hash::{Hash, Hasher},
     io::{self, Write},
     net::SocketAddr,
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -15,6 +16,8 @@ use serde::{Deserialize, Serialize};
 
 /// How often it is written at most: a large zone changes with each pod of the cluster.
 const INTERVAL: Duration = Duration::from_secs(5);
+/// Who may read it: names are no secret on the node.
+const MODE: u32 = 0o644;
 
 /// All names of this node's networks, and where the others are asked for.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
@@ -51,15 +54,23 @@ impl Snapshot {
     /// When it can't be written; then the old one stays.
     pub fn write(&self, path: &Path) -> Result<(), SnapshotError> {
         let bytes = serde_json::to_vec(self).map_err(io::Error::from);
-        bytes.and_then(|bytes| replace(path, &bytes)).map_err(|source| SnapshotError { path: path.to_owned(), source })
+        bytes
+            .and_then(|bytes| replace(path, &bytes, MODE))
+            .map_err(|source| SnapshotError { path: path.to_owned(), source })
     }
 }
 
-fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+/// Replaces a file, durably and at once; who may read it is what `mode` says from the beginning.
+pub(crate) fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(directory)?;
     let temporary = path.with_extension("new");
-    let mut file = fs::File::create(&temporary)?;
+    // One that was left over may have another mode.
+    match fs::remove_file(&temporary) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(&temporary, path)?;
@@ -88,7 +99,7 @@ impl Keeper {
         bytes.hash(&mut hasher);
         let hash = hasher.finish();
         if self.written.is_none_or(|(before, _)| before != hash) {
-            replace(&self.path, &bytes).map_err(fail)?;
+            replace(&self.path, &bytes, MODE).map_err(fail)?;
             self.written = Some((hash, Instant::now()));
         }
         Ok(false)

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     agent::Agent,
     annotation,
+    encryption::Encrypting,
     everyone::Everyone,
     journal::Endpoint,
     missed, names,
@@ -38,7 +39,8 @@ const RETRY: Duration = Duration::from_secs(2);
 /// [turn](crate::turns::Turns); to write it, the right to change networks and whatever is on them.
 #[derive(Default)]
 pub(crate) struct Applied {
-    networks: BTreeMap<u32, NetworkSpec>,
+    pub networks: BTreeMap<u32, NetworkSpec>,
+    pub encrypting: Encrypting,
     forwarding: BTreeMap<u32, (Forwarding, Instant)>,
     pub filters: BTreeMap<u32, Filter>,
 }
@@ -183,6 +185,10 @@ impl Sync<'_> {
         let by_network = self.by_network();
         self.refused.retain(|uid, _| by_network.values().flatten().any(|e| e.uid == *uid));
         self.agent.metrics.set_endpoints(by_network.iter().map(|(n, e)| (n.clone(), e.len())));
+        // Before the networks: their tunnels are made where this is.
+        let told = self.agent.encrypt(&mut applied, None).await.map_err(|e| e.to_string());
+        let encryption = told.as_ref().map_or_else(|_| self.agent.told_before(), Clone::clone);
+        note("encrypted networks don't reach other nodes as they should", "", told.map(drop));
         for (network, endpoints) in &by_network {
             let local = self.agent.local(endpoints);
             let view = View::new(&self.agent.cluster.node, &local, of_network(&slices, network));
@@ -195,12 +201,17 @@ impl Sync<'_> {
                 node,
                 vtep: self.agent.underlay.vtep.to_string(),
                 endpoints: local.into_iter().map(|l| l.endpoint).collect(),
+                encryption: encryption.clone().filter(|_| self.is_encrypted(network)),
             });
             views.insert(network.clone(), view);
         }
         self.agent.metrics.set_names(zones.iter().map(|z| (z.name.clone(), z.hosts.len())));
         self.resolvers.set_zone(Zone::new(zones.clone()));
         note("networks without pods not removed", "", self.remove_others(&mut applied, &by_network).await);
+        // After the networks that leave by it.
+        let forgotten = self.agent.forget_encryption(&mut applied).await;
+        note("what encrypted networks needed not removed", "", forgotten.map_err(|e| e.to_string()));
+        let is_restless = applied.encrypting.is_restless();
         drop(applied);
         self.tell_refused().await;
         note("full names not answered to everyone", "", self.tell_everyone(&views, &slices, &silent));
@@ -218,7 +229,12 @@ impl Sync<'_> {
         let result = self.slices.keep_only(&self.agent.cluster, &present).await;
         note("slices not removed", "", result.map_err(|e| e.to_string()));
         note("blocks not given back", "", self.release_blocks(&present).await);
-        failed || is_unfinished
+        failed || is_unfinished || is_restless
+    }
+
+    fn is_encrypted(&self, network: &str) -> bool {
+        let object = self.agent.cluster.networks.get(&ObjectRef::new(network));
+        object.is_some_and(|object| object.spec.encryption == portolan_crds::Encryption::WireGuard)
     }
 
     /// All networks' names, whether there are pods of theirs on this node or not.

@@ -211,7 +211,7 @@ mod tests {
     fn slice(node: &str, vtep: u8, version: &str, endpoints: Vec<Endpoint>) -> NetworkNodeSlice {
         let vtep = format!("192.0.2.{vtep}");
         let (network, node_name) = ("backend".into(), node.into());
-        let spec = NetworkNodeSliceSpec { network, node: node_name, vtep, endpoints, path_mtu: None };
+        let spec = NetworkNodeSliceSpec { network, node: node_name, vtep, endpoints, ..Default::default() };
         let mut slice = NetworkNodeSlice::new(&format!("backend.{node}"), spec);
         slice.metadata.resource_version = Some(version.into());
         slice

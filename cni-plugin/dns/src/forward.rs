@@ -92,13 +92,7 @@ impl Forwarder {
     }
 
     /// What the servers say, which is kept; what they said before, if they say nothing.
-    async fn fetch(
-        &self,
-        key: &[u8],
-        query: &Forward,
-        transport: Transport,
-        sent: Option<Sent>,
-    ) -> Option<Vec<u8>> {
+    async fn fetch(&self, key: &[u8], query: &Forward, transport: Transport, sent: Option<Sent>) -> Option<Vec<u8>> {
         // Another asker's answer may have come since this one looked.
         if sent.is_none()
             && let Some(kept) = self.look(key)
@@ -144,12 +138,7 @@ impl Forwarder {
     }
 }
 
-async fn ask_one(
-    server: SocketAddr,
-    query: &Forward,
-    transport: Transport,
-    sent: Option<Sent>,
-) -> io::Result<Vec<u8>> {
+async fn ask_one(server: SocketAddr, query: &Forward, transport: Transport, sent: Option<Sent>) -> io::Result<Vec<u8>> {
     // None: truncated, or by a server that doesn't keep the case of names, of which only a connection tells that it is the server.
     // Who asks by TCP may wait for what another one has sent by UDP.
     if (transport == Transport::Udp || sent.is_some())

@@ -146,6 +146,12 @@ pub enum Error {
         /// What nft said, or why it did not start.
         message: String,
     },
+    /// Encrypted networks can't be used on this node.
+    #[error("this node's kernel has no WireGuard: {source}")]
+    NoWireGuard {
+        /// What it says to a device of that type.
+        source: io::Error,
+    },
     /// No interface of the host has the tunnel endpoint's address.
     #[error("no interface of this node has the address {0}")]
     NoUnderlay(Ipv4Addr),

@@ -7,6 +7,7 @@
 mod bandwidth;
 mod bpf;
 mod dataplane;
+mod encryption;
 mod error;
 mod filter;
 mod forwarding;
@@ -24,9 +25,11 @@ mod ping;
 mod port;
 mod removal;
 mod sysctl;
+mod wireguard;
 
 pub use bandwidth::{Bandwidth, Limit};
 pub use dataplane::Dataplane;
+pub use encryption::{Encrypted, Encryption, WIREGUARD_OVERHEAD, encrypted_size};
 pub use error::{Error, Result};
 pub use filter::{Filter, PortFilter, Protocol, Rule, Service};
 pub use forwarding::{Forwarding, Peer};
@@ -40,6 +43,7 @@ pub use path::Outcome;
 pub use paths::Paths;
 pub use ping::{Heard, Pinger};
 pub use port::PortSpec;
+pub use wireguard::{KeyError, PrivateKey, PublicKey};
 
 use std::net::Ipv4Addr;
 

@@ -38,6 +38,16 @@ pub struct NetworkSpec {
     pub suppression: bool,
     /// Where IP multicast goes.
     pub multicast: Multicast,
+    /// Whether its packets leave by WireGuard alone ([`Dataplane::ensure_encryption`]).
+    pub encrypted: bool,
+}
+
+impl NetworkSpec {
+    /// UDP port of this network's tunnel. An encrypted network has another, so that a device that was made from the host's namespace is never
+    /// taken for one that encrypts; no other node sees it.
+    fn tunnel_port(&self) -> u16 {
+        if self.encrypted { self.port ^ 1 } else { self.port }
+    }
 }
 
 /// Before its interfaces: nothing is routed, nothing has an IPv6 address (each node's bridge would have the same link-local one),
@@ -77,7 +87,8 @@ impl Dataplane {
         let loopback = netlink.index("lo").await?;
         netlink.set_link(LinkUnspec::new_with_index(loopback).up().build(), "bring lo up").await?;
         let bridge = ensure_bridge(&netlink, &namespace, spec).await?;
-        let underlay = Netlink::open(&self.underlay()?)?;
+        let underlay = if spec.encrypted { self.encrypted_underlay()? } else { self.underlay()? };
+        let underlay = Netlink::open(&underlay)?;
         ensure_tunnel(&netlink, &underlay, &namespace, spec, bridge).await?;
         start_bridge(&netlink, bridge, spec).await?;
         multicast::set(&netlink, bridge, spec.multicast).await
@@ -152,12 +163,13 @@ async fn ensure_tunnel(
         // 6.14 look for the name in the former, hence the name that can't be there, and the second step.
         let tunnel = LinkVxlan::new(&pending, spec.vni)
             .local(spec.vtep)
-            .port(spec.port)
+            .port(spec.tunnel_port())
             .learning(false)
             .mtu(spec.mtu)
             .setns_by_fd(namespace.as_raw_fd())
             .build();
-        let action = format!("make VXLAN device with VNI {} from {} to port {}", spec.vni, spec.vtep, spec.port);
+        let action =
+            format!("make VXLAN device with VNI {} from {} to port {}", spec.vni, spec.vtep, spec.tunnel_port());
         underlay.add_link(tunnel, action).await?;
         let index = netlink.index(&pending).await?;
         netlink.set_link(LinkUnspec::new_with_index(index).name(TUNNEL).build(), "name the VXLAN device vx0").await?;
@@ -188,5 +200,5 @@ fn is_tunnel_of(link: &LinkMessage, spec: &NetworkSpec) -> bool {
     let Some(facts) = facts else { return false };
     facts.contains(&InfoVxlan::Id(spec.vni))
         && facts.contains(&InfoVxlan::Local(spec.vtep))
-        && facts.contains(&InfoVxlan::Port(spec.port))
+        && facts.contains(&InfoVxlan::Port(spec.tunnel_port()))
 }

@@ -34,6 +34,7 @@ pub async fn portolan(nodes: &[Node; 2]) -> Result<[Way; 2]> {
             port: 7789,
             suppression: false,
             multicast: Multicast::Flood,
+            encrypted: false,
         };
         node.dataplane.ensure_network(&spec).await?;
     }

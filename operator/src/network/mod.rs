@@ -3,6 +3,7 @@
 //! One pass for all because they bear on each other (VNIs), and because there are few of them.
 
 pub(crate) mod apply;
+mod keys;
 mod narrow;
 mod plan;
 mod validate;
@@ -33,7 +34,15 @@ const RESYNC: Duration = Duration::from_secs(60);
 const RETRY: Duration = Duration::from_secs(2);
 
 /// Runs the controller until `stop` is cancelled.
-pub async fn run(client: Client, events: Events, metrics: Metrics, stop: CancellationToken) {
+///
+/// `rotation` is how old the nodes' keys get, for ever if there is none.
+pub async fn run(
+    client: Client,
+    events: Events,
+    metrics: Metrics,
+    rotation: Option<Duration>,
+    stop: CancellationToken,
+) {
     let (changed, mut changes) = mpsc::channel(1);
     let (nodes, node_writer) = reflector::store::<Node>();
     let (slices, slice_writer) = reflector::store::<NetworkNodeSlice>();
@@ -58,7 +67,7 @@ pub async fn run(client: Client, events: Events, metrics: Metrics, stop: Cancell
         if nodes_read.and(slices_read).and(claims_read).is_err() {
             return;
         }
-        let watched = Watched { nodes, slices, claims };
+        let watched = Watched { nodes, slices, claims, rotation };
         loop {
             let result = pass(&client, &watched, &events).await;
             metrics.network_pass(if result.is_ok() { Decision::Granted } else { Decision::Failed });
@@ -118,6 +127,7 @@ struct Watched {
     nodes: Store<Node>,
     slices: Store<NetworkNodeSlice>,
     claims: Store<IPClaim>,
+    rotation: Option<Duration>,
 }
 
 async fn pass(client: &Client, watched: &Watched, events: &Events) -> Result<(), apply::Error> {
@@ -138,10 +148,12 @@ async fn read(client: &Client, watched: &Watched) -> Result<World, apply::Error>
         Err(kube::Error::Api(status)) if status.is_not_found() => Vec::new(),
         Err(error) => return Err(apply::Error::reading("ServiceCIDRs")(error)),
     };
+    let slices: Vec<_> = watched.slices.state().iter().map(|slice| NetworkNodeSlice::clone(slice)).collect();
     Ok(World {
+        keys: Some(keys::generation(&networks.items, &slices, jiff::Timestamp::now(), watched.rotation)),
         networks: networks.items,
         nodes: watched.nodes.state().iter().map(|node| Node::clone(node)).collect(),
-        slices: watched.slices.state().iter().map(|slice| NetworkNodeSlice::clone(slice)).collect(),
+        slices,
         claims: watched.claims.state().iter().map(|claim| IPClaim::clone(claim)).collect(),
         service_cidrs,
     })

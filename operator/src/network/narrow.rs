@@ -1,6 +1,9 @@
 //! Which paths between nodes carry less than a network's pods may send, and what helps. Pure.
 
-use portolan_crds::{ContainerNetwork, IPV6_LEAST_MTU, NetworkNodeSlice, PathMtu, VXLAN_OVERHEAD};
+use portolan_crds::{
+    ContainerNetwork, Encryption, IPV6_LEAST_MTU, NetworkNodeSlice, PathMtu, VXLAN_OVERHEAD, WIREGUARD_OVERHEAD,
+    WIREGUARD_PADDING,
+};
 
 /// Why `MTUMismatch` is `True`; of the Event, too.
 pub const REASON: &str = "PathTooSmall";
@@ -25,11 +28,30 @@ pub fn of_network(slices: &[NetworkNodeSlice], network: &ContainerNetwork) -> Op
     let counted: u32 = told.iter().map(|(_, it)| it.more).sum();
     Some(format!(
         "pods' MTU is {}, which needs {needed} bytes between nodes; {}{}: {}",
-        needed.saturating_sub(VXLAN_OVERHEAD),
+        most(network, needed),
         named.join(", "),
         rest(paths.len().saturating_sub(NAMED_PATHS), counted),
-        advice(network, least.saturating_sub(VXLAN_OVERHEAD)),
+        advice(network, fits(network, least)),
     ))
+}
+
+/// The MTU of pods whose packets are `size` bytes between nodes; the largest if there are several.
+fn most(network: &ContainerNetwork, size: u32) -> u32 {
+    let encryption = if is_encrypted(network) { WIREGUARD_OVERHEAD } else { 0 };
+    size.saturating_sub(VXLAN_OVERHEAD + encryption)
+}
+
+/// The largest MTU of pods whose packets get through where `size` bytes do.
+fn fits(network: &ContainerNetwork, size: u32) -> u32 {
+    if !is_encrypted(network) {
+        return most(network, size);
+    }
+    let inside = size.saturating_sub(WIREGUARD_OVERHEAD);
+    (inside - inside % WIREGUARD_PADDING).saturating_sub(VXLAN_OVERHEAD)
+}
+
+fn is_encrypted(network: &ContainerNetwork) -> bool {
+    network.spec.encryption == Encryption::WireGuard
 }
 
 /// Paths that aren't named: slices count some of them exactly, and of the others a part.
@@ -80,6 +102,20 @@ mod tests {
             of_network(&slices, &network("10.32.0.0/16", None)).unwrap(),
             "pods' MTU is 1450, which needs 1500 bytes between nodes; from node-a to node-b 1420 pass: set spec.mtu to 1370 or less and make the pods again (kubectl rollout restart), or repair the underlay"
         );
+    }
+
+    #[test]
+    fn encryption_counts() {
+        let slices = [slice("a", "node-a", &[("node-b", 1420)], 0)];
+        let mut network = network("10.32.0.0/16", None);
+        network.spec.encryption = Encryption::WireGuard;
+        let message = of_network(&slices, &network).unwrap();
+        // 1360 are a multiple of 16, of which VXLAN needs 50.
+        assert!(message.starts_with("pods' MTU is 1390, which needs 1500 bytes between nodes; "), "{message}");
+        assert!(message.contains(": set spec.mtu to 1310 or less "), "{message}");
+        let less = [slice("a", "node-a", &[("node-b", 1419)], 0)];
+        let message = of_network(&less, &network).unwrap();
+        assert!(message.contains(": set spec.mtu to 1294 or less "), "{message}");
     }
 
     #[test]

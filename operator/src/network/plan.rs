@@ -8,13 +8,13 @@ use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::ResourceExt;
 use portolan_crds::{
-    AddressCounts, ContainerNetwork, ContainerNetworkStatus, Endpoint, IPClaim, NETWORK_FINALIZER, NetworkNodeSlice,
-    capacity, condition, subnets,
+    AddressCounts, ContainerNetwork, ContainerNetworkStatus, Endpoint, IPClaim, KeyGeneration, NETWORK_FINALIZER,
+    NetworkNodeSlice, capacity, condition, subnets,
 };
 use portolan_runtime::conditions;
 
 use super::validate::{self, Refusal};
-use super::{narrow, vni};
+use super::{keys, narrow, vni};
 
 /// Pods that a message names before it only counts the rest.
 const NAMED_PODS: usize = 5;
@@ -30,6 +30,8 @@ pub struct World {
     pub slices: Vec<NetworkNodeSlice>,
     /// All claims.
     pub claims: Vec<IPClaim>,
+    /// The generation of keys that encrypted networks are to have.
+    pub keys: Option<KeyGeneration>,
     /// The ranges of Services, where the API tells them.
     pub service_cidrs: Vec<ServiceCIDR>,
 }
@@ -78,7 +80,8 @@ pub fn plan(world: &World) -> Vec<Step> {
         let plugged = pods.get(&name).unwrap_or(&none);
         let missed = missed.get(&name).unwrap_or(&none);
         let narrow = narrow::of_network(&world.slices, network);
-        let seen = Seen { pods: plugged, missed, used: used.get(name.as_str()), narrow };
+        let keys = world.keys.clone().filter(|_| keys::is_encrypted(network));
+        let seen = Seen { pods: plugged, missed, used: used.get(name.as_str()), narrow, keys };
         if network.metadata.deletion_timestamp.is_some() {
             steps.extend(ending(network, &seen));
             continue;
@@ -130,6 +133,8 @@ struct Seen<'a> {
     used: Option<&'a HashSet<IpAddr>>,
     /// Which paths are too small, and what to do; none if no such path is known.
     narrow: Option<String>,
+    /// Which keys nodes are to have, if the network is encrypted.
+    keys: Option<KeyGeneration>,
 }
 
 impl Seen<'_> {
@@ -177,6 +182,7 @@ fn written(
     let before = network.status.clone().unwrap_or_default();
     let mut status = before.clone();
     status.vni = vni;
+    status.keys.clone_from(&seen.keys);
     status.endpoints = i64::try_from(seen.pods.len()).unwrap_or(i64::MAX);
     for subnet in subnets(&network.spec.subnets).unwrap_or_default() {
         let counts = Some(seen.counts(subnet));
@@ -235,6 +241,21 @@ mod tests {
             ..Default::default()
         };
         NetworkNodeSlice::new(&format!("{network}.node1"), spec)
+    }
+
+    #[test]
+    fn encrypted_networks_are_told_the_generation_of_keys() {
+        let mut secret = network("secret");
+        secret.spec.encryption = portolan_crds::Encryption::WireGuard;
+        let mut open = network("open");
+        open.spec.subnets = vec!["10.33.0.0/16".to_owned()];
+        let keys = Some(KeyGeneration { generation: 7, since: None });
+        let world = World { networks: vec![secret, open], keys: keys.clone(), ..Default::default() };
+        let told = plan(&world).into_iter().filter_map(|step| match step {
+            Step::Status { network, status } => Some((network.name_any(), status.keys)),
+            _ => None,
+        });
+        assert_eq!(told.collect::<Vec<_>>(), [("secret".to_owned(), keys), ("open".to_owned(), None)]);
     }
 
     fn ready(status: &ContainerNetworkStatus) -> (&str, &str) {
