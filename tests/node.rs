@@ -110,6 +110,7 @@ impl Node {
             cni_bin_dir: "/opt/cni/bin".into(),
             cni_plugin: self.root.path().join("plugin"),
             vxlan_port: 7789,
+            wireguard_port: 7795,
             http_port: 0,
             cluster_dns: Some(Ipv4Addr::LOCALHOST.into()),
             dns_domain: None,

@@ -10,7 +10,7 @@ use std::{
 
 use portolan_net::{Encrypted, Encryption, Error, Namespace, NetworkSpec, PrivateKey, PublicKey};
 
-use super::{ECHO, Ipv4Addr, Node, Pod, forward, ip, run, two_nodes, udp, wire::Wire};
+use super::{ECHO, Ipv4Addr, Node, Pod, forward, run, two_nodes, udp, wire::Wire};
 
 const VNI: u32 = 77;
 const PORT: u16 = 7795;
@@ -175,7 +175,16 @@ async fn remove(node: &Node) {
     assert!(!node.file("portolan-encrypted").exists() && !node.dataplane.has_encryption());
 }
 
-/// Sends the marker until it is told to end, one datagram a millisecond; returns how many were sent.
+/// Ends what waits for it, when the test fails, too.
+struct Ended<'a>(&'a AtomicBool);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Sends the marker until it is told to end, a hundred datagrams a second; returns how many were sent.
 fn send_until(pod: &Pod<'_>, to: Ipv4Addr, end: &AtomicBool) -> usize {
     pod.inside(|| {
         let socket = udp((pod.address, 0))?;
@@ -183,7 +192,7 @@ fn send_until(pod: &Pod<'_>, to: Ipv4Addr, end: &AtomicBool) -> usize {
         while !end.load(Ordering::Relaxed) {
             socket.send_to(MARKER, (to, ECHO))?;
             sent += 1;
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::sleep(Duration::from_millis(10));
         }
         Ok(sent)
     })
@@ -211,7 +220,6 @@ async fn the_kernel_encrypts_rotates_without_a_loss_and_fails_closed() {
     let (there, back) = (two.listen(), one.listen());
     assert!(one.reaches(two.address, &there) && two.reaches(one.address, &back));
     drop((there, back));
-    println!("{}", ip(&one, &["-s", "link", "show", "eth1"]));
 
     // Rotation, both ways under load.
     let end = AtomicBool::new(false);
@@ -225,20 +233,26 @@ async fn the_kernel_encrypts_rotates_without_a_loss_and_fails_closed() {
         }
     };
     let runtime = tokio::runtime::Handle::current();
-    let sent = std::thread::scope(|scope| {
-        scope.spawn(|| receive(&one));
-        scope.spawn(|| receive(&two));
-        std::thread::sleep(Duration::from_millis(200));
-        let sending =
-            [scope.spawn(|| send_until(&one, two.address, &end)), scope.spawn(|| send_until(&two, one.address, &end))];
-        for generation in 2..=4 {
-            runtime.block_on(rotate(&mut at_a, &mut at_b, generation));
-        }
-        end.store(true, Ordering::Relaxed);
-        sending.map(|it| it.join().unwrap()).iter().sum::<usize>()
+    let sent = tokio::task::block_in_place(|| {
+        std::thread::scope(|scope| {
+            let ended = Ended(&end);
+            scope.spawn(|| receive(&one));
+            scope.spawn(|| receive(&two));
+            std::thread::sleep(Duration::from_millis(200));
+            let sending = [
+                scope.spawn(|| send_until(&one, two.address, &end)),
+                scope.spawn(|| send_until(&two, one.address, &end)),
+            ];
+            for generation in 2..=4 {
+                runtime.block_on(rotate(&mut at_a, &mut at_b, generation));
+                println!("generation {generation}");
+            }
+            drop(ended);
+            sending.map(|it| it.join().unwrap()).iter().sum::<usize>()
+        })
     });
     println!("{sent} datagrams were sent in three rotations");
-    assert!(sent > 100);
+    assert!(sent > 20);
     assert_eq!(received.load(Ordering::Relaxed), sent, "none is lost");
 
     // What was on the wire.
@@ -252,7 +266,7 @@ async fn the_kernel_encrypts_rotates_without_a_loss_and_fails_closed() {
             && ports(36).is_some_and(|it| it == PORT || it == PORT + 1)
     };
     let udp = frames.iter().filter(|frame| frame.get(12..14) == Some(&[8, 0]) && frame.get(23) == Some(&17)).count();
-    assert!(udp > 100, "{udp} datagrams on the wire");
+    assert!(udp > 20, "{udp} datagrams on the wire");
     assert_eq!(frames.iter().filter(is_wireguard).count(), udp, "all of them are WireGuard's");
     assert!(frames.iter().all(|frame| frame.len() <= 1514));
 
@@ -281,7 +295,7 @@ async fn of_b_now(at_b: &Side<'_>) -> BTreeMap<u32, PublicKey> {
 }
 
 /// As the agents do it: each step when the other's last one is known.
-async fn rotate(at_a: &mut Side<'_>, at_b: &mut Side<'_>, generation: u32) {
+async fn rotate<'a>(at_a: &mut Side<'a>, at_b: &mut Side<'a>, generation: u32) {
     at_a.wanted.keys.insert(generation, PrivateKey::generate().unwrap());
     let of_a = public(&at_a.apply().await);
     at_b.wanted.keys.insert(generation, PrivateKey::generate().unwrap());
