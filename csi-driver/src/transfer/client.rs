@@ -59,7 +59,9 @@ pub struct SoFar {
     pub estimate: Option<u64>,
 }
 
-type Stream = BufReader<TlsStream<TcpStream>>;
+type Stream = BufReader<TlsStream<BufReader<TcpStream>>>;
+/// How much is taken from a socket at a time: rustls alone takes 4 KiB.
+const TAKEN: usize = 256 * 1024;
 
 /// What a transfer waits for its turn behind.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -337,6 +339,7 @@ async fn connect(identity: &Identity, limits: Limits, what: &Fetch) -> Result<St
     let socket =
         within(limits.handshake, "connecting", TcpStream::connect(what.address)).await.map_err(failed("connecting"))?;
     prepare(&socket, limits.silent).map_err(failed("preparing the socket"))?;
+    let socket = BufReader::with_capacity(TAKEN, socket);
     let handshake = TlsConnector::from(identity.client()).connect(name, socket);
     let stream = within(limits.handshake, "TLS handshake", handshake).await.map_err(failed("TLS handshake"))?;
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());

@@ -25,6 +25,8 @@ use super::wire::{Limits, prepare, read_header_bytes, within, write_header};
 
 /// How much of a stream goes into one frame.
 const CHUNK: usize = 256 * 1024;
+/// Bytes of the length before a frame.
+const FRAME_HEAD: usize = 4;
 /// How long a stream waits to be estimated.
 const ESTIMATE_WITHIN: Duration = Duration::from_secs(1);
 /// How often a target that waits for its turn is told so, in case nothing changes: it is not to take the source for dead.
@@ -252,17 +254,18 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
     /// Copies a stream into frames. The trailer is written only if `zfs send` ended well.
     async fn pump(&self, mut source: SendStream, stream: &mut TlsStream<TcpStream>) -> io::Result<u64> {
         let idle = self.limits.idle;
-        let (mut buffer, mut hash, mut length) = (vec![0; CHUNK], blake3::Hasher::new(), 0u64);
+        // A frame with its length before it: they go by one call.
+        let (mut frame, mut hash, mut length) = (vec![0; FRAME_HEAD + CHUNK], blake3::Hasher::new(), 0u64);
         loop {
-            let count = within(idle, "reading from zfs send", source.read(&mut buffer)).await?;
+            let (head, payload) = frame.split_at_mut(FRAME_HEAD);
+            let count = within(idle, "reading from zfs send", source.read(payload)).await?;
             if count == 0 {
                 break;
             }
-            hash.update(&buffer[..count]);
+            hash.update(&payload[..count]);
             length += count as u64;
-            let head = u32::try_from(count).map_err(io::Error::other)?.to_be_bytes();
-            within(idle, "sending", stream.write_all(&head)).await?;
-            within(idle, "sending", stream.write_all(&buffer[..count])).await?;
+            head.copy_from_slice(&u32::try_from(count).map_err(io::Error::other)?.to_be_bytes());
+            within(idle, "sending", stream.write_all(&frame[..FRAME_HEAD + count])).await?;
         }
         source.finish().await.map_err(io::Error::other)?;
         let trailer = Trailer { length, hash: *hash.finalize().as_bytes() };

@@ -2,10 +2,12 @@
 
 use std::future::Future;
 use std::io;
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::process::Stdio;
 use std::task::{Context, Poll};
 
+use rustix::pipe::fcntl_setpipe_size;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::process::Child;
 
@@ -14,6 +16,10 @@ use crate::runner::{Runner, not_started, timed_out};
 
 /// How much of a child's standard error is kept.
 const STDERR_LIMIT: u64 = 16 * 1024;
+
+/// What a pipe is to hold, in bytes: sixteen times the usual, so that both ends do more at a time. It is what anybody may have (pipe(7),
+/// `/proc/sys/fs/pipe-max-size`).
+const PIPE: usize = 1024 * 1024;
 
 /// How the process at the end of a stream ended.
 pub(crate) type Outcome = Pin<Box<dyn Future<Output = Result<(), ZfsError>> + Send>>;
@@ -35,6 +41,7 @@ impl SendStream {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|e| not_started(&words, &e))?;
         let stdout = child.stdout.take().ok_or_else(|| no_pipe(&words))?;
+        widen(&stdout);
         Ok(Self::new(stdout, outcome(child, runner.clone(), words)))
     }
 
@@ -77,6 +84,7 @@ impl ReceiveProcess {
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|e| not_started(&words, &e))?;
         let stdin = child.stdin.take().ok_or_else(|| no_pipe(&words))?;
+        widen(&stdin);
         let received = outcome(child, runner.clone(), words);
         Ok(Self::new(
             stdin,
@@ -137,6 +145,11 @@ fn outcome(mut child: Child, runner: Runner, words: Vec<String>) -> Outcome {
         }
         Err(ZfsError::exited(words.join(" "), status.code(), stderr))
     })
+}
+
+/// It works as well, but slower, where that is refused.
+fn widen(pipe: impl AsFd) {
+    let _ = fcntl_setpipe_size(pipe, PIPE);
 }
 
 fn no_pipe(words: &[String]) -> ZfsError {
