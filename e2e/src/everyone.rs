@@ -132,7 +132,7 @@ fn asks_the_node(lab: &Lab, pod: &str) -> Result<bool> {
     Ok(lab.kubectl(&["-n", NAMESPACE, "exec", pod, "--", "cat", "/etc/resolv.conf"])?.contains(RESOLVER))
 }
 
-fn upgrade(lab: &Lab, values: &str) -> Result<()> {
+pub(crate) fn upgrade(lab: &Lab, values: &str) -> Result<()> {
     let chart = repository().join("charts/portolan").canonicalize()?;
     let upgrade = ["upgrade", "portolan", &chart.to_string_lossy(), "--namespace", RELEASE_NAMESPACE, "--reuse-values"];
     lab.helm(&[&upgrade[..], &["--set", values, "--wait", "--timeout", "5m"]].concat()).map(drop)

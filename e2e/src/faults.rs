@@ -108,12 +108,12 @@ fn under(lab: &Lab, db: &Database, fault: &Fault) -> Result<Database> {
     scene::database(lab)
 }
 
-fn go(lab: &Lab) -> Result<()> {
+pub(crate) fn go(lab: &Lab) -> Result<()> {
     lab.kubectl(&["-n", NAMESPACE, "delete", "pod", "db-0", "--wait=false"]).map(drop)
 }
 
 /// The volume is at rest on a node, whole, and no copy of it keeps more than what copies share.
-fn in_order(lab: &Lab, volume: &str, owner: &str) -> Result<()> {
+pub(crate) fn in_order(lab: &Lab, volume: &str, owner: &str) -> Result<()> {
     let found = lab.json(&["get", "portablevolume", volume])?;
     let status = &found["status"];
     same("owner", text(&found, "/status/owner")?, owner)?;
@@ -138,13 +138,13 @@ fn in_order(lab: &Lab, volume: &str, owner: &str) -> Result<()> {
 }
 
 /// The phases of a volume's handoff, as they are written.
-struct Phases {
+pub(crate) struct Phases {
     child: Child,
     seen: std::sync::mpsc::Receiver<String>,
 }
 
 impl Phases {
-    fn watch(lab: &Lab, volume: &str) -> Result<Self> {
+    pub(crate) fn watch(lab: &Lab, volume: &str) -> Result<Self> {
         let template = "jsonpath={.status.handoff.phase}{\"\\n\"}";
         let mut child = lab.start(&["run", "kubectl", "get", "portablevolume", volume, "--watch", "-o", template])?;
         let out = child.stdout.take().context("standard output")?;
@@ -159,7 +159,7 @@ impl Phases {
         Ok(Self { child, seen })
     }
 
-    fn until(&self, phase: &str) -> Result<()> {
+    pub(crate) fn until(&self, phase: &str) -> Result<()> {
         loop {
             let now = self
                 .seen
@@ -190,7 +190,7 @@ fn kill_controllers(lab: &Lab) -> Result<()> {
 }
 
 /// Ends the first container of pods at once: nothing of it can do a last thing.
-fn kill(lab: &Lab, which: &[&str]) -> Result<()> {
+pub(crate) fn kill(lab: &Lab, which: &[&str]) -> Result<()> {
     let pods = lab.json(&[&["-n", RELEASE_NAMESPACE, "get", "pods"], which].concat())?;
     let pods = pods["items"].as_array().map(Vec::as_slice).unwrap_or_default();
     ensure!(!pods.is_empty(), "no pods {which:?}");

@@ -23,5 +23,7 @@ pub mod shared_reading;
 pub mod snapshots;
 pub mod stats;
 pub mod storage_suite;
+pub mod trouble;
 pub mod uninstall;
+pub mod upgrade;
 pub mod zfs_contract;

@@ -5,7 +5,7 @@ use portolan_e2e::{
     lab::Lab,
     limits, migration, policies, resuming, rolling, sanity, scene, shared_reading, snapshots,
     storage_suite::{self, Scope},
-    uninstall, zfs_contract,
+    trouble, uninstall, upgrade, zfs_contract,
 };
 
 /// A part of the test by name, and whether it is played here if nobody asks for it.
@@ -16,7 +16,7 @@ type Part = (&'static str, bool, fn(&Lab) -> anyhow::Result<()>);
 fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     let lab = Lab::connect()?;
     let openzfs = lab.has_zvols();
-    let parts: [Part; 21] = [
+    let parts: [Part; 23] = [
         ("install", true, scene::install),
         ("scene", true, scene::play),
         // The same on each pool, and emulated nodes need many minutes.
@@ -27,6 +27,7 @@ fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
         ("policies", !openzfs, policies::play),
         ("limits", !openzfs, limits::play),
         ("rolling", !openzfs, rolling::play),
+        ("upgrade", !openzfs, upgrade::play),
         ("snapshots", !openzfs, snapshots::play),
         ("shared-reading", !openzfs, shared_reading::play),
         ("encryption", true, encryption::play),
@@ -35,6 +36,7 @@ fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
         ("resuming", openzfs, resuming::play),
         ("migration", !openzfs, migration::play),
         ("faults", !openzfs, faults::play),
+        ("trouble", !openzfs, trouble::play),
         ("fault-in-use", !openzfs, faults::play_in_use),
         // With block volumes, too, where there are zvols.
         ("sanity", true, sanity::play),
