@@ -12,6 +12,8 @@ use crate::{
 
 /// How much of what a full stream needs there is room for at the target, in percent.
 const ROOM: [u64; 3] = [0, 50, 99];
+/// Bytes that a pool can't be kept from having.
+const LEAST: u64 = 1 << 20;
 /// Takes the room that is not to be there.
 const BALLAST: &str = "portolan/ballast";
 /// How fast a slow network is, and how many packets of a hundred it loses.
@@ -37,6 +39,13 @@ fn other(lab: &Lab, node: &str) -> Result<String> {
 
 /// Waits until the database is on a node, and its move has ended as it should.
 fn arrives(lab: &Lab, volume: &str, target: &str, before: u64) -> Result<Database> {
+    comes(lab, target, before)?;
+    lab.wait("the move has ended and left nothing", 60, || in_order(lab, volume, target))?;
+    scene::database(lab)
+}
+
+/// Waits until the database is on a node with all that was acknowledged.
+fn comes(lab: &Lab, target: &str, before: u64) -> Result<()> {
     lab.wait(&format!("db-0 is Ready on {target}"), 240, || {
         let pod = scene::pod(lab, "db-0")?;
         scene::ready(&pod)?;
@@ -50,9 +59,7 @@ fn arrives(lab: &Lab, volume: &str, target: &str, before: u64) -> Result<Databas
     for node in lab.nodes()? {
         lab.kubectl(&["uncordon", &node])?;
     }
-    scene::every_acknowledged_row_is_there(lab)?;
-    lab.wait("the move has ended and left nothing", 60, || in_order(lab, volume, target))?;
-    scene::database(lab)
+    scene::every_acknowledged_row_is_there(lab)
 }
 
 /// The data can't go ahead while there is no room for them, which the handoff says; the pod runs on, and what came of a stream is no copy.
@@ -61,12 +68,13 @@ fn full(lab: &Lab, db: &Database) -> Result<Database> {
     let dataset = format!("portolan/{}", db.volume);
     let number = |node: &str, command: &str| -> Result<u64> { Ok(lab.on_node(node, command)?.trim().parse()?) };
     let used = number(&db.node, &format!("zfs get -Hp -o value used {dataset}"))?;
-    let free = number(&target, "zfs get -Hp -o value available portolan")?;
     let uid = text(&scene::pod(lab, "db-0")?, "/metadata/uid")?.to_owned();
     lab.on_node(&target, &format!("zfs create {BALLAST}"))?;
+    let free = number(&target, "zfs get -Hp -o value available portolan")?;
     for (turn, room) in ROOM.into_iter().enumerate() {
         lab.step(format!("{target} has room for {room} % of the volume"));
-        lab.on_node(&target, &format!("zfs set reservation={} {BALLAST}", free - used * room / 100))?;
+        let left = LEAST.max(used * room / 100);
+        lab.on_node(&target, &format!("zfs set reservation={} {BALLAST}", free - left))?;
         let failures = failures(lab, &target)?;
         if turn == 0 {
             lab.kubectl(&["cordon", &db.node])?;
@@ -124,10 +132,28 @@ fn slow(lab: &Lab, db: &Database) -> Result<Database> {
         );
         lab.show(lab.wait("a stream is under way", 60, || lab.on_node(source, &destroy))?);
         go(lab)?;
-        arrives(lab, &db.volume, &target, before)
+        comes(lab, &target, before)
     })();
     lab.on_node(source, "tc qdisc del dev eth0 root; nft delete table inet lossy")?;
-    moved
+    moved?;
+    put_out_of_the_way(lab, &target, &db.volume)?;
+    lab.wait("the move has ended and left nothing", 60, || in_order(lab, &db.volume, &target))?;
+    scene::database(lab)
+}
+
+/// zfs-fuse lets a snapshot be destroyed that it sends: the target then has what nobody knows any more. It is kept, told, and destroyed by
+/// hand.
+fn put_out_of_the_way(lab: &Lab, node: &str, volume: &str) -> Result<()> {
+    let list = format!("zfs list -H -o name -r portolan | grep '^portolan/{volume}.diverged-[0-9]*$' || true");
+    let found = lab.on_node(node, &list)?;
+    let Some(dataset) = found.lines().next() else { return Ok(()) };
+    lab.wait(&format!("{dataset} is told of"), 240, || {
+        let orphans = lab.json(&["get", "storagenode", node])?["status"]["orphans"].clone();
+        ensure!(orphans.to_string().contains(&format!("zfs destroy -r {dataset}")), "{orphans}");
+        Ok(())
+    })?;
+    lab.show(format!("{dataset} was put out of the way"));
+    lab.on_node(node, &format!("zfs destroy -r {dataset}")).map(drop)
 }
 
 /// Before the volume has come to where its pod was sent, the pod is sent back.

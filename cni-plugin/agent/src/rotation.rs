@@ -54,13 +54,13 @@ mod tests {
     fn a_rotation_of_two_nodes_step_by_step() {
         let (old, both, new) = (said(&[1], 1), |sends| said(&[1, 2], sends), said(&[2], 2));
         assert_eq!(wanted(&Said::default(), &[], 1), set(&[1]));
-        assert_eq!(wanted(&old, &[old.clone()], 1), set(&[1]));
-        assert_eq!(wanted(&old, &[old.clone()], 2), set(&[1, 2]), "there is a new one");
+        assert_eq!(wanted(&old, std::slice::from_ref(&old), 1), set(&[1]));
+        assert_eq!(wanted(&old, std::slice::from_ref(&old), 2), set(&[1, 2]), "there is a new one");
         assert_eq!(wanted(&both(2), &[both(1)], 2), set(&[1, 2]), "packets may still come by the old key");
         assert_eq!(wanted(&both(1), &[both(2)], 2), set(&[1, 2]), "packets still go by the old key");
         assert_eq!(wanted(&both(0), &[both(2)], 2), set(&[1, 2]), "it isn't known by which");
         assert_eq!(wanted(&both(2), &[both(2)], 2), set(&[2]));
-        assert_eq!(wanted(&both(1), &[new.clone()], 2), set(&[2]), "the other has done it");
+        assert_eq!(wanted(&both(1), std::slice::from_ref(&new), 2), set(&[2]), "the other has done it");
         assert_eq!(wanted(&old, &[], 2), set(&[2]), "nobody to talk to");
     }
 
