@@ -5,6 +5,7 @@
 use anyhow::{Context, Result, ensure};
 
 use crate::{
+    bad_input::event,
     faults::{Phases, go, in_order},
     lab::{Lab, same, text},
     scene::{self, Database},
@@ -147,11 +148,7 @@ fn put_out_of_the_way(lab: &Lab, node: &str, volume: &str) -> Result<()> {
     let list = format!("zfs list -H -o name -r portolan | grep '^portolan/{volume}.diverged-[0-9]*$' || true");
     let found = lab.on_node(node, &list)?;
     let Some(dataset) = found.lines().next() else { return Ok(()) };
-    lab.wait(&format!("{dataset} is told of"), 240, || {
-        let orphans = lab.json(&["get", "storagenode", node])?["status"]["orphans"].clone();
-        ensure!(orphans.to_string().contains(&format!("zfs destroy -r {dataset}")), "{orphans}");
-        Ok(())
-    })?;
+    event(lab, "default", "PortableVolume", volume, &[&format!("zfs destroy -r {dataset}")])?;
     lab.show(format!("{dataset} was put out of the way"));
     lab.on_node(node, &format!("zfs destroy -r {dataset}")).map(drop)
 }
