@@ -1,9 +1,14 @@
 //! Bad input: a message where the user looks, naming the field and what is allowed, and nothing half-made.
 
+use std::io::Write;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::lab::{Lab, text};
+use crate::{
+    lab::{Lab, text},
+    scene::RELEASE_NAMESPACE,
+};
 
 const NAMESPACE: &str = "bad-input";
 
@@ -36,7 +41,40 @@ pub fn play(lab: &Lab) -> Result<()> {
     lab.kubectl(&["delete", "containernetwork", "overlapping", "--timeout=60s"])?;
     lab.kubectl(&["delete", "storageclass", "typo"])?;
     lab.kubectl(&["delete", "namespace", NAMESPACE, "--timeout=4m"])?;
+    of_another_node(lab)?;
     crate::scene::nothing_left(lab)
+}
+
+/// What one node's agent says of another node is refused: its name in the token is what the API server knows it by.
+fn of_another_node(lab: &Lab) -> Result<()> {
+    lab.step("what an agent would say of another node");
+    let nodes = lab.nodes()?;
+    let (here, there) = nodes.first().zip(nodes.get(1)).context("the lab has two nodes")?;
+    let mut slice = tempfile::NamedTempFile::new()?;
+    let spec = format!("{{network: nothing, node: {here}, vtep: 192.0.2.1}}");
+    writeln!(
+        slice,
+        "apiVersion: portolan.dev/v1alpha1\nkind: NetworkNodeSlice\nmetadata: {{name: nothing.{here}}}\nspec: {spec}"
+    )?;
+    let file = slice.path().to_string_lossy().into_owned();
+    let annotation = r#"{"metadata": {"annotations": {"portolan.dev/e2e": "bad input"}}}"#;
+    let writes = [
+        ("portolan-network", vec!["create", "--dry-run=server", "-f", &file]),
+        ("portolan-storage", vec!["patch", "storagenode", here, "--dry-run=server", "--type=merge", "-p", annotation]),
+    ];
+    for (account, write) in writes {
+        let user = format!("--as=system:serviceaccount:{RELEASE_NAMESPACE}:{account}");
+        let on = |node: &str| format!("--as-user-extra=authentication.kubernetes.io/node-name={node}");
+        lab.kubectl(&[&write[..], &[&user, &on(here)]].concat()).with_context(|| format!("{account} of {here}"))?;
+        for extra in [vec![on(there)], Vec::new()] {
+            let who: Vec<&str> = [&user].into_iter().chain(&extra).map(String::as_str).collect();
+            let refused = lab.kubectl(&[&write[..], &who].concat());
+            let reason =
+                refused.err().with_context(|| format!("{account}: {write:?} as {who:?} was accepted"))?.to_string();
+            ensure!(reason.contains("its own node's"), "{reason}");
+        }
+    }
+    Ok(())
 }
 
 /// Waits for a Warning on the object whose message has all the words.
