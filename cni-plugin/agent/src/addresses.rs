@@ -267,10 +267,8 @@ impl<R: Registry> Addresses<R> {
 
     /// A free address of one subnet, of a new block if need be.
     async fn free(&self, state: &mut State, network: &Network, subnet: IpNet) -> Result<IpAddr, PlugError> {
-        // Everybody's blocks, while they have only just been asked for.
-        let mut fresh = None;
         if !state.blocks.contains_key(&network.name) {
-            fresh = Some(self.learn_blocks(state, network).await?.1);
+            self.learn_blocks(state, network).await?;
         }
         for _ in 0..BLOCK_TRIES {
             let used = self.used(state, &network.name);
@@ -278,13 +276,10 @@ impl<R: Registry> Addresses<R> {
             if let Some(address) = free_address(subnet, own, &used) {
                 return Ok(address);
             }
-            let taken = match fresh.take() {
-                Some(taken) => taken,
-                None => match self.learn_blocks(state, network).await? {
-                    (true, _) => continue,
-                    (false, taken) => taken,
-                },
-            };
+            let (is_news, taken) = self.learn_blocks(state, network).await?;
+            if is_news {
+                continue;
+            }
             let fail = |source| PlugError::NoAddress { network: network.name.clone(), source };
             let block = free_block(subnet, &taken, self.registry.node()).map_err(fail)?;
             self.create_block(state, network, block).await?;
