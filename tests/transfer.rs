@@ -328,9 +328,15 @@ async fn a_copy_that_was_written_is_neither_overwritten_nor_rolled_back() {
     b.zfs().mount(&volume).await.unwrap();
     b.write(&volume, b"mine");
     b.zfs().unmount(&volume).await.unwrap();
-    let two = write_and_snapshot(&a, &volume, &noise(1 << 20), "portolan-2").await;
-    let error = try_with(&two).await.unwrap_err();
-    assert!(matches!(error, TransferError::Diverged { .. }) && !error.is_retryable(), "{error}");
+    let refused = async |snapshot| {
+        let error = try_with(snapshot).await.unwrap_err();
+        assert!(matches!(error, TransferError::Diverged { .. }) && !error.is_retryable(), "{error}");
+    };
+    // One that `zfs recv` refuses after all of it is in the pipe, and one that is refused half-way.
+    let small = write_and_snapshot(&a, &volume, b"two", "portolan-2").await;
+    refused(&small).await;
+    let two = write_and_snapshot(&a, &volume, &noise(4 << 20), "portolan-3").await;
+    refused(&two).await;
     b.zfs().snapshot(&volume.snapshot("own").unwrap()).await.unwrap();
     let error = try_with(&two).await.unwrap_err();
     assert!(matches!(error, TransferError::Diverged { .. }) && error.to_string().contains("own"), "{error}");

@@ -416,7 +416,7 @@ async fn copy(
         Ok((bytes, last)) => {
             // If this fails `zfs recv` has ended by itself, and says why.
             let _ = within(limits.idle, "writing to zfs recv", receive.write_all(&last)).await;
-            receive.finish().await?;
+            receive.finish().await.map_err(|error| refused_by_zfs(what, error))?;
             Ok(bytes)
         }
         Err(Cut::Stream(error)) => {
