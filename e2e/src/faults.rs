@@ -92,20 +92,32 @@ fn under(lab: &Lab, db: &Database, fault: &Fault) -> Result<Database> {
         phases.until(fault.phase)?;
         (fault.inject)(lab, &it)?;
     }
-    lab.wait("db-0 is Ready on the target", 240, || {
+    arrives(lab, &db.volume, &it.target, before)
+}
+
+/// Waits until the database is on a node, and its move has ended as it should.
+pub(crate) fn arrives(lab: &Lab, volume: &str, target: &str, before: u64) -> Result<Database> {
+    comes(lab, target, before)?;
+    lab.wait("the move has ended and left nothing", 60, || in_order(lab, volume, target))?;
+    scene::database(lab)
+}
+
+/// Waits until the database is on a node with all that was acknowledged.
+pub(crate) fn comes(lab: &Lab, target: &str, before: u64) -> Result<()> {
+    lab.wait(&format!("db-0 is Ready on {target}"), 240, || {
         let pod = scene::pod(lab, "db-0")?;
         scene::ready(&pod)?;
-        same("its node", text(&pod, "/spec/nodeName")?, &*it.target)
+        same("its node", text(&pod, "/spec/nodeName")?, target)
     })?;
     lab.wait("the client goes on", 120, || {
         let newest = scene::newest_row(lab)?;
         ensure!(newest > before + 20, "newest row {newest}");
         Ok(())
     })?;
-    lab.kubectl(&["uncordon", &it.source])?;
-    scene::every_acknowledged_row_is_there(lab)?;
-    lab.wait("the move has ended and left nothing", 60, || in_order(lab, &db.volume, &it.target))?;
-    scene::database(lab)
+    for node in lab.nodes()? {
+        lab.kubectl(&["uncordon", &node])?;
+    }
+    scene::every_acknowledged_row_is_there(lab)
 }
 
 pub(crate) fn go(lab: &Lab) -> Result<()> {

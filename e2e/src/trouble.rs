@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{
     bad_input::event,
-    faults::{Phases, go, in_order},
+    faults::{Phases, arrives, comes, go, in_order},
     lab::{Lab, same, text},
     scene::{self, Database},
 };
@@ -36,31 +36,6 @@ pub fn play(lab: &Lab) -> Result<()> {
 
 fn other(lab: &Lab, node: &str) -> Result<String> {
     lab.nodes()?.into_iter().find(|it| it != node).context("the lab has two nodes")
-}
-
-/// Waits until the database is on a node, and its move has ended as it should.
-fn arrives(lab: &Lab, volume: &str, target: &str, before: u64) -> Result<Database> {
-    comes(lab, target, before)?;
-    lab.wait("the move has ended and left nothing", 60, || in_order(lab, volume, target))?;
-    scene::database(lab)
-}
-
-/// Waits until the database is on a node with all that was acknowledged.
-fn comes(lab: &Lab, target: &str, before: u64) -> Result<()> {
-    lab.wait(&format!("db-0 is Ready on {target}"), 240, || {
-        let pod = scene::pod(lab, "db-0")?;
-        scene::ready(&pod)?;
-        same("its node", text(&pod, "/spec/nodeName")?, target)
-    })?;
-    lab.wait("the client goes on", 120, || {
-        let newest = scene::newest_row(lab)?;
-        ensure!(newest > before + 20, "newest row {newest}");
-        Ok(())
-    })?;
-    for node in lab.nodes()? {
-        lab.kubectl(&["uncordon", &node])?;
-    }
-    scene::every_acknowledged_row_is_there(lab)
 }
 
 /// The data can't go ahead while there is no room for them, which the handoff says; the pod runs on, and what came of a stream is no copy.
