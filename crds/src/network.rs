@@ -341,9 +341,17 @@ pub struct IPClaimSpec {
     /// The node that the pod was started on last. If its Node object is gone, the pod may still run there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
+    /// Nodes that it was started on before and whose Node object was gone when it was started elsewhere: it may still run there for a while.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub former_nodes: Vec<String>,
 }
 
 impl IPClaimSpec {
+    /// The nodes that the pod may run on.
+    pub fn nodes(&self) -> impl Iterator<Item = &String> {
+        self.node.iter().chain(&self.former_nodes)
+    }
+
     /// The addresses, IPv4 first; what can't be read is left out.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         addresses(&self.address, self.second_address.as_deref())

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{Node, Pod};
-use kube::api::ListParams;
+use kube::api::{ListParams, PostParams};
 use kube::{Api, Client, Resource, ResourceExt};
 use portolan_crds::{IPBlock, IPClaim, NetworkNodeSlice};
 use serde::de::DeserializeOwned;
@@ -81,7 +81,7 @@ async fn is_abandoned(client: &Client, claim: &IPClaim, gone: &Gone) -> Result<b
     if pod.is_some() {
         return Ok(false);
     }
-    if let Some(name) = &claim.spec.node {
+    for name in claim.spec.nodes() {
         let node = Api::<Node>::all(client.clone()).get_metadata_opt(name).await;
         let is_there = node.map_err(|source| Error::Read { what: "a Node", source })?.is_some();
         if !gone.has_ended(name, is_there, Instant::now()) {
@@ -94,17 +94,45 @@ async fn is_abandoned(client: &Client, claim: &IPClaim, gone: &Gone) -> Result<b
     Ok(!has_place(claim, owner.as_ref()))
 }
 
-/// The nodes that have no Node object, and when that was seen first. A new leader begins anew: that makes it later, never sooner.
+/// The nodes that a claim names, each with what changes whenever something may have been started there for the claim.
+pub fn mentions(claim: &IPClaim) -> impl Iterator<Item = (&String, Option<String>)> {
+    let last = claim.spec.node.iter().map(|node| (node, claim.resource_version()));
+    // Other nodes write the claim as well: that says nothing of this one, unless it was the last one in between.
+    let handed_over = format!("{} to {:?}", claim.name_any(), claim.spec.node);
+    last.chain(claim.spec.former_nodes.iter().map(move |node| (node, Some(handed_over.clone()))))
+}
+
+/// The nodes that have no Node object, and since when. A new leader begins anew: that makes it later, never sooner.
 #[derive(Default)]
-pub struct Gone(BTreeMap<String, Instant>);
+pub struct Gone(BTreeMap<String, Absence>);
+
+/// A node that is gone.
+struct Absence {
+    /// When that was seen first.
+    since: Instant,
+    /// The versions of the objects that name it.
+    versions: BTreeSet<String>,
+}
 
 impl Gone {
-    /// At `now` exactly these were missing.
-    pub fn look(&mut self, missing: BTreeSet<String>, now: Instant) {
-        self.0.retain(|node, _| missing.contains(node));
-        for node in missing {
-            self.0.entry(node).or_insert(now);
+    /// At `now` only the nodes `present` were there, and objects of these versions named a node. One that was back between two looks has written to
+    /// one of its objects: it is gone since now.
+    pub fn look<'a>(
+        &mut self,
+        mentioned: impl IntoIterator<Item = (&'a String, Option<String>)>,
+        present: &BTreeSet<String>,
+        now: Instant,
+    ) {
+        let mut missing: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for (node, version) in mentioned.into_iter().filter(|(node, _)| !present.contains(*node)) {
+            missing.entry(node.clone()).or_default().extend(version);
         }
+        let before = std::mem::take(&mut self.0);
+        let absence = |(node, versions): (String, BTreeSet<String>)| {
+            let known = before.get(&node).filter(|before| versions.is_subset(&before.versions));
+            (node, Absence { since: known.map_or(now, |known| known.since), versions })
+        };
+        self.0 = missing.into_iter().map(absence).collect();
     }
 
     /// Whether a pod that has no object any more has ended: the kubelet of a node that `is_there` has seen to it, and one that is gone has had
@@ -113,9 +141,16 @@ impl Gone {
         is_there || self.since(node, now, QUARANTINE)
     }
 
+    /// A claim without those former nodes where its pod has ended; None if it stays as it is.
+    pub fn without_ended(&self, claim: &IPClaim, present: &BTreeSet<String>, now: Instant) -> Option<IPClaim> {
+        let mut left = claim.clone();
+        left.spec.former_nodes.retain(|node| !self.has_ended(node, present.contains(node), now));
+        (left != *claim).then_some(left)
+    }
+
     /// Whether a node has been gone for so long.
     pub fn since(&self, node: &str, now: Instant, long: Duration) -> bool {
-        self.0.get(node).is_some_and(|first| now.duration_since(*first) >= long)
+        self.0.get(node).is_some_and(|absence| now.duration_since(absence.since) >= long)
     }
 }
 
@@ -129,10 +164,10 @@ async fn nodes(client: &Client, gone: &mut Gone) -> Result<(), Error> {
     let nodes = nodes.map_err(|source| Error::Read { what: "Nodes", source })?;
     let present: BTreeSet<String> = nodes.items.iter().map(ResourceExt::name_any).collect();
 
-    let mentioned = blocks.iter().map(|it| &it.spec.node).chain(slices.iter().map(|it| &it.spec.node));
-    let mentioned = mentioned.chain(claims.iter().filter_map(|it| it.spec.node.as_ref()));
+    let of_blocks = blocks.iter().map(|it| (&it.spec.node, it.resource_version()));
+    let of_slices = slices.iter().map(|it| (&it.spec.node, it.resource_version()));
     let now = Instant::now();
-    gone.look(mentioned.filter(|node| !present.contains(*node)).cloned().collect(), now);
+    gone.look(of_blocks.chain(of_slices).chain(claims.iter().flat_map(mentions)), &present, now);
     for slice in slices.iter().filter(|slice| gone.since(&slice.spec.node, now, EVERY)) {
         delete(client, slice).await?;
         tracing::info!(slice = slice.name_any(), "deleted: its node is gone");
@@ -141,7 +176,19 @@ async fn nodes(client: &Client, gone: &mut Gone) -> Result<(), Error> {
         delete(client, block).await?;
         tracing::info!(block = block.name_any(), "deleted: its node has been gone for long enough");
     }
+    for claim in claims.iter().filter_map(|claim| gone.without_ended(claim, &present, now)) {
+        replace(client, &claim).await?;
+    }
     Ok(())
+}
+
+/// Changes a claim, unless it has changed since it was read.
+async fn replace(client: &Client, claim: &IPClaim) -> Result<(), Error> {
+    let name = claim.name_any();
+    match Api::<IPClaim>::all(client.clone()).replace(&name, &PostParams::default(), claim).await {
+        Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(()),
+        replaced => replaced.map(drop).map_err(|source| Error::Claim { name, source }),
+    }
 }
 
 #[cfg(test)]
@@ -163,16 +210,22 @@ mod tests {
     #[test]
     fn a_node_that_is_back_once_was_never_gone() {
         let (mut gone, begin) = (Gone::default(), Instant::now());
-        let missing = |nodes: &[&str]| nodes.iter().map(|node| (*node).to_owned()).collect::<BTreeSet<_>>();
+        let (a, b) = ("a".to_owned(), "b".to_owned());
+        let objects = || [(&a, Some("1".to_owned())), (&a, Some("2".to_owned())), (&b, Some("3".to_owned()))];
+        let present = |nodes: &[&String]| nodes.iter().map(|node| (*node).clone()).collect::<BTreeSet<_>>();
         let at = |seconds| begin + Duration::from_secs(seconds);
-        gone.look(missing(&["a", "b"]), at(0));
+        gone.look(objects(), &present(&[]), at(0));
         assert!(!gone.since("a", at(0), EVERY), "it may only be registering anew");
-        gone.look(missing(&["a"]), at(300));
+        gone.look(objects(), &present(&[&b]), at(300));
         assert!(gone.since("a", at(300), EVERY) && !gone.since("a", at(300), QUARANTINE));
-        gone.look(missing(&["a", "b"]), at(600));
+        gone.look(objects(), &present(&[]), at(600));
         assert!(gone.since("a", at(600), QUARANTINE));
         assert!(!gone.since("b", at(600), EVERY), "it was there in between");
-        gone.look(missing(&[]), at(700));
+        gone.look([(&a, Some("2".to_owned()))], &present(&[]), at(650));
+        assert!(gone.since("a", at(650), QUARANTINE), "one of its objects was deleted");
+        gone.look([(&a, Some("4".to_owned()))], &present(&[]), at(660));
+        assert!(!gone.since("a", at(660), EVERY), "it was there between two looks, and wrote");
+        gone.look(objects(), &present(&[&a, &b]), at(700));
         assert!(!gone.since("a", at(9000), EVERY));
     }
 
@@ -180,8 +233,32 @@ mod tests {
     fn a_pod_without_an_object_has_ended_when_its_node_says_so_or_can_not_any_more() {
         let (mut gone, begin) = (Gone::default(), Instant::now());
         assert!(gone.has_ended("a", true, begin) && !gone.has_ended("a", false, begin), "it has only just gone");
-        gone.look(["a".to_owned()].into(), begin);
+        gone.look([(&"a".to_owned(), Some("1".to_owned()))], &BTreeSet::new(), begin);
         assert!(!gone.has_ended("a", false, begin + QUARANTINE / 2) && gone.has_ended("a", false, begin + QUARANTINE));
+    }
+
+    #[test]
+    fn a_claim_names_a_former_node_until_the_pod_has_ended_there() {
+        let (mut gone, begin) = (Gone::default(), Instant::now());
+        let mut claim = claim("db-0");
+        let (a, b, c) = ("a".to_owned(), "b".to_owned(), "c".to_owned());
+        claim.spec.node = Some(c.clone());
+        claim.spec.former_nodes = vec![a.clone(), b.clone()];
+        let present = [b, c].into();
+        gone.look(mentions(&claim), &present, begin);
+        let left = gone.without_ended(&claim, &present, begin).unwrap();
+        assert_eq!(left.spec.former_nodes, [a.as_str()], "it may still run there; the other is back without it");
+        claim = left;
+        // Written by the node that it is on: that says nothing of the former one.
+        claim.metadata.resource_version = Some("2".into());
+        gone.look(mentions(&claim), &present, begin + QUARANTINE / 2);
+        assert_eq!(gone.without_ended(&claim, &present, begin + QUARANTINE / 2), None);
+        let left = gone.without_ended(&claim, &present, begin + QUARANTINE).unwrap();
+        assert!(left.spec.former_nodes.is_empty());
+        // It was there in between.
+        claim.spec.node = Some("d".into());
+        gone.look(mentions(&claim), &present, begin + QUARANTINE);
+        assert_eq!(gone.without_ended(&claim, &present, begin + QUARANTINE), None);
     }
 
     #[test]

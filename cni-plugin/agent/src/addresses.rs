@@ -78,8 +78,8 @@ pub(crate) struct Addresses<R = Cluster> {
 struct State {
     /// This node's blocks by network, of both families, once they have been asked for.
     blocks: BTreeMap<String, Vec<IpNet>>,
-    /// Claims that we wrote and the watch hasn't shown yet: network and addresses.
-    fresh_claims: BTreeMap<String, (String, Vec<IpAddr>)>,
+    /// Networks of claims, by name and addresses, that we wrote or were told of and the watch hasn't shown yet.
+    fresh_claims: BTreeMap<(String, Vec<IpAddr>), String>,
 }
 
 impl<R: Registry> Addresses<R> {
@@ -108,9 +108,12 @@ impl<R: Registry> Addresses<R> {
     /// The addresses of a StatefulSet's pod: those of its claim, which is made if there is none.
     async fn sticky(&self, network: &Network, holder: &Holder<'_>, owner: &Owner) -> Result<Reservation, PlugError> {
         let name = claim_name(&network.name, holder.namespace, holder.pod);
+        let ended = self.ended_tries(&name).await;
         if let Some(claim) = self.registry.claim(&name).await? {
             return self.claimed(network, holder, claim, owner).await;
         }
+        // They have come to nothing.
+        self.state.lock().await.fresh_claims.retain(|claim, _| !ended.contains(claim));
         let reservation = self.allocate(network, holder, &[]).await?;
         let mut spec = IPClaimSpec {
             network: network.name.clone(),
@@ -128,7 +131,7 @@ impl<R: Registry> Addresses<R> {
             Ok(true) => Ok(reservation),
             // Another node was faster (or we were, and never heard of it): its addresses count.
             Ok(false) => {
-                self.forget(&name).await;
+                self.forget(&name, &reservation).await;
                 match self.registry.claim(&name).await? {
                     Some(claim) => self.claimed(network, holder, claim, owner).await,
                     None => Err(PlugError::NotReady {
@@ -139,7 +142,7 @@ impl<R: Registry> Addresses<R> {
             }
             Err(error) => {
                 if is_refusal(&error) {
-                    self.forget(&name).await;
+                    self.forget(&name, &reservation).await;
                 }
                 Err(error.into())
             }
@@ -170,25 +173,40 @@ impl<R: Registry> Addresses<R> {
         let reservation = self.allocate(network, holder, &given).await?;
         // The watch may show it only when the pod is on another node already.
         self.remember(name, &reservation).await;
-        let node = Some(self.registry.node());
-        if claim.spec.owner_uid != owner.uid || claim.spec.node.as_deref() != node || reservation.addresses != given {
-            claim.spec.owner_uid.clone_from(&owner.uid);
-            claim.spec.owner.clone_from(&owner.name);
-            claim.spec.node = node.map(str::to_owned);
-            set_addresses(&mut claim.spec, &reservation.addresses);
-            // With the version that was read: if the operator is just deleting it, this fails and the runtime tries again.
-            self.registry.replace_claim(&claim).await?;
+        claim.spec.owner_uid.clone_from(&owner.uid);
+        claim.spec.owner.clone_from(&owner.name);
+        let former = claim.spec.node.replace(self.registry.node().to_owned());
+        // It may run there still, and nobody can look: the address is not free before that has ended too.
+        if let Some(former) = former.filter(|former| !claim.spec.nodes().any(|node| node == former))
+            && !self.registry.has_node(&former).await?
+        {
+            claim.spec.former_nodes.push(former);
         }
+        set_addresses(&mut claim.spec, &reservation.addresses);
+        // Also if all of it is so already, with the version that was read: if the operator is just deleting it, one of the two fails.
+        self.registry.replace_claim(&claim).await?;
         Ok(reservation)
     }
 
-    async fn remember(&self, claim: String, reservation: &Reservation) {
-        let written = (reservation.network.clone(), reservation.addresses.clone());
-        self.state.lock().await.fresh_claims.insert(claim, written);
+    /// What was tried to write of a claim, by tries that have ended.
+    async fn ended_tries(&self, claim: &str) -> BTreeSet<(String, Vec<IpAddr>)> {
+        let state = self.state.lock().await;
+        let reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_reserved = |network: &String, address: &IpAddr| reserved.contains(&(network.clone(), *address));
+        let of_claim = state.fresh_claims.iter().filter(|((name, _), _)| name == claim);
+        let ended = of_claim.filter(|((_, written), network)| !written.iter().any(|it| is_reserved(network, it)));
+        ended.map(|(written, _)| written.clone()).collect()
     }
 
-    async fn forget(&self, claim: &str) {
-        self.state.lock().await.fresh_claims.remove(claim);
+    async fn remember(&self, claim: String, reservation: &Reservation) {
+        let written = (claim, reservation.addresses.clone());
+        self.state.lock().await.fresh_claims.insert(written, reservation.network.clone());
+    }
+
+    /// What else is known of the claim stays: it may be another node's, of an address in a block of this one.
+    async fn forget(&self, claim: &str, reservation: &Reservation) {
+        let written = (claim.to_owned(), reservation.addresses.clone());
+        self.state.lock().await.fresh_claims.remove(&written);
     }
 
     /// One address of each family that the network has: those that the pod has already, those that it asks for, and free ones for the rest.
@@ -300,14 +318,14 @@ impl<R: Registry> Addresses<R> {
 
     fn claimed_addresses(&self, state: &mut State, network: &str) -> BTreeSet<IpAddr> {
         // A claim that was completed may be seen as it was before.
-        state.fresh_claims.retain(|name, (_, written)| {
+        state.fresh_claims.retain(|(name, written), _| {
             let seen = self.registry.seen_claim(name);
             !seen.is_some_and(|claim| written.iter().all(|address| claim.spec.addresses().any(|a| a == *address)))
         });
         let claims = self.registry.seen_claims();
         let of_network = claims.iter().filter(|c| c.spec.network == network);
         let mut claimed: BTreeSet<IpAddr> = of_network.flat_map(|c| c.spec.addresses()).collect();
-        claimed.extend(state.fresh_claims.values().filter(|(n, _)| n == network).flat_map(|(_, written)| written));
+        claimed.extend(state.fresh_claims.iter().filter(|(_, n)| *n == network).flat_map(|((_, written), _)| written));
         claimed
     }
 
@@ -359,7 +377,7 @@ impl<R: Registry> Addresses<R> {
         for claim in self.registry.claims().await?.iter().filter(|claim| claim.spec.network == network.name) {
             let addresses: Vec<IpAddr> = claim.spec.addresses().collect();
             if addresses.iter().any(|address| blocks.iter().any(|block| block.contains(address))) {
-                state.fresh_claims.insert(claim.name_any(), (network.name.clone(), addresses));
+                state.fresh_claims.insert((claim.name_any(), addresses), network.name.clone());
             }
         }
         Ok(())

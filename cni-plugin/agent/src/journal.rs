@@ -196,12 +196,13 @@ impl Journal {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use portolan_net::Limit;
 
     use super::*;
 
-    fn endpoint(container: &str) -> Endpoint {
+    /// Also for others to begin with.
+    pub(crate) fn endpoint(container: &str) -> Endpoint {
         Endpoint {
             container: container.into(),
             netns: "/run/netns/x".into(),

@@ -35,6 +35,14 @@ pub enum Error {
         /// Why.
         source: kube::Error,
     },
+    /// An IPClaim could not be changed.
+    #[error("can't change IPClaim {name}")]
+    Claim {
+        /// Its name.
+        name: String,
+        /// Why.
+        source: kube::Error,
+    },
     /// Something of a network that goes could not be deleted.
     #[error("can't delete {kind} {name}")]
     Delete {

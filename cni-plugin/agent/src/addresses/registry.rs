@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use k8s_openapi::api::core::v1::Node;
 use kube::{
     Api, ResourceExt,
     api::{DeleteParams, ListParams, PostParams, Preconditions},
@@ -11,7 +12,7 @@ use portolan_crds::{IPBlock, IPClaim};
 
 use crate::{cluster::Cluster, error::ApiError};
 
-/// The annotation of a block that says which version its node last took up: that makes it another version.
+/// The annotation of a block or a claim that says which version a node last took up: that makes it another version, whatever else is in it.
 const RENEWED: &str = "portolan.dev/renewed";
 
 /// What a node sees and does of blocks and claims. A request that fails may have been carried out all the same, unless the error says otherwise
@@ -41,8 +42,11 @@ pub(crate) trait Registry {
     /// Makes a claim; `false` if there is one of that name.
     async fn create_claim(&self, claim: &IPClaim) -> Result<bool, ApiError>;
 
-    /// Changes a claim, unless it has changed since it was read.
+    /// Gives a claim another version and this content, unless it has changed since it was read.
     async fn replace_claim(&self, claim: &IPClaim) -> Result<(), ApiError>;
+
+    /// Whether there is a Node object of that name.
+    async fn has_node(&self, name: &str) -> Result<bool, ApiError>;
 
     /// All claims, as the watch has shown them by now.
     fn seen_claims(&self) -> Vec<Arc<IPClaim>>;
@@ -107,10 +111,16 @@ impl Registry for Cluster {
     }
 
     async fn replace_claim(&self, claim: &IPClaim) -> Result<(), ApiError> {
-        let (claims, name) = (Api::<IPClaim>::all(self.client.clone()), claim.name_any());
-        let replaced = claims.replace(&name, &PostParams::default(), claim).await;
+        let (name, mut renewed) = (claim.name_any(), claim.clone());
+        renewed.annotations_mut().insert(RENEWED.to_owned(), claim.resource_version().unwrap_or_default());
+        let replaced = Api::<IPClaim>::all(self.client.clone()).replace(&name, &PostParams::default(), &renewed).await;
         let action = || format!("hand IPClaim {name} over to StatefulSet {}", claim.spec.owner);
         replaced.map(drop).map_err(|e| ApiError::new(action(), e))
+    }
+
+    async fn has_node(&self, name: &str) -> Result<bool, ApiError> {
+        let found = Api::<Node>::all(self.client.clone()).get_metadata_opt(name).await;
+        found.map(|it| it.is_some()).map_err(|e| ApiError::new(format!("get Node {name}"), e))
     }
 
     fn seen_claims(&self) -> Vec<Arc<IPClaim>> {

@@ -8,11 +8,12 @@ use kube::{
     runtime::watcher::Event,
 };
 use portolan_crds::{ContainerNetwork, ContainerNetworkSpec, ContainerNetworkStatus};
-use portolan_net::{Allowed, Bandwidth, Mac, blocks};
+use portolan_net::blocks;
 use portolan_tests::api::FakeApi;
 use proptest::prelude::*;
 
 use super::*;
+use crate::journal::tests::endpoint;
 
 const DUAL: [&str; 2] = ["fd32::/120", "10.32.0.0/27"];
 const IPV4: [&str; 1] = ["10.32.0.0/28"];
@@ -98,25 +99,12 @@ impl World {
         let mut addresses = self.network.with_prefixes(&reservation.addresses);
         let first = addresses.next().unwrap();
         let endpoint = Endpoint {
-            container: pod.into(),
-            netns: "/run/netns/x".into(),
-            interface: "eth1".into(),
-            network: "backend".into(),
-            vni: 77,
             address: first.addr(),
             prefix: first.prefix_len(),
             second: addresses.next(),
             asks_from: reservation.asks_from,
-            mac: Mac::default(),
-            mtu: 1450,
-            resolver: true,
-            redirected: None,
-            allowed: Allowed::default(),
-            bandwidth: Bandwidth::default(),
-            namespace: "shop".into(),
             pod: pod.into(),
-            uid: pod.into(),
-            owner: None,
+            ..endpoint(pod)
         };
         self.nodes[node].addresses.journal.put(endpoint)?;
         Ok(reservation.addresses.clone())
@@ -222,10 +210,12 @@ async fn a_claim_of_an_earlier_release_keeps_its_address() {
         let addresses = world.plug(0, "db-0").await.unwrap();
         assert_eq!((addresses.len(), addresses[0].to_string()), (wanted, "10.32.0.9".to_owned()));
         assert_eq!(world.api.all::<IPClaim>()[0].spec.node.as_deref(), Some("node-0"), "which it didn't say");
-        let before = world.api.version();
+        let before = world.api.all::<IPClaim>();
         world.unplug("db-0");
         world.plug(0, "db-0").await.unwrap();
-        assert_eq!(world.api.version(), before, "it is right as it is");
+        let now = world.api.all::<IPClaim>();
+        assert_eq!(now[0].spec, before[0].spec, "it is right as it is");
+        assert_ne!(now[0].resource_version(), before[0].resource_version(), "whoever is about to delete it notices");
         // The second address is as sticky, on another node and before its watch has shown it.
         world.unplug("db-0");
         assert_eq!(world.plug(1, "db-0").await.unwrap(), addresses);

@@ -6,7 +6,8 @@ use std::{
     time::Instant,
 };
 
-use portolan_operator::garbage::{Gone, QUARANTINE, has_place};
+use kube::ResourceExt;
+use portolan_operator::garbage::{Gone, QUARANTINE, has_place, mentions};
 
 use super::server::{Server, Without, pause};
 
@@ -20,12 +21,19 @@ pub async fn collect(server: Arc<Mutex<Server>>, gone: Arc<Mutex<Gone>>, now: In
     let claims = lock().claims();
     pause().await;
     let present: BTreeSet<String> = lock().nodes.clone();
-    let mentioned = blocks.iter().map(|it| &it.spec.node).chain(claims.values().filter_map(|it| it.spec.node.as_ref()));
-    let missing = mentioned.filter(|node| !present.contains(*node)).cloned().collect();
-    gone.lock().unwrap().look(missing, now);
+    let of_blocks = blocks.iter().map(|it| (&it.spec.node, it.resource_version()));
+    gone.lock().unwrap().look(of_blocks.chain(claims.values().flat_map(|it| mentions(it))), &present, now);
     for block in blocks.iter().filter(|block| gone.lock().unwrap().since(&block.spec.node, now, quarantine)) {
         pause().await;
         lock().delete_block(block, true);
+    }
+
+    for claim in claims.values() {
+        let left = gone.lock().unwrap().without_ended(claim, &present, now);
+        if let Some(left) = left {
+            pause().await;
+            lock().replace_claim(&left);
+        }
     }
 
     let claims = lock().claims();
@@ -37,15 +45,21 @@ pub async fn collect(server: Arc<Mutex<Server>>, gone: Arc<Mutex<Gone>>, now: In
             continue;
         }
         pause().await;
-        let node = claim.spec.node.clone().unwrap_or_default();
-        let is_there = lock().nodes.contains(&node);
-        let has_ended = gone.lock().unwrap().has_ended(&node, is_there, now);
-        if !has_ended && !matches!(without, Without::NodesEnd | Without::PodsEnd) {
+        let has_ended = |node: &String| {
+            let is_there = lock().nodes.contains(node);
+            gone.lock().unwrap().has_ended(node, is_there, now)
+        };
+        let have_ended = claim.spec.nodes().all(has_ended);
+        if !have_ended && !matches!(without, Without::NodesEnd | Without::PodsEnd) {
             continue;
         }
         pause().await;
         let set = lock().sets.get(&claim.spec.owner).cloned();
-        pause().await;
+        // Now and then it takes long until it acts, in which a StatefulSet may be made anew and its pod started.
+        let long = lock().random.below(60);
+        for _ in 0..long {
+            pause().await;
+        }
         if !has_place(claim, set.as_ref()) {
             lock().delete_claim(claim);
         }

@@ -55,6 +55,8 @@ pub enum Without {
     PodsEnd,
     /// Claims go with their pod, whether the node is gone that had it or not.
     NodesEnd,
+    /// Of the nodes that a pod was on only the last one counts.
+    FormerNodes,
 }
 
 pub type Claims = BTreeMap<String, Arc<IPClaim>>;
@@ -151,7 +153,7 @@ impl Server {
         there.is_some_and(|it| is_right(it) || self.without == Without::Versions)
     }
 
-    fn replace_claim(&mut self, claim: &IPClaim) -> bool {
+    pub fn replace_claim(&mut self, claim: &IPClaim) -> bool {
         let is_right = self.is_as_read(claim);
         if is_right {
             self.put_claim(claim.clone());
@@ -257,6 +259,10 @@ impl Registry for View {
             ApiError::new("replace", kube::Error::Api(Box::new(kube::core::Status { code: 409, ..Default::default() })))
         };
         self.ask(|server| server.replace_claim(claim)).await?.then_some(()).ok_or_else(conflict)
+    }
+
+    async fn has_node(&self, name: &str) -> Result<bool, ApiError> {
+        self.ask(|server| server.nodes.contains(name) || server.without == Without::FormerNodes).await
     }
 
     fn seen_claims(&self) -> Vec<Arc<IPClaim>> {

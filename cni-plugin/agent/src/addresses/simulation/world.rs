@@ -1,20 +1,21 @@
 //! Nodes, pods and what happens to them.
 
+mod machines;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     future::Future,
     net::IpAddr,
     path::PathBuf,
     pin::Pin,
-    sync::{Arc, Mutex, atomic::Ordering},
+    sync::{Arc, Mutex},
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
 use k8s_openapi::api::apps::v1::StatefulSet;
 use portolan_crds::{ContainerNetwork, ContainerNetworkSpec, ContainerNetworkStatus};
-use portolan_net::{Allowed, Bandwidth, Mac};
-use portolan_operator::garbage::{EVERY, Gone, QUARANTINE};
+use portolan_operator::garbage::{EVERY, Gone};
 use serde_json::json;
 
 use super::{
@@ -24,7 +25,7 @@ use super::{
 use crate::{
     addresses::{Addresses, Holder, Reservation},
     error::PlugError,
-    journal::{Endpoint, Journal},
+    journal::{Endpoint, Journal, tests::endpoint},
     network::Network,
     pod::Owner,
 };
@@ -271,25 +272,12 @@ impl World {
         let mut addresses = self.network.with_prefixes(&reservation.addresses);
         let first = addresses.next().unwrap();
         Endpoint {
-            container: container.into(),
-            netns: "/run/netns/x".into(),
-            interface: "eth1".into(),
-            network: "n".into(),
-            vni: 77,
+            network: self.network.name.clone(),
             address: first.addr(),
             prefix: first.prefix_len(),
             second: addresses.next(),
-            asks_from: None,
-            mac: Mac::default(),
-            mtu: 1450,
-            resolver: true,
-            redirected: None,
-            allowed: Allowed::default(),
-            bandwidth: Bandwidth::default(),
-            namespace: "shop".into(),
             pod: pod.name.clone(),
-            uid: container.into(),
-            owner: None,
+            ..endpoint(container)
         }
     }
 
@@ -451,80 +439,5 @@ impl World {
             }
         }
         self.nodes[sandbox.node].journal.remove(&format!("{id}.eth1")).unwrap();
-    }
-
-    fn crash_agent(&mut self, node: usize) {
-        self.counts.crashes += 1;
-        self.nodes[node].agent = None;
-        self.release.retain(|(of, _)| *of != node);
-        let (gone, stay) = std::mem::take(&mut self.starts).into_iter().partition(|start| start.pod.node == node);
-        self.starts = stay;
-        let gone: Vec<Start> = gone;
-        for start in gone {
-            if let Some(pod) = self.pods.get_mut(&start.pod.name).filter(|pod| pod.node == node) {
-                pod.is_starting = false;
-            }
-        }
-    }
-
-    /// It has heard everything once, and knows of its journal what is on disk.
-    fn start_agent(&mut self, node: usize) {
-        let it = &mut self.nodes[node];
-        if it.agent.is_some() || !it.is_on || it.view.is_cut() {
-            return;
-        }
-        it.view.see();
-        it.journal = Arc::new(Journal::open(self.root.path().join(&it.name)).unwrap());
-        it.agent = Some(Arc::new(Addresses::new(Arc::clone(&it.view), Arc::clone(&it.journal))));
-    }
-
-    /// It is on again at once, without what ran on it.
-    fn crash_machine(&mut self, node: usize) {
-        if self.nodes[node].is_on {
-            self.crash_agent(node);
-            self.nodes[node].journal.select(|_| true).iter().for_each(|e| self.end_sandbox(&e.container));
-        }
-    }
-
-    fn cut(&mut self, node: usize, is_cut: bool) {
-        self.nodes[node].view.is_cut.store(is_cut, Ordering::Relaxed);
-    }
-
-    /// Its pods are no more to the API; they go on for less than the quarantine, whether it hears of that or not.
-    fn delete_node(&mut self, node: usize) {
-        let it = &mut self.nodes[node];
-        if !it.is_there || !it.is_on {
-            return;
-        }
-        self.counts.nodes_deleted += 1;
-        it.is_there = false;
-        self.ends.insert((self.now + self.random.next() % (QUARANTINE.as_secs() - 5), node));
-        self.server.lock().unwrap().nodes.remove(&it.name);
-        let lost: Vec<String> = self.pods.values().filter(|pod| pod.node == node).map(|pod| pod.name.clone()).collect();
-        lost.iter().for_each(|name| self.remove_object(name));
-    }
-
-    fn power_off(&mut self, node: usize) {
-        self.crash_machine(node);
-        self.nodes[node].is_on = false;
-    }
-
-    /// A machine that was off registers again.
-    fn return_node(&mut self, node: usize) {
-        let it = &mut self.nodes[node];
-        if it.is_on {
-            return;
-        }
-        (it.is_on, it.is_there) = (true, true);
-        it.view.is_cut.store(false, Ordering::Relaxed);
-        self.server.lock().unwrap().nodes.insert(it.name.clone());
-        self.start_agent(node);
-    }
-
-    /// As the sync does it when the last pod has left the network.
-    fn release(&mut self, node: usize) {
-        let it = &self.nodes[node];
-        let Some(agent) = it.agent.clone().filter(|_| it.journal.select(|_| true).is_empty()) else { return };
-        self.release.push((node, Box::pin(async move { drop(agent.release("n").await) })));
     }
 }
