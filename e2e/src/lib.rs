@@ -2,6 +2,7 @@
 //!
 //! The lab must be up (`make lab-up`); `LANE` chooses which one.
 
+pub mod asking;
 pub mod bad_input;
 pub mod encrypted;
 pub mod encryption;

@@ -3,13 +3,15 @@
 
 use std::{
     collections::BTreeMap,
-    time::{SystemTime, UNIX_EPOCH},
+    thread::sleep,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
-    lab::{Lab, text},
+    asking::{Answer, Asking, Milliseconds, addresses},
+    lab::Lab,
     scene::{nothing_left, ready},
 };
 
@@ -17,16 +19,6 @@ const NAMESPACE: &str = "rolling";
 const NETWORK: &str = "rolling";
 /// How long after its deletion a pod may be in answers: docs/dns.md says at most a second, and the machine may be busy.
 const BOUND: u64 = 5_000;
-
-/// Milliseconds since 1970. The nodes of the native lane have the machine's clock.
-type Milliseconds = u64;
-
-/// One answer.
-struct Answer {
-    at: Milliseconds,
-    status: String,
-    addresses: Vec<String>,
-}
 
 /// Plays it. Portolan must be installed.
 ///
@@ -38,17 +30,15 @@ pub fn play(lab: &Lab) -> Result<()> {
     lab.kubectl(&["-n", NAMESPACE, "rollout", "status", "deployment/web", "--timeout=2m"])?;
     lab.wait("the asking pod is Ready", 90, || ready(&lab.json(&["-n", NAMESPACE, "get", "pod", "asking"])?))?;
     lab.wait("the name has three addresses", 30, || {
-        let found = asking(lab, "getent ahostsv4 web.rolling. | awk '{print $1}' | sort -u | wc -l")?;
+        let count = "getent ahostsv4 web.rolling. | awk '{print $1}' | sort -u | wc -l";
+        let found = lab.kubectl(&["-n", NAMESPACE, "exec", "asking", "--", "sh", "-c", count])?;
         ensure!(found.trim() == "3", "{found}");
         Ok(())
     })?;
-    let script = include_str!("../manifests/asking.sh");
-    asking(lab, &format!("cat > /tmp/asking.sh <<'END'\n{script}\nEND"))?;
-    asking(lab, "bash /tmp/asking.sh web.rolling. > /tmp/answers 2>&1 &")?;
+    let asking = Asking::begin(lab, NAMESPACE, "asking", "web.rolling.", 4, "0")?;
     let ended = restart(lab)?;
-    asking(lab, "sleep 3; touch /tmp/stop; sleep 1")?;
-    let answers = parse(&asking(lab, "cat /tmp/answers")?)?;
-    judge(lab, &answers, &ended)?;
+    sleep(Duration::from_secs(3));
+    judge(lab, &asking.end()?, &ended)?;
 
     lab.step("all of it is deleted; then look for what is left");
     lab.kubectl(&["delete", "namespace", NAMESPACE, "--timeout=2m"])?;
@@ -56,13 +46,9 @@ pub fn play(lab: &Lab) -> Result<()> {
     nothing_left(lab)
 }
 
-fn asking(lab: &Lab, command: &str) -> Result<String> {
-    lab.kubectl(&["-n", NAMESPACE, "exec", "asking", "--", "sh", "-c", command])
-}
-
 /// Restarts the Deployment; the addresses of the pods that have ended, and when each was first seen to be deleted.
 fn restart(lab: &Lab) -> Result<BTreeMap<String, Milliseconds>> {
-    let addresses = addresses(lab)?;
+    let addresses = addresses(lab, NETWORK, |endpoint| endpoint["owner"] == "web")?;
     ensure!(addresses.len() == 3, "{addresses:?}");
     lab.kubectl(&["-n", NAMESPACE, "rollout", "restart", "deployment/web"])?;
     let mut ended = BTreeMap::new();
@@ -80,26 +66,6 @@ fn restart(lab: &Lab) -> Result<BTreeMap<String, Milliseconds>> {
         Ok(())
     })?;
     Ok(ended)
-}
-
-/// The Deployment's pods, and their addresses on the network.
-fn addresses(lab: &Lab) -> Result<BTreeMap<String, String>> {
-    let slices = lab.json(&["get", "networknodeslices"])?;
-    let slices = slices["items"].as_array().context("items")?;
-    let here = slices.iter().filter(|slice| slice["spec"]["network"] == NETWORK);
-    let endpoints = here.filter_map(|slice| slice["spec"]["endpoints"].as_array()).flatten();
-    let of_web = endpoints.filter(|endpoint| endpoint["owner"] == "web");
-    of_web.map(|endpoint| Ok((text(endpoint, "/pod")?.to_owned(), text(endpoint, "/address")?.to_owned()))).collect()
-}
-
-fn parse(printed: &str) -> Result<Vec<Answer>> {
-    let parse = |line: &str| -> Option<Answer> {
-        let mut words = line.split(' ');
-        let (at, status) = (words.next()?.parse().ok()?, words.next()?.to_owned());
-        let addresses = words.next()?.split(',').filter(|address| !address.is_empty()).map(str::to_owned).collect();
-        Some(Answer { at, status, addresses })
-    };
-    printed.lines().map(|line| parse(line).with_context(|| format!("the asking pod printed {line:?}"))).collect()
 }
 
 fn judge(lab: &Lab, answers: &[Answer], ended: &BTreeMap<String, Milliseconds>) -> Result<()> {

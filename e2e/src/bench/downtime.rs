@@ -71,7 +71,7 @@ pub fn measure(lab: &Lab, watches: &Watches, a: &mut End<'_>, b: &mut End<'_>, s
         let running = watches.pods.find(
             &format!("{name} is Ready"),
             PATIENCE,
-            |event| event.of(&name) && is_ready(event),
+            |event| event.of(&name) && event.is_ready(),
             |event| text(&event.object, "/spec/nodeName").map(str::to_owned),
         )?;
         let mut at = running?;
@@ -133,17 +133,12 @@ fn one(lab: &Lab, watches: &Watches, name: &str, pod: &str, volume: &str, to: &s
     let attached = of_attachment("attached", &|event| {
         event.object["spec"]["nodeName"] == to && event.object["status"]["attached"] == true
     })?;
-    let ready = of_pod("is Ready", &|event| event.object["spec"]["nodeName"] == to && is_ready(event))?;
+    let ready = of_pod("is Ready", &|event| event.object["spec"]["nodeName"] == to && event.is_ready())?;
     let done = ["-n", NAMESPACE, "wait", "--for=jsonpath={.status.phase}=Done", "--timeout=2m"];
     lab.kubectl(&[&done[..], &[&format!("volumemigration/{name}")]].concat())?;
     let report = lab.json(&["get", "portablevolume", volume])?["status"]["lastHandoff"].clone();
     let bytes = report["bytes"].as_u64().context("lastHandoff.bytes")?;
     Ok(Move { ends: [evicted, ended, detached, asked, writable, attached, ready], bytes })
-}
-
-fn is_ready(event: &Event) -> bool {
-    let conditions = event.object["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
-    !event.ends() && conditions.iter().any(|it| it["type"] == "Ready" && it["status"] == "True")
 }
 
 /// A dataset without Portolan that is sent ahead, as a warm volume's is.

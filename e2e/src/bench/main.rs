@@ -4,6 +4,7 @@
 mod bare;
 mod crowd;
 mod downtime;
+mod forgetting;
 mod load;
 mod snapshots;
 mod syncoid;
@@ -36,13 +37,24 @@ struct Sizes {
     transfer: u64,
     /// At how many rates a pod writes that moves.
     rates: usize,
+    /// Pods that end in each way.
+    ends: usize,
 }
 
-const FULL: Sizes =
-    Sizes { volumes: 100, rounds: 2, pods: 20, snapshots: 30, pairs: 5, seconds: 10, transfer: 512 << 20, rates: 4 };
+const FULL: Sizes = Sizes {
+    volumes: 100,
+    rounds: 2,
+    pods: 20,
+    snapshots: 30,
+    pairs: 5,
+    seconds: 10,
+    transfer: 512 << 20,
+    rates: 4,
+    ends: 20,
+};
 /// To see whether it works: `QUICK=1`.
 const QUICK: Sizes =
-    Sizes { volumes: 4, rounds: 1, pods: 2, snapshots: 2, pairs: 2, seconds: 2, transfer: 40 << 20, rates: 2 };
+    Sizes { volumes: 4, rounds: 1, pods: 2, snapshots: 2, pairs: 2, seconds: 2, transfer: 40 << 20, rates: 2, ends: 2 };
 
 fn main() -> ExitCode {
     let mut report = String::new();
@@ -70,6 +82,8 @@ fn run(lab: &Lab, report: &mut String) -> Result<()> {
 
     let mut bare = Bare::start(lab, &node)?;
     let watches = Watches::start(lab)?;
+    lab.step("pods that go, and their names");
+    add(&forgetting::measure(lab, &watches, &sizes)?.markdown());
     lab.step("volumes, one at a time");
     add(&volumes::one_by_one(lab, &watches, &mut bare, &node, &sizes)?.markdown());
     lab.step("volumes, many at once");

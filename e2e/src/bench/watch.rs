@@ -33,6 +33,12 @@ impl Event {
         self.kind == "DELETED" || self.object["metadata"]["deletionTimestamp"].is_string()
     }
 
+    /// Whether the object is a pod that is Ready and doesn't end.
+    pub fn is_ready(&self) -> bool {
+        let conditions = self.object["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
+        !self.ends() && conditions.iter().any(|it| it["type"] == "Ready" && it["status"] == "True")
+    }
+
     /// Whether the object's `status.phase` is this one.
     pub fn in_phase(&self, phase: &str) -> bool {
         self.object["status"]["phase"] == phase
