@@ -20,6 +20,18 @@ pub enum Error {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The kernel refused forwarding entries.
+    #[error("{action} (in {place}): {source}{}", more(*.others))]
+    Entry {
+        /// What was asked for.
+        action: String,
+        /// The namespace it was asked in.
+        place: String,
+        /// The kernel's answer.
+        source: io::Error,
+        /// How many others were refused, too.
+        others: usize,
+    },
     /// A namespace can't be opened, made or entered.
     #[error("network namespace {path}: {action}: {source}")]
     Namespace {
@@ -161,5 +173,13 @@ impl Error {
     /// Whether the kernel answered with this error number.
     pub(crate) fn is_errno(&self, errno: i32) -> bool {
         matches!(self, Self::Netlink { source, .. } if source.raw_os_error() == Some(errno))
+    }
+}
+
+fn more(others: usize) -> String {
+    match others {
+        0 => String::new(),
+        1 => ", and 1 entry more".to_owned(),
+        _ => format!(", and {others} entries more"),
     }
 }

@@ -1,23 +1,21 @@
 //! Where frames go: forwarding entries, head-end replication and neighbours. What is wanted is compared with what the kernel
-//! has, and only the difference is applied, so that traffic that isn't concerned sees nothing.
+//! has, and only the difference is applied, so that traffic that isn't concerned sees nothing. What the kernel has is known from what was
+//! applied before; it is asked at first, and whenever it isn't known.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     net::{IpAddr, Ipv4Addr},
 };
 
-use netlink_packet_route::{
-    AddressFamily, RouteNetlinkMessage,
-    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
-};
-use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE};
+use crate::Mac;
 
-use crate::{
-    BRIDGE, Dataplane, Mac, TUNNEL,
-    error::Result,
-    netlink::{Netlink, ok_if},
-    port::remove_neighbour,
-};
+mod batch;
+mod following;
+mod kernel;
+
+pub use following::{Forwarder, Known};
+pub(crate) use kernel::{bridge_entry, neighbour, neighbour_to_remove};
 
 /// What a network's forwarding shall be on this node.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -48,21 +46,99 @@ struct Table {
     floods: BTreeSet<Ipv4Addr>,
     /// On br0: MACs that are behind vx0.
     behind: BTreeSet<Mac>,
+    /// MACs of which it isn't known whether they are.
+    doubted: BTreeSet<Mac>,
     /// On br0: neighbours.
     neighbours: BTreeMap<IpAddr, Mac>,
 }
 
-/// One request to the kernel.
+/// One entry to be made or removed: one request to the kernel.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Change {
+pub enum Change {
+    /// A MAC is reached through the tunnel to a node.
     SetTunnel(Mac, Ipv4Addr),
+    /// It isn't any more.
     RemoveTunnel(Mac, Ipv4Addr),
+    /// Broadcasts are copied to a node.
     AddFlood(Ipv4Addr),
+    /// They aren't any more.
     RemoveFlood(Ipv4Addr),
+    /// A MAC is behind the tunnels.
     AddBehind(Mac),
+    /// It isn't any more.
     RemoveBehind(Mac),
+    /// The bridge knows an address' MAC.
     SetNeighbour(IpAddr, Mac),
+    /// It doesn't any more.
     RemoveNeighbour(IpAddr),
+}
+
+/// What is plugged in on this node.
+#[derive(Clone, Debug, Default)]
+pub struct Here {
+    addresses: BTreeMap<IpAddr, Mac>,
+    macs: BTreeSet<Mac>,
+}
+
+impl FromIterator<(IpAddr, Mac)> for Here {
+    fn from_iter<T: IntoIterator<Item = (IpAddr, Mac)>>(endpoints: T) -> Self {
+        let addresses: BTreeMap<IpAddr, Mac> = endpoints.into_iter().collect();
+        let macs = addresses.values().copied().collect();
+        Self { addresses, macs }
+    }
+}
+
+impl Change {
+    fn is_removal(&self) -> bool {
+        matches!(self, Self::RemoveTunnel(..) | Self::RemoveFlood(_) | Self::RemoveBehind(_) | Self::RemoveNeighbour(_))
+    }
+
+    /// Whether it would send away what is plugged in here by now: it was asked for before that was.
+    pub fn is_against(&self, here: &Here) -> bool {
+        match self {
+            Self::SetTunnel(mac, _) | Self::AddBehind(mac) => here.macs.contains(mac),
+            Self::SetNeighbour(address, mac) => here.addresses.get(address).is_some_and(|there| there != mac),
+            Self::RemoveNeighbour(address) => here.addresses.contains_key(address),
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SetTunnel(mac, vtep) => write!(f, "send {mac} to {vtep}"),
+            Self::RemoveTunnel(mac, vtep) => write!(f, "send {mac} to {vtep} no more"),
+            Self::AddFlood(vtep) => write!(f, "copy broadcasts to {vtep}"),
+            Self::RemoveFlood(vtep) => write!(f, "copy broadcasts to {vtep} no more"),
+            Self::AddBehind(mac) => write!(f, "forward {mac} to vx0"),
+            Self::RemoveBehind(mac) => write!(f, "forward {mac} to vx0 no more"),
+            Self::SetNeighbour(address, _) => write!(f, "add neighbour {address}"),
+            Self::RemoveNeighbour(address) => write!(f, "remove neighbour {address}"),
+        }
+    }
+}
+
+impl Table {
+    /// The entries after a change.
+    fn follow(&mut self, change: Change) {
+        match change {
+            Change::SetTunnel(mac, vtep) => drop(self.tunnels.insert(mac, vtep)),
+            Change::RemoveTunnel(mac, _) => drop(self.tunnels.remove(&mac)),
+            Change::AddFlood(vtep) => drop(self.floods.insert(vtep)),
+            Change::RemoveFlood(vtep) => drop(self.floods.remove(&vtep)),
+            Change::AddBehind(mac) => {
+                self.doubted.remove(&mac);
+                self.behind.insert(mac);
+            }
+            Change::RemoveBehind(mac) => {
+                self.doubted.remove(&mac);
+                self.behind.remove(&mac);
+            }
+            Change::SetNeighbour(address, mac) => drop(self.neighbours.insert(address, mac)),
+            Change::RemoveNeighbour(address) => drop(self.neighbours.remove(&address)),
+        }
+    }
 }
 
 impl Forwarding {
@@ -70,18 +146,16 @@ impl Forwarding {
         let local: BTreeSet<Mac> = self.local.iter().map(|(_, mac)| *mac).collect();
         // The bridge itself speaks IPv4 only: it needs no other neighbours than those it answers for.
         let spoken_to = self.local.iter().filter(|(address, _)| address.is_ipv4());
-        let mut table = Table { neighbours: spoken_to.copied().collect(), ..Table::default() };
-        for peer in &self.peers {
-            table.floods.insert(peer.vtep);
-            for (address, mac) in peer.endpoints.iter().filter(|(_, mac)| !local.contains(mac)) {
-                table.tunnels.insert(*mac, peer.vtep);
-                table.behind.insert(*mac);
-                if self.suppression {
-                    table.neighbours.insert(*address, *mac);
-                }
-            }
+        let remote = self.peers.iter().flat_map(|peer| peer.endpoints.iter().map(|it| (peer.vtep, it)));
+        let remote = remote.filter(|(_, (_, mac))| !local.contains(mac));
+        let answered_for = remote.clone().filter(|_| self.suppression).map(|(_, endpoint)| endpoint);
+        Table {
+            tunnels: remote.clone().map(|(vtep, (_, mac))| (*mac, vtep)).collect(),
+            floods: self.peers.iter().map(|peer| peer.vtep).collect(),
+            behind: remote.map(|(_, (_, mac))| *mac).collect(),
+            doubted: BTreeSet::new(),
+            neighbours: spoken_to.chain(answered_for).copied().collect(),
         }
-        table
     }
 }
 
@@ -92,150 +166,19 @@ fn plan(have: &Table, want: &Table) -> Vec<Change> {
     changes.extend(
         want.tunnels.iter().filter(|(m, v)| news(have.tunnels.get(m), v)).map(|(m, v)| Change::SetTunnel(*m, *v)),
     );
-    changes.extend(want.behind.difference(&have.behind).map(|m| Change::AddBehind(*m)));
+    let is_behind = |mac: &Mac| have.behind.contains(mac) && !have.doubted.contains(mac);
+    changes.extend(want.behind.iter().filter(|m| !is_behind(m)).map(|m| Change::AddBehind(*m)));
     changes.extend(want.floods.difference(&have.floods).map(|v| Change::AddFlood(*v)));
     let stale = want.neighbours.iter().filter(|(a, m)| have.neighbours.get(a) != Some(m));
     changes.extend(stale.map(|(a, m)| Change::SetNeighbour(*a, *m)));
-    changes.extend(have.behind.difference(&want.behind).map(|m| Change::RemoveBehind(*m)));
+    let behind = have.behind.union(&have.doubted);
+    changes.extend(behind.filter(|m| !want.behind.contains(m)).map(|m| Change::RemoveBehind(*m)));
     let gone = have.tunnels.iter().filter(|(m, _)| !want.tunnels.contains_key(m));
     changes.extend(gone.map(|(m, v)| Change::RemoveTunnel(*m, *v)));
     changes.extend(have.floods.difference(&want.floods).map(|v| Change::RemoveFlood(*v)));
     let gone = have.neighbours.keys().filter(|a| !want.neighbours.contains_key(a));
     changes.extend(gone.map(|a| Change::RemoveNeighbour(*a)));
     changes
-}
-
-impl Dataplane {
-    /// Makes a network's forwarding what is wanted; returns how many entries had to be changed.
-    ///
-    /// # Errors
-    /// What the kernel refuses; entries before it are in place.
-    pub async fn forward(&self, vni: u32, wanted: &Forwarding) -> Result<usize> {
-        let netlink = Netlink::open(&self.namespace(vni)?)?;
-        let tunnel = netlink.index(TUNNEL).await?;
-        let bridge = netlink.index(BRIDGE).await?;
-        let have = read(&netlink, tunnel, bridge).await?;
-        let changes = plan(&have, &wanted.wanted());
-        for change in &changes {
-            apply(&netlink, tunnel, bridge, *change).await?;
-        }
-        Ok(changes.len())
-    }
-}
-
-async fn read(netlink: &Netlink, tunnel: u32, bridge: u32) -> Result<Table> {
-    let mut table = Table::default();
-    for entry in netlink.neighbours(AddressFamily::Bridge).await? {
-        let (mac, destination) = facts(&entry);
-        let (Some(mac), true) = (mac, entry.header.ifindex == tunnel) else { continue };
-        let is_tunnels_own = entry.header.flags.contains(NeighbourFlags::Own);
-        match (is_tunnels_own, destination) {
-            (true, Some(IpAddr::V4(vtep))) if mac == Mac::default() => drop(table.floods.insert(vtep)),
-            (true, Some(IpAddr::V4(vtep))) => drop(table.tunnels.insert(mac, vtep)),
-            // The bridge's entry for vx0's own MAC is permanent, which there means "local": not ours.
-            (false, _) if entry.header.state != NeighbourState::Permanent => drop(table.behind.insert(mac)),
-            _ => {}
-        }
-    }
-    let mut entries = netlink.neighbours(AddressFamily::Inet).await?;
-    entries.extend(netlink.neighbours(AddressFamily::Inet6).await?);
-    for entry in entries {
-        if entry.header.ifindex == bridge
-            && entry.header.state == NeighbourState::Permanent
-            && let (Some(mac), Some(address)) = facts(&entry)
-        {
-            table.neighbours.insert(address, mac);
-        }
-    }
-    Ok(table)
-}
-
-async fn apply(netlink: &Netlink, tunnel: u32, bridge: u32, change: Change) -> Result<()> {
-    let add = |entry, flags, action: String| netlink.send(RouteNetlinkMessage::NewNeighbour(entry), flags, action);
-    let remove = async |entry, action: String| {
-        ok_if(netlink.send(RouteNetlinkMessage::DelNeighbour(entry), 0, action).await, libc::ENOENT)
-    };
-    let set = NLM_F_CREATE | NLM_F_REPLACE;
-    match change {
-        Change::SetTunnel(mac, vtep) => {
-            add(tunnel_entry(tunnel, mac, vtep), set, format!("send {mac} to {vtep}")).await
-        }
-        Change::RemoveTunnel(mac, vtep) => {
-            remove(tunnel_entry(tunnel, mac, vtep), format!("send {mac} to {vtep} no more")).await
-        }
-        Change::AddFlood(vtep) => {
-            let entry = tunnel_entry(tunnel, Mac::default(), vtep);
-            let action = format!("copy broadcasts to {vtep}");
-            ok_if(add(entry, NLM_F_CREATE | NLM_F_APPEND, action).await, libc::EEXIST)
-        }
-        Change::RemoveFlood(vtep) => {
-            remove(tunnel_entry(tunnel, Mac::default(), vtep), format!("copy broadcasts to {vtep} no more")).await
-        }
-        Change::AddBehind(mac) => add(bridge_entry(tunnel, mac), set, format!("forward {mac} to vx0")).await,
-        Change::RemoveBehind(mac) => remove(bridge_entry(tunnel, mac), format!("forward {mac} to vx0 no more")).await,
-        Change::SetNeighbour(address, mac) => {
-            add(neighbour(bridge, address, mac), set, format!("add neighbour {address}")).await
-        }
-        Change::RemoveNeighbour(address) => remove_neighbour(netlink, bridge, address).await,
-    }
-}
-
-/// The MAC and the IP address of an entry.
-fn facts(entry: &NeighbourMessage) -> (Option<Mac>, Option<IpAddr>) {
-    let mut found = (None, None);
-    for attribute in &entry.attributes {
-        match attribute {
-            NeighbourAttribute::LinkLayerAddress(bytes) => {
-                found.0 = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac);
-            }
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => found.1 = Some((*address).into()),
-            NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => found.1 = Some((*address).into()),
-            // Entries of the bridge family come without a type for the address.
-            NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
-                found.1 = <[u8; 4]>::try_from(bytes.as_slice()).ok().map(IpAddr::from);
-            }
-            _ => {}
-        }
-    }
-    found
-}
-
-/// A VXLAN device's forwarding entry (`bridge fdb … self permanent`).
-fn tunnel_entry(tunnel: u32, mac: Mac, vtep: Ipv4Addr) -> NeighbourMessage {
-    let mut entry = NeighbourMessage::default();
-    entry.header.family = AddressFamily::Bridge;
-    entry.header.ifindex = tunnel;
-    entry.header.state = NeighbourState::Permanent;
-    entry.header.flags = NeighbourFlags::Own;
-    entry.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
-    entry.attributes.push(NeighbourAttribute::Destination(NeighbourAddress::Inet(vtep)));
-    entry
-}
-
-/// A bridge's forwarding entry (`bridge fdb … master static`). Not `permanent`, which for a bridge means "this host itself".
-pub(crate) fn bridge_entry(port: u32, mac: Mac) -> NeighbourMessage {
-    let mut entry = NeighbourMessage::default();
-    entry.header.family = AddressFamily::Bridge;
-    entry.header.ifindex = port;
-    entry.header.state = NeighbourState::Noarp;
-    entry.header.flags = NeighbourFlags::Controller;
-    entry.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
-    entry
-}
-
-/// A permanent neighbour on an interface.
-pub(crate) fn neighbour(index: u32, address: IpAddr, mac: Mac) -> NeighbourMessage {
-    let (family, destination) = match address {
-        IpAddr::V4(address) => (AddressFamily::Inet, NeighbourAddress::Inet(address)),
-        IpAddr::V6(address) => (AddressFamily::Inet6, NeighbourAddress::Inet6(address)),
-    };
-    let mut entry = NeighbourMessage::default();
-    entry.header.family = family;
-    entry.header.ifindex = index;
-    entry.header.state = NeighbourState::Permanent;
-    entry.attributes.push(NeighbourAttribute::Destination(destination));
-    entry.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
-    entry
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ pub use dataplane::Dataplane;
 pub use encryption::{Encrypted, Encryption, WIREGUARD_OVERHEAD, encrypted_size};
 pub use error::{Error, Result};
 pub use filter::{Filter, PortFilter, Protocol, Rule, Service};
-pub use forwarding::{Forwarding, Peer};
+pub use forwarding::{Change, Forwarder, Forwarding, Here, Known, Peer};
 pub use guard::Allowed;
 pub use ipam::{AddressError, block_of, block_prefix, blocks, free_address, free_block, usable};
 pub use mac::{Mac, MacError, endpoint_mac, is_endpoint_mac, port_name};

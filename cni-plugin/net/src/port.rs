@@ -14,7 +14,6 @@ use netlink_packet_route::{
         BridgePortState, InfoBridgePort, InfoData, InfoPortData, InfoVeth, LinkAttribute, LinkFlags, LinkInfo,
         LinkMessage,
     },
-    neighbour::{NeighbourFlags, NeighbourState},
 };
 use rtnetlink::{
     LinkBridgePort, LinkUnspec, LinkVeth,
@@ -24,7 +23,7 @@ use rtnetlink::{
 use crate::{
     Allowed, BRIDGE, BRIDGE_MAC, Bandwidth, Dataplane, Mac, bandwidth,
     error::{Error, Result},
-    forwarding::{bridge_entry, neighbour},
+    forwarding::{bridge_entry, neighbour, neighbour_to_remove},
     guard,
     mac::is_port_name,
     namespace::Namespace,
@@ -358,10 +357,8 @@ fn up(index: u32, mtu: u32) -> LinkMessage {
     LinkUnspec::new_with_index(index).mtu(mtu).up().build()
 }
 
-pub(crate) async fn remove_neighbour(network: &Netlink, bridge: u32, address: IpAddr) -> Result<()> {
-    let mut entry = neighbour(bridge, address, Mac::default());
-    entry.header.state = NeighbourState::None;
-    entry.header.flags = NeighbourFlags::empty();
+async fn remove_neighbour(network: &Netlink, bridge: u32, address: IpAddr) -> Result<()> {
+    let entry = neighbour_to_remove(bridge, address);
     let action = format!("remove neighbour {address}");
     crate::netlink::ok_if(network.send(RouteNetlinkMessage::DelNeighbour(entry), 0, action).await, libc::ENOENT)
 }
