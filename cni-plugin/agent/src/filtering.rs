@@ -19,7 +19,7 @@ use crate::{
 
 impl Agent {
     /// What may pass at a network's ports, for all endpoints that the journal has.
-    fn filter_of(&self, network: &str) -> Filter {
+    pub(crate) fn filter_of(&self, network: &str) -> Filter {
         let policies = self.cluster.policies.state();
         // As a rule there are none, and then nobody needs to be looked at.
         if !policies.iter().any(|policy| is_about(policy, network)) {
@@ -53,21 +53,7 @@ impl Agent {
         Ok(applied.downgrade())
     }
 
-    /// Makes what may pass at a network's ports what the policies say, if that isn't what was set last. `local` is what `endpoints` are, in
-    /// the same order.
-    pub(crate) async fn filter(
-        &self,
-        applied: &mut Applied,
-        (network, vni): (&str, u32),
-        endpoints: &[Endpoint],
-        local: &[Local],
-        view: &View,
-    ) -> portolan_net::Result<()> {
-        let wanted = self.wanted_filter(network, endpoints, local, view);
-        self.set_filter(applied, (network, vni), wanted).await
-    }
-
-    fn wanted_filter(&self, network: &str, endpoints: &[Endpoint], local: &[Local], view: &View) -> Filter {
+    fn wanted_filter(&self, network: &str, endpoints: &[Endpoint], local: &[Local], view: &View<'_>) -> Filter {
         let policies = self.cluster.policies.state();
         let policies: Vec<&NetworkPolicy> =
             policies.iter().map(AsRef::as_ref).filter(|policy| is_about(policy, network)).collect();
@@ -81,7 +67,8 @@ impl Agent {
         Policies::new(policies, namespaces, view.endpoints()).filter(ports)
     }
 
-    async fn set_filter(
+    /// Makes what may pass at a network's ports what is wanted, if that isn't what was set last.
+    pub(crate) async fn set_filter(
         &self,
         applied: &mut Applied,
         (network, vni): (&str, u32),

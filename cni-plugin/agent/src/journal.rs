@@ -1,7 +1,7 @@
 //! Which pods are plugged in here: one file an endpoint, written before the kernel is touched and removed after.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     io::Write,
     net::{IpAddr, Ipv4Addr},
@@ -74,6 +74,11 @@ impl Endpoint {
         std::iter::once(self.address).chain(self.second.map(|second| second.addr()))
     }
 
+    /// Its addresses, each with its MAC, and what it asks the DNS server from.
+    pub(crate) fn identities(&self) -> impl Iterator<Item = (IpAddr, Mac)> {
+        self.addresses().chain(self.asks_from.map(IpAddr::from)).map(|address| (address, self.mac))
+    }
+
     /// All that its interface has: the addresses with the prefix lengths of their subnets, and what it asks the DNS server from.
     fn interface_addresses(&self) -> Vec<IpNet> {
         // With the full length if the journal has one that can't be.
@@ -119,7 +124,11 @@ pub struct JournalError {
 pub struct Journal {
     directory: PathBuf,
     endpoints: Mutex<BTreeMap<String, Endpoint>>,
+    gone: Mutex<BTreeSet<Gone>>,
 }
+
+/// What was an endpoint's: its network's VNI, one of its addresses, its MAC.
+pub(crate) type Gone = (u32, IpAddr, Mac);
 
 impl Journal {
     /// Reads the journal in a directory, which is made if it isn't there.
@@ -142,7 +151,7 @@ impl Journal {
             let endpoint: Endpoint = serde_json::from_slice(&bytes).map_err(|e| fail(&path, "read", e.into()))?;
             endpoints.insert(endpoint.id(), endpoint);
         }
-        Ok(Self { directory, endpoints: Mutex::new(endpoints) })
+        Ok(Self { directory, endpoints: Mutex::new(endpoints), gone: Mutex::default() })
     }
 
     /// Adds or replaces an endpoint; it is on disk when this returns.
@@ -176,8 +185,16 @@ impl Journal {
             }
             _ => {}
         }
-        self.lock().remove(id);
+        if let Some(gone) = self.lock().remove(id) {
+            let mut all = self.gone.lock().unwrap_or_else(PoisonError::into_inner);
+            all.extend(gone.identities().map(|(address, mac)| (gone.vni, address, mac)));
+        }
         Ok(())
+    }
+
+    /// What was removed since this was asked last.
+    pub(crate) fn take_gone(&self) -> BTreeSet<Gone> {
+        std::mem::take(&mut *self.gone.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// All endpoints, or those that are chosen.
@@ -224,6 +241,21 @@ pub(crate) mod tests {
             uid: "u".into(),
             owner: Some("db".into()),
         }
+    }
+
+    #[test]
+    fn what_is_gone_is_told_once_with_all_of_its_addresses() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path()).unwrap();
+        let asks_from = Some(Ipv4Addr::new(169, 254, 56, 1));
+        let gone = Endpoint { second: Some("fd32::5/64".parse().unwrap()), asks_from, ..endpoint("a") };
+        journal.put(gone.clone()).unwrap();
+        journal.put(endpoint("b")).unwrap();
+        journal.remove("a.eth1").unwrap();
+        journal.remove("a.eth1").unwrap();
+        let of = |address: &str| (77, address.parse().unwrap(), gone.mac);
+        assert_eq!(journal.take_gone(), BTreeSet::from([of("10.32.0.5"), of("fd32::5"), of("169.254.56.1")]));
+        assert!(journal.take_gone().is_empty());
     }
 
     #[test]

@@ -18,6 +18,7 @@ mod addresses;
 mod agent;
 mod cluster;
 mod encryption;
+mod entries;
 mod error;
 mod everyone;
 mod filtering;

@@ -16,6 +16,8 @@ use serde::{Deserialize, Serialize};
 
 /// How often it is written at most: a large zone changes with each pod of the cluster.
 const INTERVAL: Duration = Duration::from_secs(5);
+/// How many times as long as it took to write one passes at least until the next.
+const SELDOM: u32 = 50;
 /// Who may read it: names are no secret on the node.
 const MODE: u32 = 0o644;
 
@@ -80,7 +82,14 @@ pub(crate) fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
 /// Writes snapshots, and only those that are new.
 pub(crate) struct Keeper {
     path: PathBuf,
-    written: Option<(u64, Instant)>,
+    written: Option<Written>,
+}
+
+/// What was written last.
+struct Written {
+    hash: u64,
+    at: Instant,
+    took: Duration,
 }
 
 impl Keeper {
@@ -88,21 +97,25 @@ impl Keeper {
         Self { path, written: None }
     }
 
-    /// Writes a snapshot if it is another one than before. Returns whether it is up to a later call, as one was written just now.
-    pub fn keep(&mut self, snapshot: &Snapshot) -> Result<bool, SnapshotError> {
-        if self.written.is_some_and(|(_, at)| at.elapsed() < INTERVAL) {
-            return Ok(true);
-        }
+    /// How long it is until one may be written again: large ones take long, and are written the more seldom.
+    pub fn due_in(&self) -> Duration {
+        let of = |it: &Written| INTERVAL.max(it.took * SELDOM).saturating_sub(it.at.elapsed());
+        self.written.as_ref().map_or(Duration::ZERO, of)
+    }
+
+    /// Writes a snapshot if it is another one than before.
+    pub fn keep(&mut self, snapshot: &Snapshot) -> Result<(), SnapshotError> {
+        let at = Instant::now();
         let fail = |source| SnapshotError { path: self.path.clone(), source };
         let bytes = serde_json::to_vec(snapshot).map_err(io::Error::from).map_err(fail)?;
         let mut hasher = DefaultHasher::new();
         bytes.hash(&mut hasher);
         let hash = hasher.finish();
-        if self.written.is_none_or(|(before, _)| before != hash) {
+        if self.written.as_ref().is_none_or(|before| before.hash != hash) {
             replace(&self.path, &bytes, MODE).map_err(fail)?;
-            self.written = Some((hash, Instant::now()));
+            self.written = Some(Written { hash, at, took: at.elapsed() });
         }
-        Ok(false)
+        Ok(())
     }
 }
 
@@ -145,11 +158,23 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("names.json");
         let mut keeper = Keeper::new(path.clone());
-        assert!(!keeper.keep(&snapshot()).unwrap());
-        assert!(keeper.keep(&Snapshot::default()).unwrap());
-        assert_eq!(Snapshot::read(&path), snapshot(), "too soon");
-        keeper.written = keeper.written.map(|(hash, at)| (hash, at.checked_sub(INTERVAL).unwrap()));
-        assert!(!keeper.keep(&Snapshot::default()).unwrap());
+        assert!(keeper.due_in().is_zero());
+        keeper.keep(&snapshot()).unwrap();
+        assert!(!keeper.due_in().is_zero(), "too soon");
+        assert_eq!(Snapshot::read(&path), snapshot());
+        let earlier = |keeper: &mut Keeper, time| {
+            let written = keeper.written.take().unwrap();
+            keeper.written = Some(Written { at: written.at.checked_sub(time).unwrap(), ..written });
+        };
+        earlier(&mut keeper, INTERVAL);
+        assert!(keeper.due_in().is_zero());
+        keeper.keep(&Snapshot::default()).unwrap();
         assert_eq!(Snapshot::read(&path), Snapshot::default());
+        // One that takes long.
+        keeper.written.as_mut().unwrap().took = INTERVAL;
+        earlier(&mut keeper, INTERVAL * (SELDOM - 1));
+        assert!(!keeper.due_in().is_zero());
+        earlier(&mut keeper, INTERVAL);
+        assert!(keeper.due_in().is_zero());
     }
 }

@@ -12,13 +12,14 @@ use k8s_openapi::api::core::v1::{ObjectReference, Pod};
 use kube::{Resource, ResourceExt, runtime::reflector::ObjectRef};
 use portolan_crds::{NetworkNodeSlice, NetworkNodeSliceSpec};
 use portolan_dns::{Member, Zone};
-use portolan_net::{BRIDGE_ADDRESS, Filter, Forwarding, NetworkSpec};
+use portolan_net::{BRIDGE_ADDRESS, Filter, NetworkSpec};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::Agent,
     annotation,
     encryption::Encrypting,
+    entries::Entries,
     everyone::Everyone,
     journal::Endpoint,
     missed, names,
@@ -34,6 +35,8 @@ use crate::{
 const INTERVAL: Duration = Duration::from_secs(60);
 /// How soon something that failed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
+/// The same for forwarding entries that the kernel refuses.
+const RETRY_REFUSED: Duration = Duration::from_secs(10);
 
 /// What was applied to the kernel since the agent started. To read it is the right to change single ports, each of them in its
 /// [turn](crate::turns::Turns); to write it, the right to change networks and whatever is on them.
@@ -41,7 +44,8 @@ const RETRY: Duration = Duration::from_secs(2);
 pub(crate) struct Applied {
     pub networks: BTreeMap<u32, NetworkSpec>,
     pub encrypting: Encrypting,
-    forwarding: BTreeMap<u32, (Forwarding, Instant)>,
+    /// How often each network was made something else, or removed.
+    made: BTreeMap<u32, u64>,
     pub filters: BTreeMap<u32, Filter>,
 }
 
@@ -49,6 +53,17 @@ impl Applied {
     /// Whether a network was made what the spec says since the start.
     pub fn has(&self, spec: &NetworkSpec) -> bool {
         self.networks.get(&spec.vni) == Some(spec)
+    }
+
+    /// Which of the networks of that VNI it is: all that was in one is lost in the next.
+    pub fn which(&self, vni: u32) -> u64 {
+        self.made.get(&vni).copied().unwrap_or(0)
+    }
+
+    fn is_another(&mut self, vni: u32) {
+        *self.made.entry(vni).or_default() += 1;
+        self.networks.remove(&vni);
+        self.filters.remove(&vni);
     }
 }
 
@@ -58,9 +73,8 @@ impl Agent {
         if applied.has(&spec) && self.dataplane.namespace(spec.vni).is_ok() {
             return Ok(());
         }
+        applied.is_another(spec.vni);
         self.dataplane.ensure_network(&spec).await?;
-        applied.forwarding.remove(&spec.vni);
-        applied.filters.remove(&spec.vni);
         applied.networks.insert(spec.vni, spec);
         Ok(())
     }
@@ -108,6 +122,7 @@ struct Sync<'a> {
     everyone: Option<Everyone>,
     keeper: Keeper,
     slices: Slices,
+    entries: Entries,
     /// What the journal had when the agent started, as far as the kernel wasn't asked about it yet.
     unchecked: BTreeSet<String>,
     /// Running pods, by UID, whose allowed addresses can't be read.
@@ -147,13 +162,14 @@ pub(crate) async fn run(
         everyone,
         keeper,
         slices: Slices::default(),
+        entries: Entries::default(),
         unchecked: agent.journal.select(|_| true).iter().map(Endpoint::id).collect(),
         refused: BTreeMap::new(),
         leaving: BTreeMap::new(),
         started: false,
     };
     loop {
-        let wait = if sync.once().await { RETRY } else { INTERVAL };
+        let wait = sync.once().await;
         tokio::select! {
             () = agent.changed.notified() => {}
             () = tokio::time::sleep(wait) => {}
@@ -163,9 +179,9 @@ pub(crate) async fn run(
 }
 
 impl Sync<'_> {
-    /// One pass; returns whether something failed or was put off.
-    async fn once(&mut self) -> bool {
-        let mut failed = false;
+    /// One pass; returns when the next one is due without a cause.
+    async fn once(&mut self) -> Duration {
+        let (mut failed, mut refused) = (false, false);
         let mut note = |what: &str, network: &str, result: Result<(), String>| {
             if let Err(error) = result {
                 failed = true;
@@ -177,12 +193,10 @@ impl Sync<'_> {
         self.agent.metrics.silent_nodes.set(i64::try_from(silent.len()).unwrap_or(i64::MAX));
         let small = self.agent.small_paths.get();
         self.agent.metrics.small_paths.set(i64::try_from(small.len()).unwrap_or(i64::MAX));
-        let mut zones = Vec::new();
-        let mut views = BTreeMap::new();
-        let mut written = Vec::new();
         let mut applied = self.agent.applied.write().await;
         // Read under the lock: a pod that is being plugged in is in the journal before its network is touched.
         let by_network = self.by_network();
+        self.entries.forget(self.agent.journal.take_gone());
         self.refused.retain(|uid, _| by_network.values().flatten().any(|e| e.uid == *uid));
         self.agent.metrics.set_endpoints(by_network.iter().map(|(n, e)| (n.clone(), e.len())));
         // Before the networks: their tunnels are made where this is.
@@ -190,46 +204,81 @@ impl Sync<'_> {
         let encryption = told.as_ref().map_or_else(|_| self.agent.told_before(), Clone::clone);
         note("encrypted networks don't reach other nodes as they should", "", told.map(drop));
         for (network, endpoints) in &by_network {
-            let local = self.agent.local(endpoints);
-            let view = View::new(&self.agent.cluster.node, &local, of_network(&slices, network));
-            note("network not set up", network, self.follow(&mut applied, network, (endpoints, &local), &view).await);
-            zones.push(view.zone(network, self.subnets(network), self.members(endpoints), &silent));
-            let (node, needed) = (self.agent.cluster.node.clone(), self.agent.needed(network, endpoints));
-            written.push(NetworkNodeSliceSpec {
-                network: network.clone(),
-                path_mtu: paths::of_network(&node, needed, &small, of_network(&slices, network)),
-                node,
-                vtep: self.agent.underlay.vtep.to_string(),
-                endpoints: local.into_iter().map(|l| l.endpoint).collect(),
-                encryption: encryption.clone().filter(|_| self.is_encrypted(network)),
-            });
-            views.insert(network.clone(), view);
+            note("network not set up", network, self.set_up(&mut applied, network, endpoints).await);
         }
-        self.agent.metrics.set_names(zones.iter().map(|z| (z.name.clone(), z.hosts.len())));
-        self.resolvers.set_zone(Zone::new(zones.clone()));
         note("networks without pods not removed", "", self.remove_others(&mut applied, &by_network).await);
         // After the networks that leave by it.
         let forgotten = self.agent.forget_encryption(&mut applied).await;
         note("what encrypted networks needed not removed", "", forgotten.map_err(|e| e.to_string()));
         let is_restless = applied.encrypting.is_restless();
+        // What follows takes as long as networks are large, and no pod that is plugged in or out waits for it.
         drop(applied);
+
+        let locals: Vec<Vec<Local>> = by_network.values().map(|endpoints| self.agent.local(endpoints)).collect();
+        let (mut zones, mut views) = (Vec::new(), BTreeMap::new());
+        for ((network, endpoints), local) in by_network.iter().zip(&locals) {
+            let view = View::new(&self.agent.cluster.node, local, of_network(&slices, network));
+            zones.push(view.zone(network, self.subnets(network), self.members(endpoints), &silent));
+            views.insert(network.as_str(), view);
+        }
+        self.agent.metrics.set_names(zones.iter().map(|z| (z.name.clone(), z.hosts.len())));
+        let snapshot = self.keeper.due_in().is_zero().then(|| zones.clone());
+        self.resolvers.set_zone(Zone::new(zones));
+        for (network, endpoints) in &by_network {
+            note("names not answered", network, self.ensure_resolvers(network, endpoints));
+        }
         self.tell_refused().await;
         note("full names not answered to everyone", "", self.tell_everyone(&views, &slices, &silent));
-        let snapshot = Snapshot { upstream: self.resolvers.upstream().to_vec(), zones };
-        let kept = self.keeper.keep(&snapshot);
-        let is_unfinished = kept.as_ref().is_ok_and(|is_left| *is_left);
-        note("names not kept for the next start", "", kept.map(drop).map_err(|e| e.to_string()));
+        let names_due_in = if snapshot.is_some() { INTERVAL } else { self.keeper.due_in() };
+        let kept = snapshot.map(|zones| Snapshot { upstream: self.resolvers.upstream().to_vec(), zones });
+        let kept = kept.map_or(Ok(()), |snapshot| self.keeper.keep(&snapshot));
+        note("names not kept for the next start", "", kept.map_err(|e| e.to_string()));
 
         let present: Vec<String> = by_network.keys().cloned().collect();
-        for spec in written {
-            let network = spec.network.clone();
+        for ((network, endpoints), local) in by_network.iter().zip(&locals) {
+            let (node, needed) = (self.agent.cluster.node.clone(), self.agent.needed(network, endpoints));
+            let spec = NetworkNodeSliceSpec {
+                network: network.clone(),
+                path_mtu: paths::of_network(&node, needed, &small, of_network(&slices, network)),
+                node,
+                vtep: self.agent.underlay.vtep.to_string(),
+                endpoints: local.iter().map(|l| l.endpoint.clone()).collect(),
+                encryption: encryption.clone().filter(|_| self.is_encrypted(network)),
+            };
             let result = self.slices.write(&self.agent.cluster, spec).await;
-            note("slice not written", &network, result.map_err(|e| e.to_string()));
+            note("slice not written", network, result.map_err(|e| e.to_string()));
         }
         let result = self.slices.keep_only(&self.agent.cluster, &present).await;
         note("slices not removed", "", result.map_err(|e| e.to_string()));
+        // After all that others wait for: the first entries of a large network take seconds.
+        for (network, endpoints) in &by_network {
+            let (Some(view), Some(vni)) = (views.get(network.as_str()), endpoints.first().map(|e| e.vni)) else {
+                continue;
+            };
+            let is_suppressed = self.network(network, vni).is_some_and(|network| network.suppression);
+            let done = self.agent.forward(&mut self.entries, (network, vni), view.forwarding(is_suppressed)).await;
+            if let Err(error) = &done
+                && error.is_refusal()
+            {
+                // What changes is tried at once; the kernel's limits seldom do.
+                refused = true;
+                tracing::warn!(network, %error, "not all forwarding entries are there");
+                continue;
+            }
+            note("forwarding entries are not what they should be", network, done.map_err(|e| e.to_string()));
+        }
         note("blocks not given back", "", self.release_blocks(&present).await);
-        failed || is_unfinished || is_restless
+        match refused {
+            _ if failed || is_restless => RETRY,
+            true => names_due_in.clamp(RETRY, RETRY_REFUSED),
+            false => names_due_in.clamp(RETRY, INTERVAL),
+        }
+    }
+
+    /// A network as its pods here are on it; none if it is being deleted, or another one by now.
+    fn network(&self, name: &str, vni: u32) -> Option<Network> {
+        let object = self.agent.cluster.networks.get(&ObjectRef::new(name))?;
+        Network::new(&object).ok().filter(|network| network.vni == vni)
     }
 
     fn is_encrypted(&self, network: &str) -> bool {
@@ -240,7 +289,7 @@ impl Sync<'_> {
     /// All networks' names, whether there are pods of theirs on this node or not.
     fn tell_everyone(
         &mut self,
-        views: &BTreeMap<String, View>,
+        views: &BTreeMap<&str, View<'_>>,
         slices: &[Arc<NetworkNodeSlice>],
         silent: &BTreeSet<Ipv4Addr>,
     ) -> Result<(), String> {
@@ -279,43 +328,32 @@ impl Sync<'_> {
         object.iter().flat_map(|o| &o.spec.subnets).filter_map(|subnet| subnet.parse().ok()).collect()
     }
 
-    /// One network that has pods here.
-    async fn follow(
-        &mut self,
-        applied: &mut Applied,
-        name: &str,
-        (endpoints, local): (&[Endpoint], &[Local]),
-        view: &View,
-    ) -> Result<(), String> {
+    /// One network that has pods here: all that plugging a pod in changes, too.
+    async fn set_up(&mut self, applied: &mut Applied, name: &str, endpoints: &[Endpoint]) -> Result<(), String> {
         let Some(vni) = endpoints.first().map(|e| e.vni) else { return Ok(()) };
-        let object = self.agent.cluster.networks.get(&ObjectRef::new(name));
-        let network = object.and_then(|o| Network::new(&o).ok()).filter(|n| n.vni == vni);
         // A network that is being deleted goes on for the pods that are still on it.
-        if let Some(network) = &network {
+        if let Some(network) = self.network(name, vni) {
             let spec = network.spec(self.agent.underlay);
             self.agent.ensure_network(applied, spec).await.map_err(|e| e.to_string())?;
         }
         // Of a network that is being deleted, too: its pods are held to their addresses and policies as long as they are there.
-        let mut filtered = Ok(());
         if self.agent.dataplane.namespace(vni).is_ok() {
-            filtered = self.agent.filter(applied, (name, vni), endpoints, local, view).await.map_err(|e| e.to_string());
+            let wanted = self.agent.filter_of(name);
+            self.agent.set_filter(applied, (name, vni), wanted).await.map_err(|e| e.to_string())?;
             // No port is made whose rules aren't there.
-            if filtered.is_ok() {
-                self.restore_ports(endpoints).await;
-            }
+            self.restore_ports(endpoints).await;
         }
-        let wanted = view.forwarding(network.is_some_and(|n| n.suppression));
-        let is_done = applied.forwarding.get(&vni).is_some_and(|(f, at)| *f == wanted && at.elapsed() < INTERVAL);
-        if !is_done {
-            let changes = self.agent.dataplane.forward(vni, &wanted).await.map_err(|e| e.to_string())?;
-            tracing::debug!(network = name, changes, "forwarding");
-            applied.forwarding.insert(vni, (wanted, Instant::now()));
-        }
+        Ok(())
+    }
+
+    /// The DNS servers that a network's pods ask.
+    fn ensure_resolvers(&mut self, name: &str, endpoints: &[Endpoint]) -> Result<(), String> {
+        let Some(vni) = endpoints.first().map(|e| e.vni) else { return Ok(()) };
         let at: BTreeSet<_> = endpoints.iter().filter_map(|e| e.redirected).chain([BRIDGE_ADDRESS]).collect();
         for at in at {
             self.resolvers.ensure(&self.agent.dataplane, name, vni, at).map_err(|e| e.to_string())?;
         }
-        filtered
+        Ok(())
     }
 
     /// After a start: ports of the journal that the kernel lost, or that were never finished, or that an older release made. Later:
@@ -381,9 +419,8 @@ impl Sync<'_> {
                 continue;
             }
             self.resolvers.stop(vni).await;
-            applied.networks.remove(&vni);
-            applied.forwarding.remove(&vni);
-            applied.filters.remove(&vni);
+            applied.is_another(vni);
+            self.entries.remove(vni);
             self.agent.dataplane.remove_network(vni).await.map_err(|e| e.to_string())?;
             tracing::info!(vni, "network removed from this node");
         }

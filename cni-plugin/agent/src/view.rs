@@ -24,12 +24,12 @@ pub struct Local {
 
 /// Who is on a network, and where.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct View {
-    local: Vec<Local>,
-    remote: BTreeMap<Ipv4Addr, Vec<Endpoint>>,
+pub struct View<'a> {
+    local: Vec<&'a Local>,
+    remote: BTreeMap<Ipv4Addr, Vec<&'a Endpoint>>,
     node: String,
     /// The other nodes by tunnel endpoint.
-    nodes: BTreeMap<Ipv4Addr, String>,
+    nodes: BTreeMap<Ipv4Addr, &'a str>,
 }
 
 /// Which of two endpoints with an address in common is the right one; the greater wins. A pod that is wanted here is: its address
@@ -73,11 +73,11 @@ fn winners(mut offers: Vec<Offer<'_>>) -> impl Iterator<Item = Offer<'_>> {
     winners.into_values()
 }
 
-impl View {
+impl<'a> View<'a> {
     /// Puts together what the slices of one network and this node's own endpoints say.
     ///
     /// `own` is this node's name; its slice is not asked, being made from `local`.
-    pub fn new<'a>(own: &str, local: &[Local], slices: impl IntoIterator<Item = &'a NetworkNodeSlice>) -> Self {
+    pub fn new(own: &str, local: &'a [Local], slices: impl IntoIterator<Item = &'a NetworkNodeSlice>) -> Self {
         let mut view = Self { node: own.to_owned(), ..Self::default() };
         let mut offers = Vec::new();
         let mut offer = |endpoint, place, rank| offers.push(Offer { rank, place, endpoint });
@@ -89,7 +89,7 @@ impl View {
             let Ok(vtep) = slice.spec.vtep.parse::<Ipv4Addr>() else { continue };
             // Even a node whose endpoints all lost takes part in broadcasts.
             view.remote.entry(vtep).or_default();
-            view.nodes.insert(vtep, slice.spec.node.clone());
+            view.nodes.insert(vtep, &slice.spec.node);
             // Versions order the writes of one API server; they are compared for no other purpose.
             let written = slice.metadata.resource_version.as_deref().and_then(|v| v.parse().ok()).unwrap_or(0);
             for endpoint in &slice.spec.endpoints {
@@ -98,23 +98,23 @@ impl View {
         }
         for Offer { place, endpoint, .. } in winners(offers) {
             match place {
-                Place::Here(local) => view.local.push(local.clone()),
-                Place::Behind(vtep) => view.remote.entry(vtep).or_default().push(endpoint.clone()),
+                Place::Here(local) => view.local.push(local),
+                Place::Behind(vtep) => view.remote.entry(vtep).or_default().push(endpoint),
             }
         }
         view
     }
 
     /// Who is there, on whatever node.
-    pub fn endpoints(&self) -> impl Iterator<Item = &Endpoint> {
-        self.local.iter().map(|local| &local.endpoint).chain(self.remote.values().flatten())
+    pub fn endpoints(&self) -> impl Iterator<Item = &'a Endpoint> {
+        self.local.iter().map(|local| &local.endpoint).chain(self.remote.values().flatten().copied())
     }
 
     /// Where frames go.
     pub fn forwarding(&self, suppression: bool) -> Forwarding {
-        let peer = |(vtep, endpoints): (&Ipv4Addr, &Vec<Endpoint>)| Peer {
+        let peer = |(vtep, endpoints): (&Ipv4Addr, &Vec<&Endpoint>)| Peer {
             vtep: *vtep,
-            endpoints: endpoints.iter().flat_map(identities).collect(),
+            endpoints: endpoints.iter().flat_map(|endpoint| identities(endpoint)).collect(),
         };
         let asking = |local: &Local| Some((local.asks_from?.into(), local.endpoint.mac.parse().ok()?));
         let local = self.local.iter().flat_map(|local| identities(&local.endpoint).chain(asking(local)));
@@ -131,7 +131,7 @@ impl View {
     ) -> NetworkZone {
         let local = self.local.iter().map(|local| host(&local.endpoint, &self.node));
         let remote = self.remote.iter().flat_map(|(vtep, endpoints)| {
-            let node = self.nodes.get(vtep).map(String::as_str).unwrap_or_default();
+            let node = self.nodes.get(vtep).copied().unwrap_or_default();
             let is_silent = silent.contains(vtep);
             endpoints.iter().map(move |endpoint| Host { node_is_silent: is_silent, ..host(endpoint, node) })
         });
@@ -144,7 +144,7 @@ impl View {
 /// their slices. No pod is preferred for its node: it isn't known where the asking one is.
 pub fn zones_for_everyone<'a>(
     known: impl IntoIterator<Item = String>,
-    views: &BTreeMap<String, View>,
+    views: &BTreeMap<&str, View<'_>>,
     slices: impl IntoIterator<Item = &'a NetworkNodeSlice>,
     silent: &BTreeSet<Ipv4Addr>,
 ) -> Vec<NetworkZone> {
@@ -154,7 +154,7 @@ pub fn zones_for_everyone<'a>(
         by_network.entry(slice.spec.network.clone()).or_default().push(slice);
     }
     let zone = |(network, slices): (String, Vec<&'a NetworkNodeSlice>)| {
-        let zone = match views.get(&network) {
+        let zone = match views.get(network.as_str()) {
             Some(view) => view.zone(&network, Vec::new(), Vec::new(), silent),
             None => View::new("", &[], slices).zone(&network, Vec::new(), Vec::new(), silent),
         };
@@ -217,12 +217,12 @@ mod tests {
         slice
     }
 
-    fn places(view: &View) -> Vec<(u8, usize)> {
+    fn places(view: &View<'_>) -> Vec<(u8, usize)> {
         view.remote.iter().map(|(vtep, endpoints)| (vtep.octets()[3], endpoints.len())).collect()
     }
 
     /// `pod node` of those in answers.
-    fn published(view: &View) -> Vec<String> {
+    fn published(view: &View<'_>) -> Vec<String> {
         let hosts = view.zone("backend", vec![], vec![], &BTreeSet::new()).hosts;
         let mut names: Vec<String> =
             hosts.iter().filter(|h| h.is_published()).map(|h| format!("{} {}", h.pod, h.node)).collect();
@@ -266,7 +266,8 @@ mod tests {
         early.aliases = vec!["cache".into()];
         early.ports = vec![NamedPort { name: "http".into(), protocol: "TCP".into(), port: 80 }];
         (early.publish_not_ready, early.prefer_same_node) = (true, true);
-        let view = View::new("a", &[], [&slice("b", 2, "9", vec![early])]);
+        let slice = slice("b", 2, "9", vec![early]);
+        let view = View::new("a", &[], [&slice]);
         assert_eq!(published(&view), ["db-0 b"]);
         let host = &view.zone("backend", vec![], vec![], &BTreeSet::new()).hosts[0];
         assert_eq!((&*host.aliases, host.owner.as_deref()), (&["cache".to_owned()][..], Some("db")));
@@ -289,7 +290,7 @@ mod tests {
             of("frontend", "b", 2, vec![endpoint("shop", "web", None, 5, true)]),
         ];
         let own = View::new("a", &local, slices.iter().filter(|slice| slice.spec.network == "backend"));
-        let views = BTreeMap::from([("backend".to_owned(), own)]);
+        let views = BTreeMap::from([("backend", own)]);
         let silent = BTreeSet::from([Ipv4Addr::new(192, 0, 2, 2)]);
         let zones = zones_for_everyone(["empty".to_owned(), "backend".to_owned()], &views, &slices, &silent);
         let told: Vec<_> = zones
@@ -336,7 +337,8 @@ mod tests {
     #[test]
     fn both_addresses_are_forwarded_and_named() {
         let here = Local { endpoint: dual("db-0", 5, 5, true), asks_from: None, current: true };
-        let view = View::new("a", &[here], [&slice("b", 2, "9", vec![dual("db-1", 6, 6, true)])]);
+        let (local, there) = ([here], slice("b", 2, "9", vec![dual("db-1", 6, 6, true)]));
+        let view = View::new("a", &local, [&there]);
         let forwarding = view.forwarding(false);
         let texts =
             |endpoints: &[(IpAddr, Mac)]| endpoints.iter().map(|(a, mac)| format!("{a} {mac}")).collect::<Vec<_>>();
@@ -382,7 +384,8 @@ mod tests {
     fn what_can_not_be_read_is_left_out() {
         let mut odd = endpoint("shop", "odd", None, 5, true);
         odd.mac = "no mac".into();
-        let view = View::new("a", &[], [&slice("b", 2, "9", vec![odd])]);
+        let slice = slice("b", 2, "9", vec![odd]);
+        let view = View::new("a", &[], [&slice]);
         assert!(published(&view).is_empty());
         assert!(view.forwarding(true).peers[0].endpoints.is_empty());
     }
