@@ -11,8 +11,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bytes::Bytes;
 use http::{Method, Request, Response};
-use http_body_util::Either;
+use http_body_util::{Either, channel::Channel};
 use kube::client::Body;
 use kube::{Client, Resource};
 use serde::de::DeserializeOwned;
@@ -55,15 +56,34 @@ impl FakeApi {
         let api = self.clone();
         let service = tower::service_fn(move |request: Request<Body>| {
             let api = api.clone();
-            async move {
-                let is_watch = request.uri().query().is_some_and(|query| query.contains("watch="));
-                Ok::<_, Infallible>(match is_watch {
-                    true => api.watch(request.uri()).await.map(Either::Right),
-                    false => api.answer(request).await.map(Either::Left),
-                })
-            }
+            async move { Ok::<_, Infallible>(api.answer_or_watch(request).await) }
         });
         Client::new(service, "default")
+    }
+
+    async fn answer_or_watch(&self, request: Request<Body>) -> Response<Either<Body, Channel<Bytes>>> {
+        match request.uri().query().is_some_and(|query| query.contains("watch=")) {
+            true => self.watch(request.uri()).await.map(Either::Right),
+            false => self.answer(request).await.map(Either::Left),
+        }
+    }
+
+    /// Answers other processes by HTTP, as long as this is polled.
+    ///
+    /// # Errors
+    /// When nothing can be heard any more.
+    #[cfg(feature = "serve")]
+    pub async fn serve(&self, listener: tokio::net::TcpListener) -> std::io::Result<()> {
+        let api = self.clone();
+        let answer = move |request: axum::extract::Request| {
+            let api = api.clone();
+            async move {
+                let (parts, body) = request.into_parts();
+                let body = axum::body::to_bytes(body, usize::MAX).await.unwrap_or_default();
+                api.answer_or_watch(Request::from_parts(parts, Body::from(body))).await.map(axum::body::Body::new)
+            }
+        };
+        axum::serve(listener, axum::Router::new().fallback(answer)).await
     }
 
     /// All objects of a kind, as they are now.

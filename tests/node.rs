@@ -102,25 +102,9 @@ impl Node {
     /// When it runs.
     pub fn start(&mut self) {
         assert!(self.agent.is_none(), "the agent runs");
-        let settings = Settings {
-            node_name: NODE.into(),
-            host_ip: VTEP,
-            host_root: self.root.path().to_owned(),
-            cni_conf_dir: "/etc/cni/net.d".into(),
-            cni_bin_dir: "/opt/cni/bin".into(),
-            cni_plugin: self.root.path().join("plugin"),
-            vxlan_port: 7789,
-            wireguard_port: 7795,
-            http_port: 0,
-            cluster_dns: Some(Ipv4Addr::LOCALHOST.into()),
-            dns_domain: None,
-            dns_redirect: false,
-            dns_everyone_port: None,
-        };
-        let dataplane = Dataplane::new(self.root.path()).with_underlay("/run/netns/host").with_programs("/");
         let shutdown = CancellationToken::new();
         let _context = self.runtime.enter();
-        let task = self.runtime.spawn(run_with(settings, self.api.client(), dataplane, shutdown.clone()));
+        let task = self.runtime.spawn(run_agent(self.root.path().to_owned(), self.api.client(), shutdown.clone()));
         self.agent = Some(Running { shutdown, task });
         let socket = self.socket();
         self.wait_for("the agent to listen", || socket.exists());
@@ -132,6 +116,11 @@ impl Node {
             shutdown.cancel();
             self.runtime.block_on(task).unwrap().unwrap();
         }
+    }
+
+    /// Where its root directory is.
+    pub fn root(&self) -> &Path {
+        self.root.path()
     }
 
     /// Where the agent listens, as this process sees it.
@@ -261,6 +250,30 @@ impl Drop for Node {
             let _ = Command::new("umount").arg("-l").arg(entry.path()).status();
         }
     }
+}
+
+/// The agent of the node whose root directory it is, which may be another process' node.
+///
+/// # Errors
+/// What the agent can't work without.
+pub async fn run_agent(root: PathBuf, client: kube::Client, shutdown: CancellationToken) -> Result<(), AgentError> {
+    let settings = Settings {
+        node_name: NODE.into(),
+        host_ip: VTEP,
+        host_root: root.clone(),
+        cni_conf_dir: "/etc/cni/net.d".into(),
+        cni_bin_dir: "/opt/cni/bin".into(),
+        cni_plugin: root.join("plugin"),
+        vxlan_port: 7789,
+        wireguard_port: 7795,
+        http_port: 0,
+        cluster_dns: Some(Ipv4Addr::LOCALHOST.into()),
+        dns_domain: None,
+        dns_redirect: false,
+        dns_everyone_port: None,
+    };
+    let dataplane = Dataplane::new(root).with_underlay("/run/netns/host").with_programs("/");
+    run_with(settings, client, dataplane, shutdown).await
 }
 
 /// CNI's environment, as a container runtime sets it.

@@ -17,6 +17,7 @@ mod asked_at_once;
 mod encrypted;
 mod many;
 mod policies;
+mod scale;
 
 const IPV4: &[&str] = &["10.32.0.0/16"];
 const DUAL: &[&str] = &["10.32.0.0/16", "fd32::/64"];
