@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(PORTOLAN_CACHE)/target
 CARGO := env RUSTFLAGS='-C target-feature=+crt-static' CARGO_BUILD_TARGET=x86_64-unknown-linux-gnu cargo
 TIMED := e2e/timed
 
-.PHONY: help demo test test-code test-scene scene e2e-storage bench bench-network bench-names bench-cni generate tools lab-build lab-up lab-down lab-shell lab-status images
+.PHONY: help demo test test-code test-scene scene e2e-storage bench bench-network bench-names bench-cni bench-scale generate tools lab-build lab-up lab-down lab-shell lab-status images
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -72,6 +72,11 @@ bench-cni: tools
 	$(CARGO) build --release --locked -q -p portolan-e2e -p portolan-cni --bin bench-cni --bin portolan-cni
 	CNI_PLUGINS=$$(e2e/lab/build/binaries)/cni $(TIMED) "the benchmarks of pods' starts" \
 	  $(CARGO) run --release --locked -q -p portolan-e2e --bin bench-cni
+
+## bench-scale  one node of a network of 5,000 nodes and 150,000 pods; needs no cluster. QUICK=1 only shows that it works
+bench-scale: tools
+	$(CARGO) build --release --locked -q -p portolan-e2e --bin bench-scale
+	$(TIMED) "the benchmark of a large network" $(CARGO) run --release --locked -q -p portolan-e2e --bin bench-scale
 
 ## generate     the custom resource definitions: ours from their types, those of snapshots from their Go module
 generate:
