@@ -27,6 +27,8 @@ const KNOWN: Duration = Duration::from_secs(3);
 const WINDOW: Duration = Duration::from_secs(8);
 /// Seconds between two questions of one asking pod: what is measured is that much too small at most.
 const PAUSE: &str = "0.01";
+/// How much later than asked a pod ends, in milliseconds.
+const LATER: Milliseconds = 300;
 
 /// The end of a pod for those that ask.
 struct End {
@@ -89,10 +91,12 @@ fn end(lab: &Lab, watches: &Watches, pod: &str, how: impl FnOnce(&str) -> Result
     Ok(End { at, addresses })
 }
 
-/// Tells a pod's process something; when that was.
+/// Tells a pod's process something a moment later, when nobody waits for an answer from a pod that has died; when that was.
 fn touch(lab: &Lab, pod: &str, file: &str) -> Result<Milliseconds> {
-    let command = format!("touch /tmp/{file}; date +%s%3N");
-    Ok(lab.kubectl(&["-n", NAMESPACE, "exec", pod, "--", "sh", "-c", &command])?.trim().parse()?)
+    let command = format!("(sleep 0.{LATER}; touch /tmp/{file}) > /dev/null 2>&1 & date +%s%3N");
+    let asked: Milliseconds =
+        lab.kubectl(&["-n", NAMESPACE, "exec", pod, "--", "sh", "-c", &command])?.trim().parse()?;
+    Ok(asked + LATER)
 }
 
 /// When a pod was Ready.
