@@ -69,6 +69,7 @@ impl Node {
             redirected: None,
             allowed: Allowed::default(),
             bandwidth: Bandwidth::default(),
+            gateways: Vec::new(),
             namespace: "shop".into(),
             pod: pod.into(),
             uid: pod.into(),
@@ -100,6 +101,7 @@ impl Node {
             suppression: false,
             multicast: Multicast::Flood,
             encrypted: false,
+            gateway: false,
         };
         self.dataplane.ensure_network(&spec).await.unwrap();
     }

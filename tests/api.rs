@@ -178,13 +178,26 @@ impl FakeApi {
 
     /// What is applied is made if it isn't there.
     fn apply_or(&self, is_apply: bool, method: &Method, uri: &http::Uri, body: Value) -> Answer {
-        match self.respond(method, uri, body.clone()) {
+        let applied = if is_apply { self.without_the_rest(uri, body.clone()) } else { body.clone() };
+        match self.respond(method, uri, applied) {
             Err(Refused(404, ..)) if is_apply => {
                 let collection = uri.path().rsplit_once('/').map_or("", |(collection, _)| collection);
                 self.respond(&Method::POST, &collection.parse().unwrap(), body)
             }
             other => other,
         }
+    }
+
+    /// Nobody else applies anything: fields of the spec that are applied no more go (Kubernetes, "Server-Side Apply").
+    fn without_the_rest(&self, uri: &http::Uri, mut body: Value) -> Value {
+        let state = self.lock();
+        let present = Path::parse(uri.path()).and_then(|path| state.find(&path).ok().cloned()).unwrap_or_default();
+        if let (Some(present), Some(wanted)) = (present["spec"].as_object(), body["spec"].as_object_mut()) {
+            for field in present.keys() {
+                wanted.entry(field.as_str()).or_insert(Value::Null);
+            }
+        }
+        body
     }
 
     fn respond(&self, method: &Method, uri: &http::Uri, body: Value) -> Answer {

@@ -16,6 +16,7 @@ use portolan_net::{
 
 mod addresses;
 mod bandwidth;
+mod egress;
 mod encrypted;
 mod families;
 mod leaks;
@@ -61,7 +62,17 @@ impl Node {
     fn spec(&self, vni: u32, suppression: bool) -> NetworkSpec {
         let subnets = vec!["10.32.0.0/24".parse().unwrap(), "fd32::/64".parse().unwrap()];
         let multicast = Multicast::Flood;
-        NetworkSpec { vni, mtu: 1450, vtep: self.vtep, subnets, port: 7789, suppression, multicast, encrypted: false }
+        NetworkSpec {
+            vni,
+            mtu: 1450,
+            vtep: self.vtep,
+            subnets,
+            port: 7789,
+            suppression,
+            multicast,
+            encrypted: false,
+            gateway: false,
+        }
     }
 
     /// A pod of that name on a network; its addresses are 10.32.0.`last` and fd32::`last`.
@@ -85,6 +96,7 @@ impl Node {
             locked: true,
             allowed,
             bandwidth: Bandwidth::default(),
+            gateways: Vec::new(),
         };
         self.dataplane.add_port(&port).await.unwrap();
         Pod { node: self, port, address, ipv6: ipv6(last) }

@@ -14,6 +14,7 @@ use portolan_tests::node::{Node, Pod};
 use serde_json::{Value, json};
 
 mod asked_at_once;
+mod egress;
 mod encrypted;
 mod many;
 mod policies;

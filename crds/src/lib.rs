@@ -19,7 +19,8 @@ pub use policy::{PolicyNetworksError, is_network_name, policy_networks};
 pub use snapshot::*;
 pub use storage_node::*;
 pub use subnets::{
-    IPV6_LEAST_MTU, SubnetError, VXLAN_OVERHEAD, WIREGUARD_OVERHEAD, WIREGUARD_PADDING, capacity, pool, subnets,
+    IPV6_LEAST_MTU, SubnetError, VXLAN_OVERHEAD, WIREGUARD_OVERHEAD, WIREGUARD_PADDING, capacity, gateway, pool,
+    subnets,
 };
 pub use volume::*;
 
@@ -76,6 +77,15 @@ pub const DNS_ADDRESS: std::net::Ipv4Addr = std::net::Ipv4Addr::new(169, 254, 53
 /// between the pod and its own node only.
 pub const RESOLVER_RANGE: ipnet::Ipv4Net = ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::new(169, 254, 56, 0), 21);
 
+/// What the addresses between a network with `egressNAT` and its node are taken from: they mean something on that node only.
+pub const EGRESS_RANGES: [ipnet::IpNet; 2] = [
+    ipnet::IpNet::V4(ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::new(169, 254, 64, 0), 20)),
+    ipnet::IpNet::V6(ipnet::Ipv6Net::new_assert(
+        std::net::Ipv6Addr::new(0xfd70, 0x6f72, 0x746f, 0x6c00, 0, 0, 0, 0),
+        64,
+    )),
+];
+
 /// Name of the IPClaim of a pod's address on a network: at most 253 characters, one per (network, namespace, pod).
 pub fn claim_name(network: &str, namespace: &str, pod: &str) -> String {
     format!("{network}.{namespace}.{pod}")
@@ -104,6 +114,8 @@ pub mod condition {
     pub const NAMES_INJECTED: &str = "NamesInjected";
     /// Of a ContainerNetwork: a path between two of its nodes is known to carry less than its pods may send.
     pub const MTU_MISMATCH: &str = "MTUMismatch";
+    /// Of a ContainerNetwork with `egressNAT`: its pods reach the outside from all of its nodes.
+    pub const EGRESS_READY: &str = "EgressReady";
     /// The type every kind here has: all is as the spec wants it.
     pub const READY: &str = "Ready";
 }

@@ -68,6 +68,10 @@ pub struct ContainerNetworkSpec {
     /// How packets between nodes are encrypted. A pod doesn't start on a node whose kernel has no WireGuard if its network has `WireGuard`.
     #[serde(default)]
     pub encryption: Encryption,
+    /// Gives each subnet a gateway, its first host address, by which pods reach what is outside of their networks: each node sends it on as its
+    /// own. A pod goes there that asks for it (`default-route` in its annotation).
+    #[serde(default, rename = "egressNAT")]
+    pub egress_nat: bool,
 }
 
 /// How a network's packets are encrypted between nodes.
@@ -110,7 +114,7 @@ pub struct ContainerNetworkStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keys: Option<KeyGeneration>,
     /// `Ready`, and what stands in its way; `NamesInjected`, and which pods don't get the network's names; `MTUMismatch`, and
-    /// which paths between nodes carry less than pods may send.
+    /// which paths between nodes carry less than pods may send; with `egressNAT` `EgressReady`, and why there is no way outside.
     #[serde(default)]
     pub conditions: Vec<Condition>,
 }
@@ -167,6 +171,9 @@ pub struct NetworkNodeSliceSpec {
     /// By which keys the node is to be reached, if the network is encrypted; the same in all slices of the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub encryption: Option<NodeEncryption>,
+    /// Why the network's pods can't reach the outside from this node, though the network has `egressNAT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub egress_problem: Option<String>,
 }
 
 /// What a node says of its keys.

@@ -85,6 +85,14 @@ pub fn pool(subnet: IpNet) -> IpNet {
     }
 }
 
+/// The address of a subnet's gateway, where the network has some: its first host address.
+pub fn gateway(subnet: IpNet) -> IpAddr {
+    match subnet {
+        IpNet::V4(net) => std::net::Ipv4Addr::from_bits(net.network().to_bits().saturating_add(1)).into(),
+        IpNet::V6(net) => Ipv6Addr::from_bits(net.network().to_bits().saturating_add(1)).into(),
+    }
+}
+
 /// How many addresses of a subnet pods can have. Its own is none of them, nor the first after it, nor an IPv4 subnet's broadcast
 /// address.
 pub fn capacity(subnet: IpNet) -> u64 {

@@ -42,6 +42,7 @@ fn ipv6_port(node: &Node, pod: &str, last: u8) -> PortSpec {
         locked: true,
         allowed: Allowed::default(),
         bandwidth: Bandwidth::default(),
+        gateways: Vec::new(),
     }
 }
 

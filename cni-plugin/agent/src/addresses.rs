@@ -10,7 +10,7 @@ use std::{
 use ipnet::IpNet;
 use kube::ResourceExt;
 use portolan_crds::{IPBlock, IPBlockSpec, IPClaim, IPClaimSpec, RESOLVER_RANGE, claim_name};
-use portolan_net::{block_of, free_address, free_block};
+use portolan_net::{block_of, free_address, free_block, gateway};
 
 use crate::{
     cluster::Cluster,
@@ -170,6 +170,7 @@ impl<R: Registry> Addresses<R> {
             return Err(PlugError::ForeignClaim { claim: name, address, subnets });
         }
         let given: Vec<IpAddr> = claim.spec.addresses().collect();
+        refuse_gateways(network, &name, &given)?;
         let reservation = self.allocate(network, holder, &given).await?;
         // The watch may show it only when the pod is on another node already.
         self.remember(name, &reservation).await;
@@ -423,6 +424,18 @@ impl<R: Registry> Addresses<R> {
 fn check_asked(network: &Network, holder: &Holder<'_>) -> Result<(), PlugError> {
     let is_foreign = |address: &&IpAddr| !network.subnets.iter().any(|subnet| block_of(*subnet, **address).is_some());
     holder.asked.iter().find(is_foreign).map_or(Ok(()), |address| Err(no_pods_address(network, *address)))
+}
+
+/// A claim that somebody wrote by hand may hold what is the gateway's by now.
+fn refuse_gateways(network: &Network, claim: &str, given: &[IpAddr]) -> Result<(), PlugError> {
+    let gateways: Vec<IpAddr> = network.subnets.iter().copied().map(gateway).collect();
+    match given.iter().find(|address| network.egress && gateways.contains(address)) {
+        Some(address) => {
+            let help = format!("delete IPClaim {claim} to get another address");
+            Err(PlugError::GatewaysAddress { network: network.name.clone(), address: *address, help })
+        }
+        None => Ok(()),
+    }
 }
 
 fn no_pods_address(network: &Network, address: IpAddr) -> PlugError {

@@ -33,6 +33,8 @@ pub struct Wish {
     pub mac: Option<Mac>,
     /// How fast the pod may receive and send there.
     pub bandwidth: Bandwidth,
+    /// By whom it is to reach what is on none of its networks, at most one of a family.
+    pub gateways: Vec<IpAddr>,
 }
 
 /// An annotation that can't be followed.
@@ -61,6 +63,10 @@ pub fn parse(text: &str) -> Result<Vec<Wish>, AnnotationError> {
     if interfaces.len() < wishes.len() {
         return Err(refuse(text, "each interface once (those without a name are eth1, eth2, … by their position)"));
     }
+    let gateways = wishes.iter().flat_map(|wish| &wish.gateways);
+    if [true, false].iter().any(|family| gateways.clone().filter(|it| it.is_ipv4() == *family).count() > 1) {
+        return Err(refuse(text, "one default-route of each family, of all networks of a pod"));
+    }
     Ok(wishes)
 }
 
@@ -85,7 +91,15 @@ fn parse_names(text: &str) -> Result<Vec<Wish>, AnnotationError> {
         }
         let named = part.contains('@');
         let (network, bandwidth) = (network.to_owned(), Bandwidth::default());
-        wishes.push(Wish { network, interface, named, addresses: Vec::new(), mac: None, bandwidth });
+        wishes.push(Wish {
+            network,
+            interface,
+            named,
+            addresses: Vec::new(),
+            mac: None,
+            bandwidth,
+            gateways: Vec::new(),
+        });
     }
     Ok(wishes)
 }

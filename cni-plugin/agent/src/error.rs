@@ -62,6 +62,16 @@ pub(crate) enum PlugError {
         "annotation {NETWORKS_ANNOTATION}: mac: {mac} was given for ContainerNetwork {network}; allowed: one that {reason}"
     )]
     MacTaken { network: String, mac: Mac, reason: String },
+    #[error(
+        "annotation {NETWORKS_ANNOTATION}: default-route: {gateway} was given for ContainerNetwork {network}; allowed: on networks with spec.egressNAT, which this one has not"
+    )]
+    NoEgress { network: String, gateway: IpAddr },
+    #[error(
+        "annotation {NETWORKS_ANNOTATION}: default-route: {gateway} was given for ContainerNetwork {network}; allowed: its gateway {gateways}, or another pod's address on it"
+    )]
+    ForeignGateway { network: String, gateway: IpAddr, gateways: String },
+    #[error("ContainerNetwork {network}: {address} is its gateway (spec.egressNAT), and no pod's: {help}")]
+    GatewaysAddress { network: String, address: IpAddr, help: String },
     #[error("annotation {NETWORKS_ANNOTATION}: the subnets of {one} and {other} overlap; a pod can't be on both")]
     Overlap { one: String, other: String },
     #[error("pod {0} is not in the API (yet, or any more)")]
@@ -92,10 +102,13 @@ impl PlugError {
             | Self::NoPodsAddress { .. }
             | Self::ClaimDiffers { .. }
             | Self::MacTaken { .. }
+            | Self::NoEgress { .. }
+            | Self::ForeignGateway { .. }
             | Self::Overlap { .. } => Failure::ANNOTATION,
             Self::NoAddress { .. }
             | Self::ForeignClaim { .. }
             | Self::ForeignBlock { .. }
+            | Self::GatewaysAddress { .. }
             | Self::AddressTaken { .. }
             | Self::ResolverRangeFull { .. } => Failure::NO_ADDRESS,
             Self::NotReady { .. }

@@ -35,9 +35,10 @@ impl Agent {
     /// Waits until a network is what it is to be, for all endpoints that the journal has: a port's first frame meets its rules. Returns the right
     /// to change the network's ports, before anybody may change the network again.
     pub(crate) async fn prepare(&self, network: &Network) -> Result<RwLockReadGuard<'_, Applied>, PlugError> {
-        let spec = network.spec(self.underlay);
+        let spec = self.spec(network);
         let applied = self.applied.read().await;
-        let is_there = applied.has(&spec) && self.dataplane.namespace(spec.vni).is_ok();
+        let is_routed = !spec.gateway || applied.ways.contains_key(&spec.vni);
+        let is_there = is_routed && applied.has(&spec) && self.dataplane.namespace(spec.vni).is_ok();
         if is_there && applied.filters.get(&spec.vni) == Some(&self.filter_of(&network.name)) {
             return Ok(applied);
         }
@@ -50,6 +51,10 @@ impl Agent {
         self.ensure_network(&mut applied, spec).await?;
         let wanted = self.filter_of(&network.name);
         self.set_filter(&mut applied, (&network.name, vni), wanted).await?;
+        if network.egress {
+            // A pod that doesn't reach the outside starts all the same: it is told of the network.
+            let _ = self.follow_egress(&mut applied, network).await;
+        }
         Ok(applied.downgrade())
     }
 

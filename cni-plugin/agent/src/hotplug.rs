@@ -18,6 +18,7 @@ use crate::{
     annotation::{self, Wish},
     error::PlugError,
     journal::Endpoint,
+    plug::refuse_gateways,
     pod,
 };
 
@@ -72,7 +73,7 @@ fn lock(all: &Mutex<BTreeSet<String>>) -> MutexGuard<'_, BTreeSet<String>> {
 struct Changes {
     unplug: Vec<Endpoint>,
     plug: Vec<Wish>,
-    /// What stays and may receive or send at another rate.
+    /// What stays, and may receive or send at another rate, or is a default route by somebody else.
     limit: Vec<Endpoint>,
     /// Where it reaches the DNS server from now on, as the interface where it did goes.
     resolver: Option<Endpoint>,
@@ -85,7 +86,8 @@ fn changes(wishes: &[Wish], present: &[Endpoint]) -> Changes {
     let (stay, unplug): (Vec<&Endpoint>, Vec<&Endpoint>) = present.iter().partition(is_wanted);
     let limited = |there: &Endpoint| {
         let wish = wishes.iter().find(|wish| wish.network == there.network);
-        Endpoint { bandwidth: wish.map_or(there.bandwidth, |wish| wish.bandwidth), ..there.clone() }
+        let Some(wish) = wish else { return there.clone() };
+        Endpoint { bandwidth: wish.bandwidth, gateways: wish.gateways.clone(), ..there.clone() }
     };
     let limit = stay.iter().map(|there| limited(there)).filter(|after| !stay.contains(&after)).collect();
     let new = wishes.iter().filter(|wish| stay.iter().all(|there| there.network != wish.network));
@@ -171,10 +173,23 @@ impl Agent {
             self.events.normal(&pod.object_ref(&()), "Unplugged", "Plug", &done).await;
         }
         let stay: Vec<Endpoint> = present.into_iter().filter(|there| !changes.unplug.contains(there)).collect();
+        for wish in wishes.iter().filter(|wish| !wish.gateways.is_empty()) {
+            refuse_gateways(wish, &self.cluster.network(&wish.network).await?)?;
+        }
         for endpoint in changes.limit {
-            let done = format!("bandwidth on {} ({}) changed", endpoint.network, endpoint.interface);
+            let of = format!("{} ({})", endpoint.network, endpoint.interface);
+            let before = stay.iter().find(|there| there.id() == endpoint.id());
+            let is_routed_anew = before.is_some_and(|before| before.gateways != endpoint.gateways);
+            let is_limited_anew = before.is_some_and(|before| before.bandwidth != endpoint.bandwidth);
             self.change(endpoint).await?;
-            self.events.normal(&pod.object_ref(&()), "Limited", "Plug", &done).await;
+            if is_limited_anew {
+                let done = format!("bandwidth on {of} changed");
+                self.events.normal(&pod.object_ref(&()), "Limited", "Plug", &done).await;
+            }
+            if is_routed_anew {
+                let done = format!("default route by {of} changed");
+                self.events.normal(&pod.object_ref(&()), "Routed", "Plug", &done).await;
+            }
         }
         if let Some(endpoint) = changes.resolver {
             self.change(endpoint).await?;
@@ -230,6 +245,7 @@ mod tests {
             redirected: None,
             allowed: Allowed::default(),
             bandwidth: Bandwidth::default(),
+            gateways: Vec::new(),
             namespace: "shop".into(),
             pod: "web-0".into(),
             uid: "u".into(),

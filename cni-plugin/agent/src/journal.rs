@@ -52,6 +52,9 @@ pub struct Endpoint {
     /// How fast the pod may receive and send by this interface.
     #[serde(default, skip_serializing_if = "Bandwidth::is_none")]
     pub bandwidth: Bandwidth,
+    /// By whom the pod reaches what is on none of its networks, at most one of a family.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gateways: Vec<IpAddr>,
     /// The pod's namespace.
     pub namespace: String,
     /// The pod's name.
@@ -106,6 +109,7 @@ impl Endpoint {
             locked: true,
             allowed: self.allowed.clone(),
             bandwidth: self.bandwidth,
+            gateways: self.gateways.clone(),
         }
     }
 }
@@ -236,6 +240,7 @@ pub(crate) mod tests {
             redirected: None,
             allowed: Allowed::default(),
             bandwidth: Bandwidth::default(),
+            gateways: Vec::new(),
             namespace: "shop".into(),
             pod: "db-0".into(),
             uid: "u".into(),

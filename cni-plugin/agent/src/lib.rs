@@ -17,6 +17,7 @@ pub mod view;
 mod addresses;
 mod agent;
 mod cluster;
+mod egress;
 mod encryption;
 mod entries;
 mod error;

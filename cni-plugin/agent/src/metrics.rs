@@ -23,6 +23,7 @@ pub(crate) struct Metrics {
     pub silent_nodes: Gauge,
     pub small_paths: Gauge,
     pub waiting_nodes: Gauge,
+    pub blocked_networks: Gauge,
 }
 
 impl Metrics {
@@ -36,6 +37,7 @@ impl Metrics {
             silent_nodes: Gauge::default(),
             small_paths: Gauge::default(),
             waiting_nodes: Gauge::default(),
+            blocked_networks: Gauge::default(),
         };
         let mut registry = Registry::with_prefix("portolan");
         let help = "Time to plug a pod in, those without networks included";
@@ -49,6 +51,8 @@ impl Metrics {
         registry.register("network_small_paths", help, metrics.small_paths.clone());
         let help = "Nodes on this node's encrypted networks with which there has been no handshake by their newest key";
         registry.register("network_nodes_without_handshake", help, metrics.waiting_nodes.clone());
+        let help = "Networks with egressNAT whose pods on this node don't reach the outside";
+        registry.register("network_egress_blocked", help, metrics.blocked_networks.clone());
         metrics.dns.register(&mut registry);
         (metrics, Arc::new(registry))
     }

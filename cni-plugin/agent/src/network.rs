@@ -19,6 +19,8 @@ pub(crate) struct Network {
     pub suppression: bool,
     /// Whether it reaches other nodes by WireGuard alone.
     pub encrypted: bool,
+    /// Whether it is to have gateways.
+    pub egress: bool,
     multicast: Multicast,
     mtu: Option<u32>,
 }
@@ -56,7 +58,8 @@ impl Network {
         if encrypted && status.keys.is_none() {
             return Err(not_ready("it has no generation of keys yet; is portolan-operator running, of this release?"));
         }
-        Ok(Self { name, vni, subnets, suppression, encrypted, multicast, mtu })
+        let egress = object.spec.egress_nat;
+        Ok(Self { name, vni, subnets, suppression, encrypted, egress, multicast, mtu })
     }
 
     pub fn mtu(&self, underlay: Underlay) -> u32 {
@@ -94,6 +97,7 @@ impl Network {
             suppression: self.suppression,
             multicast: self.multicast,
             encrypted: self.encrypted,
+            gateway: self.egress,
         }
     }
 }

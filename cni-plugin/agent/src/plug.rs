@@ -1,15 +1,17 @@
 //! ADD, DEL, CHECK, GC and STATUS.
 
 use std::{
+    net::IpAddr,
     path::{Path, PathBuf},
     time::Instant,
 };
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Resource, ResourceExt};
 use portolan_cni::{Answer, Attachment, Command, Failure, Request};
 use portolan_crds::NETWORKS_ANNOTATION;
-use portolan_net::{Allowed, Mac, endpoint_mac, is_endpoint_mac};
+use portolan_net::{Allowed, Mac, block_of, endpoint_mac, gateway, is_endpoint_mac};
 
 use crate::{
     addresses::{Holder, Reservation},
@@ -95,6 +97,9 @@ impl Agent {
         }
         refuse_overlaps(&networks)?;
         let mut plans = Vec::new();
+        for (wish, network) in wishes.iter().zip(&networks) {
+            refuse_gateways(wish, network)?;
+        }
         for (position, (wish, network)) in wishes.iter().zip(networks).enumerate() {
             let is_first = position == 0 && present.is_empty();
             let (mut endpoint, reservation) = self.plan(container, netns, pod, wish, &network, is_first).await?;
@@ -172,6 +177,7 @@ impl Agent {
             redirected,
             allowed: Allowed::default(),
             bandwidth: wish.bandwidth,
+            gateways: wish.gateways.clone(),
             namespace: pod.namespace().unwrap_or_default(),
             pod: pod.name_any(),
             uid: pod.uid().unwrap_or_default(),
@@ -307,6 +313,28 @@ fn refuse_mac_of(
         Some((namespace, name)) => {
             let reason = format!("no other pod has: {namespace}/{name} has it");
             Err(PlugError::MacTaken { network: network.to_owned(), mac, reason })
+        }
+        None => Ok(()),
+    }
+}
+
+/// A pod is sent to the outside only by networks that may lead there, and by somebody who is on them.
+pub(crate) fn refuse_gateways(wish: &Wish, network: &Network) -> Result<(), PlugError> {
+    let (name, Some(first)) = (&network.name, wish.gateways.first()) else { return Ok(()) };
+    if !network.egress {
+        return Err(PlugError::NoEgress { network: name.clone(), gateway: *first });
+    }
+    let is_foreign = |address: &&IpAddr| {
+        let is_hosts = |subnet: &IpNet| {
+            subnet.contains(*address) && (gateway(*subnet) == **address || block_of(*subnet, **address).is_some())
+        };
+        wish.addresses.contains(*address) || !network.subnets.iter().any(is_hosts)
+    };
+    match wish.gateways.iter().find(is_foreign) {
+        Some(address) => {
+            let gateways: Vec<String> = network.subnets.iter().map(|subnet| gateway(*subnet).to_string()).collect();
+            let gateways = gateways.join(" or ");
+            Err(PlugError::ForeignGateway { network: name.clone(), gateway: *address, gateways })
         }
         None => Ok(()),
     }

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     agent::Agent,
     annotation,
+    egress::Ways,
     encryption::Encrypting,
     entries::Entries,
     everyone::Everyone,
@@ -47,6 +48,7 @@ pub(crate) struct Applied {
     /// How often each network was made something else, or removed.
     made: BTreeMap<u32, u64>,
     pub filters: BTreeMap<u32, Filter>,
+    pub ways: Ways,
 }
 
 impl Applied {
@@ -64,6 +66,7 @@ impl Applied {
         *self.made.entry(vni).or_default() += 1;
         self.networks.remove(&vni);
         self.filters.remove(&vni);
+        self.ways.remove(&vni);
     }
 }
 
@@ -127,6 +130,8 @@ struct Sync<'a> {
     unchecked: BTreeSet<String>,
     /// Running pods, by UID, whose allowed addresses can't be read.
     refused: BTreeMap<String, Refusal>,
+    /// Networks whose pods don't reach the outside from here, though they are to, and why.
+    blocked: BTreeMap<String, String>,
     /// Networks whose blocks may be given back, and when that was last tried.
     leaving: BTreeMap<String, Option<Instant>>,
     started: bool,
@@ -165,6 +170,7 @@ pub(crate) async fn run(
         entries: Entries::default(),
         unchecked: agent.journal.select(|_| true).iter().map(Endpoint::id).collect(),
         refused: BTreeMap::new(),
+        blocked: BTreeMap::new(),
         leaving: BTreeMap::new(),
         started: false,
     };
@@ -203,10 +209,12 @@ impl Sync<'_> {
         let told = self.agent.encrypt(&mut applied, None).await.map_err(|e| e.to_string());
         let encryption = told.as_ref().map_or_else(|_| self.agent.told_before(), Clone::clone);
         note("encrypted networks don't reach other nodes as they should", "", told.map(drop));
+        self.blocked.clear();
         for (network, endpoints) in &by_network {
             note("network not set up", network, self.set_up(&mut applied, network, endpoints).await);
         }
         note("networks without pods not removed", "", self.remove_others(&mut applied, &by_network).await);
+        self.agent.metrics.blocked_networks.set(i64::try_from(self.blocked.len()).unwrap_or(i64::MAX));
         // After the networks that leave by it.
         let forgotten = self.agent.forget_encryption(&mut applied).await;
         note("what encrypted networks needed not removed", "", forgotten.map_err(|e| e.to_string()));
@@ -244,6 +252,7 @@ impl Sync<'_> {
                 vtep: self.agent.underlay.vtep.to_string(),
                 endpoints: local.iter().map(|l| l.endpoint.clone()).collect(),
                 encryption: encryption.clone().filter(|_| self.is_encrypted(network)),
+                egress_problem: self.blocked.get(network).cloned(),
             };
             let result = self.slices.write(&self.agent.cluster, spec).await;
             note("slice not written", network, result.map_err(|e| e.to_string()));
@@ -332,8 +341,9 @@ impl Sync<'_> {
     async fn set_up(&mut self, applied: &mut Applied, name: &str, endpoints: &[Endpoint]) -> Result<(), String> {
         let Some(vni) = endpoints.first().map(|e| e.vni) else { return Ok(()) };
         // A network that is being deleted goes on for the pods that are still on it.
-        if let Some(network) = self.network(name, vni) {
-            let spec = network.spec(self.agent.underlay);
+        let network = self.network(name, vni);
+        if let Some(network) = &network {
+            let spec = self.agent.spec(network);
             self.agent.ensure_network(applied, spec).await.map_err(|e| e.to_string())?;
         }
         // Of a network that is being deleted, too: its pods are held to their addresses and policies as long as they are there.
@@ -342,6 +352,12 @@ impl Sync<'_> {
             self.agent.set_filter(applied, (name, vni), wanted).await.map_err(|e| e.to_string())?;
             // No port is made whose rules aren't there.
             self.restore_ports(endpoints).await;
+        }
+        // After the rules of those who may not go there.
+        if let Some(network) = &network
+            && let Some(problem) = self.agent.follow_egress(applied, network).await
+        {
+            self.blocked.insert(name.to_owned(), problem);
         }
         Ok(())
     }

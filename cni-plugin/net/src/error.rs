@@ -1,6 +1,10 @@
 //! What can go wrong, each with the object it went wrong with.
 
-use std::{io, net::Ipv4Addr, path::PathBuf};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr},
+    path::PathBuf,
+};
 
 use ipnet::IpNet;
 
@@ -157,6 +161,22 @@ pub enum Error {
         place: String,
         /// What nft said, or why it did not start.
         message: String,
+    },
+    /// A pod doesn't send to the outside by the gateway that it is to.
+    #[error("interface {interface} has no default route by {gateway} (in {netns})")]
+    NoDefaultRoute {
+        /// The gateway.
+        gateway: IpAddr,
+        /// The interface's name.
+        interface: String,
+        /// The pod's namespace.
+        netns: PathBuf,
+    },
+    /// No address is left between a network and the host.
+    #[error("all of {range} is in use on this host: no network can get a gateway any more")]
+    NoTransit {
+        /// What they are taken from.
+        range: IpNet,
     },
     /// Encrypted networks can't be used on this node.
     #[error("this node's kernel has no WireGuard: {source}")]

@@ -54,12 +54,17 @@ pub fn blocks(subnet: IpNet) -> impl Iterator<Item = IpNet> + Clone {
         .filter(move |block| usable(subnet, *block).next().is_some())
 }
 
+/// The address of a subnet's gateway: its first host address, which no pod is given.
+pub fn gateway(subnet: IpNet) -> IpAddr {
+    address(number(subnet.network()).saturating_add(1), subnet)
+}
+
 /// The addresses of a block that a pod can have: not the subnet's own (in IPv6 that of any of its routers: RFC 4291, section 2.6.1), not an
 /// IPv4 subnet's broadcast address.
 ///
 /// The subnet's first host address is kept free too: people expect a gateway there.
 pub fn usable(subnet: IpNet, block: IpNet) -> impl Iterator<Item = IpAddr> {
-    let gateway = number(subnet.network()).saturating_add(1);
+    let gateway = number(gateway(subnet));
     let broadcast = matches!(subnet, IpNet::V4(_)).then(|| subnet.broadcast());
     (number(block.network())..=number(block.broadcast()))
         .filter(move |n| *n != gateway)

@@ -7,6 +7,8 @@
 mod bandwidth;
 mod bpf;
 mod dataplane;
+mod default_route;
+mod egress;
 mod encryption;
 mod error;
 mod filter;
@@ -29,12 +31,13 @@ mod wireguard;
 
 pub use bandwidth::{Bandwidth, Limit};
 pub use dataplane::Dataplane;
+pub use egress::{Egress, Obstacle, TRANSIT, TRANSIT_IPV6};
 pub use encryption::{Encrypted, Encryption, WIREGUARD_OVERHEAD, encrypted_size};
 pub use error::{Error, Result};
 pub use filter::{Filter, PortFilter, Protocol, Rule, Service};
 pub use forwarding::{Change, Forwarder, Forwarding, Here, Known, Peer};
 pub use guard::Allowed;
-pub use ipam::{AddressError, block_of, block_prefix, blocks, free_address, free_block, usable};
+pub use ipam::{AddressError, block_of, block_prefix, blocks, free_address, free_block, gateway, usable};
 pub use mac::{Mac, MacError, endpoint_mac, is_endpoint_mac, port_name};
 pub use multicast::Multicast;
 pub use namespace::Namespace;

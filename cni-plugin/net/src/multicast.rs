@@ -6,7 +6,6 @@
 
 use netlink_packet_route::{
     RouteNetlinkMessage,
-    address::{AddressAttribute, AddressMessage},
     link::{BridgeMulticastRouterType, InfoBridge, InfoData, InfoKind, LinkAttribute, LinkInfo, LinkMessage},
     tc::{TcAttribute, TcHandle, TcMessage},
 };
@@ -53,10 +52,11 @@ const MLD: [u32; 4] = [130, 131, 132, 143];
 const EGRESS: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_EGRESS };
 
 /// Makes the bridge, which is up and has `vx0` in it, flood or snoop. No frame is lost by the change: one that is flooded too often does no harm.
-pub(crate) async fn set(netlink: &Netlink, bridge: u32, multicast: Multicast) -> Result<()> {
+/// A gateway keeps its link-local address, by which it looks for pods.
+pub(crate) async fn set(netlink: &Netlink, bridge: u32, multicast: Multicast, is_gateway: bool) -> Result<()> {
     let tunnel = netlink.index(TUNNEL).await?;
     match multicast {
-        Multicast::Flood => flood(netlink, bridge, tunnel).await,
+        Multicast::Flood => flood(netlink, bridge, tunnel, is_gateway).await,
         Multicast::Snooping => snoop(netlink, bridge, tunnel).await,
     }
 }
@@ -77,18 +77,12 @@ async fn snoop(netlink: &Netlink, bridge: u32, tunnel: u32) -> Result<()> {
 }
 
 /// A bridge that doesn't ask, and isn't told that somebody else does, takes nothing for certain of what it heard, and floods.
-async fn flood(netlink: &Netlink, bridge: u32, tunnel: u32) -> Result<()> {
+async fn flood(netlink: &Netlink, bridge: u32, tunnel: u32, is_gateway: bool) -> Result<()> {
     let [igmp, mld] = FIRST_VERSIONS;
     set_bridge(netlink, bridge, vec![InfoBridge::MulticastQuerier(false), igmp, mld]).await?;
-    let mut address = AddressMessage::default();
-    let link_local = link_local_subnet();
-    address.header.family = netlink_packet_route::AddressFamily::Inet6;
-    address.header.index = bridge;
-    address.header.prefix_len = link_local.prefix_len();
-    address.attributes.push(AddressAttribute::Local(link_local.addr()));
-    let removed =
-        netlink.send(RouteNetlinkMessage::DelAddress(address), 0, format!("remove address {link_local}")).await;
-    ok_if(ok_if(removed, libc::EADDRNOTAVAIL), libc::EOPNOTSUPP)?;
+    if !is_gateway {
+        netlink.remove_address(bridge, link_local_subnet()).await?;
+    }
     let mut filters = TcMessage::with_index(i32::try_from(tunnel).unwrap_or_default());
     filters.header.parent = TcHandle::CLSACT;
     let removed =
@@ -112,7 +106,8 @@ async fn set_bridge(netlink: &Netlink, bridge: u32, options: Vec<InfoBridge>) ->
     netlink.send(RouteNetlinkMessage::NewLink(message), 0, "set br0's multicast snooping").await
 }
 
-fn link_local_subnet() -> ipnet::IpNet {
+/// The bridge's link-local address.
+pub(crate) fn link_local_subnet() -> ipnet::IpNet {
     // 64 is less than 128.
     ipnet::Ipv6Net::new_assert(link_local(BRIDGE_MAC), 64).into()
 }

@@ -12,7 +12,7 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressFlags, AddressMessage},
     link::{LinkAttribute, LinkMessage},
     neighbour::NeighbourMessage,
-    route::{RouteAddress, RouteAttribute, RouteType},
+    route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
 };
 use rtnetlink::{
     MulticastGroup,
@@ -138,6 +138,19 @@ impl Netlink {
         ok_if(added.map_err(|e| self.error(format!("add address {address}"), e)), libc::EEXIST)
     }
 
+    /// Takes an address from a link; it is right if it doesn't have it.
+    pub async fn remove_address(&self, index: u32, address: IpNet) -> Result<()> {
+        let mut message = AddressMessage::default();
+        message.header.family = if address.addr().is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        message.header.index = index;
+        message.header.prefix_len = address.prefix_len();
+        message.attributes.push(AddressAttribute::Local(address.addr()));
+        let action = format!("remove address {address}");
+        let removed = self.send(RouteNetlinkMessage::DelAddress(message), 0, action).await;
+        // Without IPv6 no link has an address of it.
+        ok_if(ok_if(removed, libc::EADDRNOTAVAIL), libc::EOPNOTSUPP)
+    }
+
     /// A link's addresses, each with its prefix length.
     pub async fn addresses(&self, index: u32) -> Result<Vec<IpNet>> {
         let listed = self.handle.address().get().set_link_index_filter(index).execute().try_collect::<Vec<_>>().await;
@@ -185,10 +198,40 @@ impl Netlink {
         let route = rtnetlink::RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(to.network(), to.prefix_len())
             .output_interface(index)
-            .scope(netlink_packet_route::route::RouteScope::Link)
+            .scope(RouteScope::Link)
             .build();
         let added = self.handle.route().add(route).replace().execute().await;
         ok_if(added.map_err(|e| self.error(format!("add route to {to}"), e)), libc::EEXIST)
+    }
+
+    /// A static route over a link, by a gateway unless what it is to is reached directly; it takes the place of another one to the same.
+    pub async fn add_route(&self, index: u32, to: IpNet, via: Option<IpAddr>) -> Result<()> {
+        let added = self.handle.route().add(route(index, to, via)).replace().execute().await;
+        ok_if(added.map_err(|e| self.error(format!("add route to {to}"), e)), libc::EEXIST)
+    }
+
+    /// Takes such a route away; it is right if there is none.
+    pub async fn remove_route(&self, index: u32, to: IpNet) -> Result<()> {
+        let mut route = route(index, to, None);
+        // Of whichever scope (rtnetlink(7)).
+        route.header.scope = RouteScope::NoWhere;
+        let removed = self.handle.route().del(route).execute().await;
+        ok_if(removed.map_err(|e| self.error(format!("remove route to {to}"), e)), libc::ESRCH)
+    }
+
+    /// The routes over a link that lead by a gateway: to where, and by which.
+    pub async fn gateways(&self, index: u32) -> Result<Vec<(IpNet, IpAddr)>> {
+        let mut found = Vec::new();
+        let all = [
+            rtnetlink::RouteMessageBuilder::<Ipv4Addr>::new().build(),
+            rtnetlink::RouteMessageBuilder::<Ipv6Addr>::new().build(),
+        ];
+        for family in all {
+            let listed = self.handle.route().get(family).execute().try_collect::<Vec<_>>().await;
+            let listed = listed.map_err(|e| self.error("list routes", e))?;
+            found.extend(listed.iter().filter_map(|route| gateway_of(route, index)));
+        }
+        Ok(found)
     }
 
     /// The namespace's neighbours of a family: `Inet` for ARP, `Inet6` for neighbour discovery, `Bridge` for forwarding entries.
@@ -196,6 +239,48 @@ impl Netlink {
         let request = self.handle.neighbours().get().set_address_family(family);
         request.execute().try_collect().await.map_err(|e| self.error("list neighbours", e))
     }
+}
+
+fn route(index: u32, to: IpNet, via: Option<IpAddr>) -> RouteMessage {
+    let scope = if via.is_some() { RouteScope::Universe } else { RouteScope::Link };
+    let mut message = match to {
+        IpNet::V4(to) => rtnetlink::RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(to.network(), to.prefix_len())
+            .output_interface(index)
+            .scope(scope)
+            .build(),
+        IpNet::V6(to) => rtnetlink::RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(to.network(), to.prefix_len())
+            .output_interface(index)
+            .build(),
+    };
+    if let Some(via) = via {
+        message.attributes.push(RouteAttribute::Gateway(match via {
+            IpAddr::V4(via) => RouteAddress::Inet(via),
+            IpAddr::V6(via) => RouteAddress::Inet6(via),
+        }));
+    }
+    message
+}
+
+fn gateway_of(route: &RouteMessage, index: u32) -> Option<(IpNet, IpAddr)> {
+    let (mut is_its, mut to, mut via) = (false, None, None);
+    let address = |address: &RouteAddress| match address {
+        RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
+        RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
+        _ => None,
+    };
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Oif(oif) => is_its = *oif == index,
+            RouteAttribute::Destination(destination) => to = address(destination),
+            RouteAttribute::Gateway(gateway) => via = address(gateway),
+            _ => {}
+        }
+    }
+    let via = via.filter(|_| is_its)?;
+    let nowhere = if via.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    Some((IpNet::new(to.unwrap_or(nowhere), route.header.destination_prefix_length).ok()?, via))
 }
 
 /// Takes one error number for success: what was asked for is so already.

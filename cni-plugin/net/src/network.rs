@@ -40,6 +40,8 @@ pub struct NetworkSpec {
     pub multicast: Multicast,
     /// Whether its packets leave by WireGuard alone ([`Dataplane::ensure_encryption`]).
     pub encrypted: bool,
+    /// Whether it has a gateway, or is to get one ([`Dataplane::ensure_egress`]).
+    pub gateway: bool,
 }
 
 impl NetworkSpec {
@@ -50,10 +52,11 @@ impl NetworkSpec {
     }
 }
 
-/// Before its interfaces: nothing is routed, nothing has an IPv6 address (each node's bridge would have the same link-local one),
-/// and frames are not sent through the host's firewall.
-const NAMESPACE_SYSCTLS: [(&str, &str); 8] = [
-    ("ipv4/ip_forward", "0"),
+/// Before its interfaces: nobody is told of a shorter way than by the gateway, nothing has an IPv6 address (each node's bridge would have the same
+/// link-local one), and frames are not sent through the host's firewall.
+const NAMESPACE_SYSCTLS: [(&str, &str); 9] = [
+    ("ipv4/conf/all/send_redirects", "0"),
+    ("ipv4/conf/default/send_redirects", "0"),
     ("ipv4/conf/all/rp_filter", "0"),
     ("ipv4/conf/default/rp_filter", "0"),
     ("ipv6/conf/all/disable_ipv6", "1"),
@@ -63,13 +66,19 @@ const NAMESPACE_SYSCTLS: [(&str, &str); 8] = [
     ("bridge/bridge-nf-call-arptables", "0"),
 ];
 
+/// Nothing is routed. A namespace has the host's setting at first; one that has a gateway gets it when its rules are there.
+pub(crate) const ROUTES_NOTHING: [(&str, &str); 2] = [("ipv4/ip_forward", "0"), ("ipv6/conf/all/forwarding", "0")];
+
 /// The bridge answers no ARP at all: pods have a permanent neighbour for its address, and an answer to a pod of another node
-/// would cross the tunnel with a source address that each node's bridge has.
-///
+/// would cross the tunnel with a source address that each node's bridge has. One that is a gateway does, by rules that keep it from there.
+pub(crate) const ARP: &str = "ipv4/conf/br0/arp_ignore";
+pub(crate) const NO_ARP: &str = "8";
+pub(crate) const OWN_ARP: &str = "1";
+
 /// For suppression it has IPv6, without which the kernel takes no neighbours of that family; but no address, nor ever gets one by itself. For
-/// snooping it has IPv6 and a link-local address.
+/// snooping, and as a gateway, it has IPv6 and a link-local address.
 const BRIDGE_SYSCTLS: [(&str, &str); 4] = [
-    ("ipv4/conf/br0/arp_ignore", "8"),
+    ("ipv4/conf/br0/send_redirects", "0"),
     ("ipv4/conf/br0/rp_filter", "0"),
     ("ipv6/conf/br0/addr_gen_mode", "1"),
     ("ipv6/conf/br0/accept_ra", "0"),
@@ -84,6 +93,9 @@ impl Dataplane {
         let namespace = Namespace::ensure(self.root(), &namespace_path(spec.vni))?;
         sysctl::set(&namespace, &NAMESPACE_SYSCTLS)?;
         let netlink = Netlink::open(&namespace)?;
+        if !spec.gateway || netlink.link(BRIDGE).await?.is_none() {
+            sysctl::set(&namespace, &ROUTES_NOTHING)?;
+        }
         let loopback = netlink.index("lo").await?;
         netlink.set_link(LinkUnspec::new_with_index(loopback).up().build(), "bring lo up").await?;
         let bridge = ensure_bridge(&netlink, &namespace, spec).await?;
@@ -91,7 +103,7 @@ impl Dataplane {
         let underlay = Netlink::open(&underlay)?;
         ensure_tunnel(&netlink, &underlay, &namespace, spec, bridge).await?;
         start_bridge(&netlink, bridge, spec).await?;
-        multicast::set(&netlink, bridge, spec.multicast).await
+        multicast::set(&netlink, bridge, spec.multicast, spec.gateway).await
     }
 
     /// Removes all that this node has of a network, ports included.
@@ -101,6 +113,7 @@ impl Dataplane {
     pub async fn remove_network(&self, vni: u32) -> Result<()> {
         let path = namespace_path(vni);
         if !Namespace::is_gone(self.root(), &path) {
+            self.remove_egress(vni, &[]).await?;
             // By hand: a socket that is still open would keep the namespace, and with it the VNI, in use.
             let netlink = Netlink::open(&Namespace::open(self.root(), &path)?)?;
             for link in netlink.links().await? {
@@ -125,7 +138,11 @@ async fn ensure_bridge(netlink: &Netlink, namespace: &Namespace, spec: &NetworkS
     let wanted = LinkUnspec::new_with_index(index).address(mac).mtu(spec.mtu).build();
     netlink.set_link(wanted, format!("set bridge br0's MTU to {}", spec.mtu)).await?;
     sysctl::set(namespace, &BRIDGE_SYSCTLS)?;
-    let needs_ipv6 = spec.suppression || spec.multicast == Multicast::Snooping;
+    if !spec.gateway || sysctl::get(namespace, ARP)?.as_deref() != Some(OWN_ARP) {
+        sysctl::set(namespace, &[(ARP, NO_ARP)])?;
+    }
+    let has_ipv6_gateway = spec.gateway && spec.subnets.iter().any(|subnet| matches!(subnet, IpNet::V6(_)));
+    let needs_ipv6 = spec.suppression || spec.multicast == Multicast::Snooping || has_ipv6_gateway;
     let without_ipv6 = if needs_ipv6 { "0" } else { "1" };
     sysctl::set(namespace, &[("ipv6/conf/br0/disable_ipv6", without_ipv6)])?;
     netlink.add_address(index, Ipv4Net::from(BRIDGE_ADDRESS).into()).await?;

@@ -16,6 +16,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
+    BRIDGE_MAC,
     error::{Error, Result},
     filter::{Filter, PortFilter, Protocol, Rule, Service},
     namespace::Namespace,
@@ -24,6 +25,9 @@ use crate::{
 /// Where `nft` is looked for on the host.
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin";
 const TABLE: &str = "bridge portolan";
+/// What is done to a packet that goes to the bridge and may not leave by it, and how that is known.
+const REFUSE: &str = "meta mark set 0x706f7274 accept";
+pub(crate) const IS_REFUSED: &str = "meta mark 0x706f7274";
 /// How many directions of connections of a network are remembered on a node. More still pass; their answers do so by rules only.
 const CONNECTIONS: u32 = 1 << 19;
 /// How many pairs of talking pods, and how many packets in fragments.
@@ -83,10 +87,12 @@ pub(crate) fn script(filter: &Filter) -> Option<String> {
     let names = names(&closed);
     let mut text = format!("add table {TABLE}\n");
     add_sets(&mut text);
-    for chain in ["answers", "egress", "ingress", "pass", "deliver"] {
+    for chain in ["answers", "egress", "outside", "ingress", "pass", "deliver"] {
         _ = writeln!(text, "add chain {TABLE} {chain}");
     }
-    _ = writeln!(text, "add chain {TABLE} forward {{ type filter hook forward priority 0; policy accept; }}");
+    for hook in ["forward", "input", "output"] {
+        _ = writeln!(text, "add chain {TABLE} {hook} {{ type filter hook {hook} priority 0; policy accept; }}");
+    }
     _ = writeln!(text, "flush table {TABLE}\ntable {TABLE} {{");
     // Without ARP, neighbour discovery and what says who listens to which group, nothing else arrives.
     _ = writeln!(
@@ -103,9 +109,11 @@ jump ingress
 goto pass
 }}"
     );
+    add_outside(&mut text, &names);
     add_answers(&mut text);
-    add_rules(&mut text, "egress", "iifname", "daddr", filter, |port| port.egress.as_deref());
-    add_rules(&mut text, "ingress", "oifname", "saddr", filter, |port| port.ingress.as_deref());
+    add_rules(&mut text, "egress", ("iifname", "daddr"), "drop", filter, |port| port.egress.as_deref());
+    add_rules(&mut text, "outside", ("iifname", "daddr"), REFUSE, filter, |port| port.egress.as_deref());
+    add_rules(&mut text, "ingress", ("oifname", "saddr"), "drop", filter, |port| port.ingress.as_deref());
     add_pass(&mut text);
     text.push_str("}\n");
     Some(text)
@@ -188,12 +196,34 @@ update @talks{s} {{ {ip} daddr . {ip} saddr }}"
     text.push_str("accept\n}\n");
 }
 
-/// A chain with the ports' rules of one direction; ports with the same rules share them.
+/// What pods send to the bridge, which may be their gateway, and what it sends to them: answers, as nobody outside can begin a connection. What
+/// no rule lets pass is marked, for the node's resolver gets it all the same; what is routed, and has the mark, is dropped (egress/rules.rs).
+fn add_outside(text: &mut String, names: &str) {
+    _ = writeln!(
+        text,
+        "chain input {{
+iifname != {names} accept
+ether daddr != {BRIDGE_MAC} accept
+ether type != {{ ip, ip6 }} accept
+ip daddr 169.254.0.0/16 accept
+jump answers
+jump outside
+goto pass
+}}
+chain output {{
+oifname != {names} accept
+ether type != {{ ip, ip6 }} accept
+jump answers
+}}"
+    );
+}
+
+/// A chain with the ports' rules of one direction, and what becomes of what none lets pass; ports with the same rules share them.
 fn add_rules<'a>(
     text: &mut String,
     chain: &str,
-    interface: &str,
-    side: &str,
+    (interface, side): (&str, &str),
+    refusal: &str,
     filter: &'a Filter,
     rules: impl Fn(&'a PortFilter) -> Option<&'a [Rule]>,
 ) {
@@ -209,7 +239,7 @@ fn add_rules<'a>(
         for rule in rules {
             add_rule(text, side, rule);
         }
-        text.push_str("drop\n}\n");
+        _ = writeln!(text, "{refusal}\n}}");
     }
     text.push_str("}\n");
 }
@@ -276,11 +306,16 @@ pub(crate) async fn run(root: &Path, namespace: Namespace, script: String) -> Re
     Err(fail(said.lines().next().unwrap_or("no reason given").to_owned()))
 }
 
-/// Removes the table, if there is one. Where there is no `nft`, or a kernel that has no such tables, there is none.
+/// Removes the filter's table, if there is one.
 pub(crate) async fn clear(root: &Path, namespace: Namespace) -> Result<()> {
+    remove_table(root, namespace, &["list", "table", "bridge", "portolan"]).await
+}
+
+/// Removes the table that the request lists, if there is one. Where there is no `nft`, or a kernel that has no such tables, there is none.
+pub(crate) async fn remove_table(root: &Path, namespace: Namespace, list: &'static [&'static str]) -> Result<()> {
     let again = namespace.again()?;
-    match output(root, namespace, &["list", "table", "bridge", "portolan"], String::new()).await? {
-        Ok(output) if output.status.success() => run(root, again, format!("delete table {TABLE}\n")).await,
+    match output(root, namespace, list, String::new()).await? {
+        Ok(output) if output.status.success() => run(root, again, format!("delete {}\n", list[1..].join(" "))).await,
         _ => Ok(()),
     }
 }

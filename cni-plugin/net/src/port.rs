@@ -21,7 +21,7 @@ use rtnetlink::{
 };
 
 use crate::{
-    Allowed, BRIDGE, BRIDGE_MAC, Bandwidth, Dataplane, Mac, bandwidth,
+    Allowed, BRIDGE, BRIDGE_MAC, Bandwidth, Dataplane, Mac, bandwidth, default_route,
     error::{Error, Result},
     forwarding::{bridge_entry, neighbour, neighbour_to_remove},
     guard,
@@ -63,6 +63,8 @@ pub struct PortSpec {
     pub allowed: Allowed,
     /// How fast the pod may receive and send by this interface.
     pub bandwidth: Bandwidth,
+    /// By whom it reaches what is on none of its networks, at most one of a family: addresses on this one.
+    pub gateways: Vec<IpAddr>,
 }
 
 impl Dataplane {
@@ -194,6 +196,7 @@ impl Dataplane {
         let inside = pod.link(&spec.interface).await?.filter(|l| link_facts(l).0 == Some(spec.mac.0.as_slice()));
         let inside = inside.ok_or_else(|| missing(&spec.interface, &spec.netns))?;
         check_up(&inside, &spec.interface, &spec.netns)?;
+        default_route::check(&pod, inside.header.index, spec).await?;
         let present = pod.addresses(inside.header.index).await?;
         match spec.addresses.iter().find(|wanted| !present.contains(*wanted)) {
             Some(&address) => {
@@ -288,7 +291,7 @@ async fn configure_pod(pod: &Netlink, namespace: &Namespace, spec: &PortSpec) ->
         pod.send(RouteNetlinkMessage::NewNeighbour(entry), flags, format!("add neighbour {resolver}")).await?;
         pod.add_link_route(index, Ipv4Net::from(*resolver)).await?;
     }
-    Ok(())
+    default_route::set(pod, index, spec).await
 }
 
 /// Runtimes make pods of IPv4 clusters without IPv6. A pod reaches its own addresses by its loopback interface, so that needs it too.

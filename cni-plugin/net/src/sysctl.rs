@@ -7,6 +7,14 @@ use crate::{
     namespace::Namespace,
 };
 
+/// The value of a parameter (a path below `/proc/sys/net`); none if the kernel doesn't have it.
+pub(crate) fn get(namespace: &Namespace, key: &str) -> Result<Option<String>> {
+    namespace.run(|| match std::fs::read_to_string(Path::new("/proc/sys/net").join(key)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        other => Ok(Some(other?.trim().to_owned())),
+    })
+}
+
 /// Sets parameters (paths below `/proc/sys/net`) in a namespace. Those that the kernel doesn't have are skipped.
 pub(crate) fn set(namespace: &Namespace, parameters: &[(&str, &str)]) -> Result<()> {
     let failed = namespace.run(|| {

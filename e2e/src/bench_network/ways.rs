@@ -35,6 +35,7 @@ pub async fn portolan(nodes: &[Node; 2]) -> Result<[Way; 2]> {
             suppression: false,
             multicast: Multicast::Flood,
             encrypted: false,
+            gateway: false,
         };
         node.dataplane.ensure_network(&spec).await?;
     }
@@ -70,6 +71,7 @@ async fn plug(node: &Node, pod: &str, last: u8) -> Result<(IpAddr, Mac)> {
         locked: true,
         allowed: Allowed::default(),
         bandwidth: Bandwidth::default(),
+        gateways: Vec::new(),
     };
     node.dataplane.add_port(&port).await?;
     Ok((address, mac))

@@ -101,7 +101,8 @@ async fn write_status(
     Ok(())
 }
 
-/// What Events tell, and whether it needs a look: another reason of `Ready`, and a path that is too small once the first one is known.
+/// What Events tell, and whether it needs a look: another reason of `Ready`, a path that is too small once the first one is known, and a reason
+/// why there is no way outside.
 fn news<'a>(before: &[Condition], after: &'a [Condition]) -> Vec<(bool, &'a Condition)> {
     let changed = |type_, of: fn(&Condition) -> &str| {
         let after = conditions::find(after, type_)?;
@@ -109,7 +110,8 @@ fn news<'a>(before: &[Condition], after: &'a [Condition]) -> Vec<(bool, &'a Cond
     };
     let ready = changed(condition::READY, |it| &it.reason).map(|it| (it.status != condition::TRUE, it));
     let mismatch = changed(condition::MTU_MISMATCH, |it| &it.status).filter(|it| it.status == condition::TRUE);
-    ready.into_iter().chain(mismatch.map(|it| (true, it))).collect()
+    let egress = changed(condition::EGRESS_READY, |it| &it.reason).filter(|it| it.status != condition::TRUE);
+    ready.into_iter().chain(mismatch.map(|it| (true, it))).chain(egress.map(|it| (true, it))).collect()
 }
 
 async fn write(

@@ -3,6 +3,7 @@
 //! One pass for all because they bear on each other (VNIs), and because there are few of them.
 
 pub(crate) mod apply;
+mod egress;
 mod keys;
 mod narrow;
 mod plan;

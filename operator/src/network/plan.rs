@@ -14,7 +14,7 @@ use portolan_crds::{
 use portolan_runtime::conditions;
 
 use super::validate::{self, Refusal};
-use super::{keys, narrow, vni};
+use super::{egress, keys, narrow, vni};
 
 /// Pods that a message names before it only counts the rest.
 const NAMED_PODS: usize = 5;
@@ -81,7 +81,8 @@ pub fn plan(world: &World) -> Vec<Step> {
         let missed = missed.get(&name).unwrap_or(&none);
         let narrow = narrow::of_network(&world.slices, network);
         let keys = world.keys.clone().filter(|_| keys::is_encrypted(network));
-        let seen = Seen { pods: plugged, missed, used: used.get(name.as_str()), narrow, keys };
+        let egress = egress::of_network(&world.slices, &world.claims, network);
+        let seen = Seen { pods: plugged, missed, used: used.get(name.as_str()), narrow, keys, egress };
         if network.metadata.deletion_timestamp.is_some() {
             steps.extend(ending(network, &seen));
             continue;
@@ -135,6 +136,8 @@ struct Seen<'a> {
     narrow: Option<String>,
     /// Which keys nodes are to have, if the network is encrypted.
     keys: Option<KeyGeneration>,
+    /// Whether pods reach the outside, if they are to.
+    egress: Option<egress::Finding>,
 }
 
 impl Seen<'_> {
@@ -204,6 +207,12 @@ fn written(
         None => (condition::FALSE, "PathsSuffice", "no path between nodes is known to carry less than pods may send"),
     };
     conditions::set(&mut status.conditions, condition::MTU_MISMATCH, state, reason, message, generation);
+    match &seen.egress {
+        Some((state, reason, message)) => {
+            conditions::set(&mut status.conditions, condition::EGRESS_READY, state, reason, message, generation);
+        }
+        None => status.conditions.retain(|it| it.type_ != condition::EGRESS_READY),
+    }
     (status != before).then(|| Step::Status { network: network.clone(), status })
 }
 

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::ResourceExt;
-use portolan_crds::{ContainerNetwork, DNS_ADDRESS, IPV6_LEAST_MTU, RESOLVER_RANGE, subnets};
+use portolan_crds::{ContainerNetwork, DNS_ADDRESS, EGRESS_RANGES, IPV6_LEAST_MTU, RESOLVER_RANGE, subnets};
 
 /// Why a network can't be used: the Ready condition's reason and message.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -71,6 +71,14 @@ pub fn check(network: &ContainerNetwork, taken: &[Taken]) -> Result<Vec<IpNet>, 
             return Err(Refusal { reason: "SubnetOverlaps", message });
         }
     }
+    if spec.egress_nat
+        && let Some((subnet, range)) = first_overlap(&subnets, &EGRESS_RANGES)
+    {
+        let message = format!(
+            "spec.subnets: {subnet} overlaps the addresses {range} between networks with spec.egressNAT and their nodes: choose another subnet, or egressNAT: false"
+        );
+        return Err(Refusal { reason: "SubnetOverlaps", message });
+    }
     let has_ipv6 = subnets.iter().any(|subnet| matches!(subnet, IpNet::V6(_)));
     match spec.mtu {
         Some(mtu) if has_ipv6 && mtu < IPV6_LEAST_MTU => {
@@ -80,6 +88,10 @@ pub fn check(network: &ContainerNetwork, taken: &[Taken]) -> Result<Vec<IpNet>, 
         }
         _ => Ok(subnets),
     }
+}
+
+fn first_overlap<'a>(subnets: &'a [IpNet], ranges: &'a [IpNet]) -> Option<(&'a IpNet, &'a IpNet)> {
+    subnets.iter().flat_map(|subnet| ranges.iter().map(move |range| (subnet, range))).find(|(a, b)| overlap(**a, **b))
 }
 
 /// Whether two ranges have an address in common; those of different families have none.
@@ -154,6 +166,18 @@ mod tests {
             assert_eq!(refusal.reason, "SubnetInvalid", "{subnets:?}");
             assert!(refusal.message.starts_with("spec.subnets: "), "{}", refusal.message);
             assert!(refusal.message.contains(&subnets.join(", ")), "{}", refusal.message);
+        }
+    }
+
+    #[test]
+    fn a_way_outside_needs_its_own_addresses() {
+        for subnet in ["169.254.64.0/24", "fd70:6f72:746f:6c00::/64", "fd70:6f72:746f::/48"] {
+            let mut network = network(&[subnet]);
+            assert!(check(&network, &cluster()).is_ok(), "{subnet} of a network without a gateway");
+            network.spec.egress_nat = true;
+            let refusal = check(&network, &cluster()).unwrap_err();
+            assert_eq!(refusal.reason, "SubnetOverlaps");
+            assert!(refusal.message.contains(subnet) && refusal.message.contains("egressNAT"), "{refusal:?}");
         }
     }
 

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use super::{AnnotationError, Wish, default_interface, is_interface_name, is_network_name, refuse};
 
 /// Fields of the standard that have no meaning here, or not yet.
-const FIELDS: &str = "the fields name, interface, ips, mac and bandwidth";
+const FIELDS: &str = "the fields name, interface, ips, mac, bandwidth and default-route";
 
 /// Reads a list of selections.
 pub(super) fn parse(text: &str) -> Result<Vec<Wish>, AnnotationError> {
@@ -29,7 +29,7 @@ pub(super) fn parse(text: &str) -> Result<Vec<Wish>, AnnotationError> {
 
 fn selection(position: usize, object: &Map<String, Value>) -> Result<Wish, AnnotationError> {
     let (mut network, mut interface) = (None, default_interface(position));
-    let (mut addresses, mut mac, mut limits) = (Vec::new(), None, Bandwidth::default());
+    let (mut addresses, mut mac, mut limits, mut gateways) = (Vec::new(), None, Bandwidth::default(), Vec::new());
     for (field, value) in object {
         let wrong = |allowed| refuse(&format!("{field}: {value}"), allowed);
         match field.as_str() {
@@ -51,6 +51,10 @@ fn selection(position: usize, object: &Map<String, Value>) -> Result<Wish, Annot
                 let allowed = "a locally administered MAC of one interface, such as 06:00:00:00:00:07 (its first byte ends in 2, 6, a or e)";
                 mac = Some(given.ok_or_else(|| wrong(allowed))?);
             }
+            "default-route" => {
+                let allowed = "a list of at most one address of each family, without a prefix length";
+                gateways = ips(value).ok_or_else(|| wrong(allowed))?;
+            }
             "bandwidth" => limits = bandwidth::parse(value)?,
             _ => return Err(wrong(FIELDS)),
         }
@@ -58,7 +62,7 @@ fn selection(position: usize, object: &Map<String, Value>) -> Result<Wish, Annot
     let unnamed = || refuse(&Value::Object(object.clone()).to_string(), "an object with the field name");
     let named = object.contains_key("interface");
     let network = network.ok_or_else(unnamed)?;
-    Ok(Wish { network, interface, named, addresses, mac, bandwidth: limits })
+    Ok(Wish { network, interface, named, addresses, mac, bandwidth: limits, gateways })
 }
 
 fn ips(value: &Value) -> Option<Vec<IpAddr>> {
@@ -79,13 +83,15 @@ mod tests {
 
     #[test]
     fn what_is_understood() {
-        let text = r#" [{"name":"backend","interface":"db0","ips":["10.32.0.7","fd32::7"],"mac":"06:00:00:00:00:07"},{"name":"frontend"}]"#;
+        let text = r#" [{"name":"backend","interface":"db0","ips":["10.32.0.7","fd32::7"],"mac":"06:00:00:00:00:07"},{"name":"frontend","default-route":["10.33.0.1","fd33::1"]}]"#;
         let wishes = parse(text).unwrap();
         let (backend, frontend) = (&wishes[0], &wishes[1]);
         assert_eq!((&*backend.network, &*backend.interface), ("backend", "db0"));
         assert_eq!(backend.addresses, ["10.32.0.7", "fd32::7"].map(|it| it.parse::<std::net::IpAddr>().unwrap()));
         assert_eq!(backend.mac.unwrap().to_string(), "06:00:00:00:00:07");
         assert_eq!((&*frontend.network, &*frontend.interface), ("frontend", "eth2"));
+        assert_eq!(frontend.gateways, ["10.33.0.1", "fd33::1"].map(|it| it.parse::<std::net::IpAddr>().unwrap()));
+        assert!(backend.gateways.is_empty());
         assert!(frontend.addresses.is_empty() && frontend.mac.is_none());
     }
 
@@ -106,7 +112,16 @@ mod tests {
             (r#"[{"name":"a","mac":"03:00:00:00:00:07"}]"#, "locally administered"),
             (r#"[{"name":"a","mac":"02:50:a9:fe:35:35"}]"#, "locally administered"),
             (r#"[{"name":"a","mac":"7"}]"#, "locally administered"),
-            (r#"[{"name":"a","default-route":["10.32.0.1"]}]"#, "the fields name, interface, ips, mac and bandwidth"),
+            (r#"[{"name":"a","default-route":"10.32.0.1"}]"#, "at most one address of each family"),
+            (r#"[{"name":"a","default-route":["10.32.0.1","10.32.0.2"]}]"#, "at most one address of each family"),
+            (
+                r#"[{"name":"a","default-route":["10.32.0.1"]},{"name":"b","default-route":["10.33.0.1"]}]"#,
+                "one default-route of each family",
+            ),
+            (
+                r#"[{"name":"a","portMappings":[]}]"#,
+                "the fields name, interface, ips, mac, bandwidth and default-route",
+            ),
             (r#"[{"name":"a","namespace":"shop"}]"#, "namespace: "),
             (r#"[{"name":"a"},{"name":"a"}]"#, "each network once"),
             (r#"[{"name":"a","interface":"eth2"},{"name":"b"}]"#, "each interface once"),
