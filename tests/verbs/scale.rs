@@ -24,10 +24,10 @@ const ROUNDS: usize = 10;
 const SLICES: &str = "/apis/portolan.dev/v1alpha1/networknodeslices";
 const NETWORK: &str = "/apis/portolan.dev/v1alpha1/containernetworks/backend";
 
-/// The address of a pod elsewhere. Blocks are given from a subnet's beginning: the pods here have others.
+/// The address of a pod elsewhere: of none of the blocks that pods here may be given addresses of.
 fn address_of(node: u16, pod: u16) -> IpAddr {
-    let [c, d] = (128 * 256 + node * 64 + pod).to_be_bytes();
-    Ipv4Addr::new(10, 32, c, d).into()
+    let [c, d] = (node * 64 + pod).to_be_bytes();
+    Ipv4Addr::new(10, 40, c, d).into()
 }
 
 fn endpoint(name: &str, address: IpAddr) -> Value {
@@ -64,7 +64,7 @@ fn entries(node: &Node) -> [usize; 4] {
         count(&|line| line.contains(" dst ") && !line.starts_with("00:00:00:00:00:00")),
         count(&|line| line.contains(" dst ") && line.starts_with("00:00:00:00:00:00")),
         count(&|line| line.contains("master br0") && line.contains("static")),
-        neighbours.lines().filter(|line| !line.starts_with("10.32.0.")).count(),
+        neighbours.lines().filter(|line| line.starts_with("10.40.")).count(),
     ]
 }
 

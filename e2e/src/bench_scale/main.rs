@@ -82,7 +82,7 @@ fn run(rows: &mut Rows) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let World { nodes, pods } = sizes.world;
     rows.push("network", format!("{nodes} nodes with {pods} pods each, `neighborSuppression`"));
-    runtime.block_on(entries_alone(sizes.world, rows))?;
+    runtime.block_on(entries_alone(&Node::new(), sizes.world, rows))?;
 
     let node = Node::new();
     sizes.world.make(&node);
@@ -115,8 +115,7 @@ fn run(rows: &mut Rows) -> Result<()> {
 }
 
 /// What is known elsewhere as `Dataplane::forward`, without an agent.
-async fn entries_alone(world: World, rows: &mut Rows) -> Result<()> {
-    let node = Node::new();
+async fn entries_alone(node: &Node, world: World, rows: &mut Rows) -> Result<()> {
     let dataplane = Dataplane::new(node.root()).with_underlay("/run/netns/host");
     let spec = NetworkSpec {
         vni: world::VNI,
@@ -127,6 +126,7 @@ async fn entries_alone(world: World, rows: &mut Rows) -> Result<()> {
         suppression: true,
         multicast: Multicast::Flood,
         encrypted: false,
+        gateway: false,
     };
     dataplane.ensure_network(&spec).await?;
     let endpoint = |far, pod| {
