@@ -354,7 +354,9 @@ async fn nobody_else_passes_for_the_gateway() {
         it.node.dataplane.add_port(&port).await.unwrap();
         let mut wire = Wire::open(it);
         let mac = it.port.mac;
+        let reply = [&[0, 1, 8, 0, 6, 4, 0, 2][..], &mac.0, &GATEWAY.octets(), &pod.port.mac.0, &pod.address.octets()];
         let lies = [
+            frame(BROADCAST, mac, ARP, &reply.concat()),
             gratuitous_arp(mac, GATEWAY),
             gratuitous_arp(BRIDGE_MAC, GATEWAY),
             advertisement(mac, GATEWAY_IPV6),

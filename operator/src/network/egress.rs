@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use kube::ResourceExt;
-use portolan_crds::{ContainerNetwork, IPClaim, NetworkNodeSlice, condition, gateway, subnets};
+use portolan_crds::{ContainerNetwork, NetworkNodeSlice, condition, gateway, subnets};
 
 /// The condition's state, reason and message.
 pub type Finding = (&'static str, &'static str, String);
@@ -13,14 +13,14 @@ const NAMED_NODES: usize = 5;
 
 /// What is to be said of one network; nothing if it has no `egressNAT`. A pod that has a gateway's address keeps it, and then there is no gateway:
 /// nodes see to that themselves, by the same slices.
-pub fn of_network(slices: &[NetworkNodeSlice], claims: &[IPClaim], network: &ContainerNetwork) -> Option<Finding> {
+pub fn of_network(slices: &[NetworkNodeSlice], network: &ContainerNetwork) -> Option<Finding> {
     if !network.spec.egress_nat {
         return None;
     }
     let name = network.name_any();
     let gateways: Vec<IpAddr> = subnets(&network.spec.subnets).unwrap_or_default().into_iter().map(gateway).collect();
     let slices: Vec<&NetworkNodeSlice> = slices.iter().filter(|slice| slice.spec.network == name).collect();
-    if let Some((address, holder)) = holder(&slices, claims, &name, &gateways) {
+    if let Some((address, holder)) = holder(&slices, &gateways) {
         let message = format!(
             "{address} would be the gateway, and {holder} has it: there is no gateway on any node. Give the pod another address (kubectl delete ipclaim, if it has one, and the pod), or set spec.egressNAT to false"
         );
@@ -41,29 +41,20 @@ pub fn of_network(slices: &[NetworkNodeSlice], claims: &[IPClaim], network: &Con
     Some((condition::FALSE, "NodesDoNotForward", format!("no way outside from {}{more}", problems.join("; "))))
 }
 
-/// Who has a gateway's address: a pod that is plugged in, or one that it is kept for.
-fn holder(
-    slices: &[&NetworkNodeSlice],
-    claims: &[IPClaim],
-    network: &str,
-    gateways: &[IpAddr],
-) -> Option<(IpAddr, String)> {
+/// The pod that has a gateway's address. One that isn't plugged in, and for which it is kept, is refused when it comes.
+fn holder(slices: &[&NetworkNodeSlice], gateways: &[IpAddr]) -> Option<(IpAddr, String)> {
     let is_gateway = |address: &IpAddr| gateways.contains(address);
     let plugged = slices.iter().flat_map(|slice| slice.spec.endpoints.iter().map(move |it| (it, &slice.spec.node)));
-    let plugged = plugged.filter_map(|(it, node)| {
+    let holders = plugged.filter_map(|(it, node)| {
         Some((it.addresses().find(is_gateway)?, format!("pod {}/{} ({node})", it.namespace, it.pod)))
     });
-    let claimed = claims.iter().filter(|claim| claim.spec.network == network).filter_map(|claim| {
-        let address = claim.spec.addresses().find(is_gateway)?;
-        Some((address, format!("IPClaim {} of pod {}/{}", claim.name_any(), claim.spec.namespace, claim.spec.pod)))
-    });
-    plugged.chain(claimed).min_by(|a, b| a.1.cmp(&b.1))
+    holders.min_by(|a, b| a.1.cmp(&b.1))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use portolan_crds::{ContainerNetworkSpec, Endpoint, IPClaimSpec, NetworkNodeSliceSpec};
+    use portolan_crds::{ContainerNetworkSpec, Endpoint, NetworkNodeSliceSpec};
 
     fn network(egress_nat: bool) -> ContainerNetwork {
         let subnets = vec!["10.32.0.0/16".to_owned(), "fd32::/64".to_owned()];
@@ -89,8 +80,8 @@ mod tests {
 
     #[test]
     fn nothing_is_said_unless_it_is_asked_for() {
-        assert_eq!(of_network(&[slice("a", "n1", &["10.32.0.1"], Some("x"))], &[], &network(false)), None);
-        let fine = of_network(&[slice("a", "n1", &["10.32.0.5"], None)], &[], &network(true)).unwrap();
+        assert_eq!(of_network(&[slice("a", "n1", &["10.32.0.1"], Some("x"))], &network(false)), None);
+        let fine = of_network(&[slice("a", "n1", &["10.32.0.5"], None)], &network(true)).unwrap();
         assert_eq!(fine, ("True", "GatewayOnEachNode", "by 10.32.0.1 and fd32::1".to_owned()));
     }
 
@@ -98,29 +89,25 @@ mod tests {
     fn a_pod_that_has_the_gateways_address_is_named() {
         for address in ["10.32.0.1", "fd32::1"] {
             let slices = [slice("a", "n1", &["10.32.0.5"], None), slice("a", "n2", &[address], None)];
-            let (state, reason, message) = of_network(&slices, &[], &network(true)).unwrap();
+            let (state, reason, message) = of_network(&slices, &network(true)).unwrap();
             assert_eq!((state, reason), ("False", "GatewayTaken"));
             let named = format!("{address} would be the gateway, and pod shop/at-{address} (n2) has it");
             assert!(message.starts_with(&named), "{message}");
         }
         let other = [slice("b", "n1", &["10.32.0.1"], None)];
-        assert_eq!(of_network(&other, &[], &network(true)).unwrap().0, "True", "another network's");
-        let spec =
-            IPClaimSpec { network: "a".into(), address: "10.32.0.1".into(), pod: "db-0".into(), ..Default::default() };
-        let (_, reason, message) = of_network(&[], &[IPClaim::new("a.shop.db-0", spec)], &network(true)).unwrap();
-        assert!(reason == "GatewayTaken" && message.contains("IPClaim a.shop.db-0"), "{message}");
+        assert_eq!(of_network(&other, &network(true)).unwrap().0, "True", "another network's");
     }
 
     #[test]
     fn nodes_that_forward_nothing_are_named() {
         let problem = Some("net.ipv4.ip_forward is not 1");
         let mut slices: Vec<NetworkNodeSlice> = (1..8).map(|n| slice("a", &format!("n{n}"), &[], problem)).collect();
-        let (state, reason, message) = of_network(&slices[..1], &[], &network(true)).unwrap();
+        let (state, reason, message) = of_network(&slices[..1], &network(true)).unwrap();
         assert_eq!((state, reason), ("False", "NodesDoNotForward"));
         assert_eq!(message, "no way outside from n1: net.ipv4.ip_forward is not 1");
-        let many = of_network(&slices, &[], &network(true)).unwrap().2;
+        let many = of_network(&slices, &network(true)).unwrap().2;
         assert!(many.contains("n5: ") && !many.contains("n6: ") && many.ends_with("; and 2 more nodes"), "{many}");
         slices.iter_mut().for_each(|slice| slice.spec.egress_problem = None);
-        assert_eq!(of_network(&slices, &[], &network(true)).unwrap().0, "True");
+        assert_eq!(of_network(&slices, &network(true)).unwrap().0, "True");
     }
 }

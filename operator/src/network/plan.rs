@@ -81,7 +81,7 @@ pub fn plan(world: &World) -> Vec<Step> {
         let missed = missed.get(&name).unwrap_or(&none);
         let narrow = narrow::of_network(&world.slices, network);
         let keys = world.keys.clone().filter(|_| keys::is_encrypted(network));
-        let egress = egress::of_network(&world.slices, &world.claims, network);
+        let egress = egress::of_network(&world.slices, network);
         let seen = Seen { pods: plugged, missed, used: used.get(name.as_str()), narrow, keys, egress };
         if network.metadata.deletion_timestamp.is_some() {
             steps.extend(ending(network, &seen));
