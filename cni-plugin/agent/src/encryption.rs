@@ -60,6 +60,11 @@ impl Done {
 }
 
 impl Encrypting {
+    /// Whether encrypted networks' way to other nodes has been made.
+    pub fn is_made(&self) -> bool {
+        self.done.is_some()
+    }
+
     pub fn is_restless(&self) -> bool {
         self.done.as_ref().is_some_and(Done::is_restless)
     }

@@ -38,7 +38,9 @@ impl Agent {
         let spec = self.spec(network);
         let applied = self.applied.read().await;
         let is_routed = !spec.gateway || applied.ways.contains_key(&spec.vni);
-        let is_there = is_routed && applied.has(&spec) && self.dataplane.namespace(spec.vni).is_ok();
+        // A pass may have made its devices while nothing leads out of where they are.
+        let is_led_out = !spec.encrypted || applied.encrypting.is_made();
+        let is_there = is_routed && is_led_out && applied.has(&spec) && self.dataplane.namespace(spec.vni).is_ok();
         if is_there && applied.filters.get(&spec.vni) == Some(&self.filter_of(&network.name)) {
             return Ok(applied);
         }
