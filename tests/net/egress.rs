@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream},
     path::Path,
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use ipnet::IpNet;
@@ -124,11 +124,23 @@ impl<'a> Outside<'a> {
         at(self.node, "outside").run(work).unwrap()
     }
 
+    /// The kernel may need a moment until an address may be used.
+    fn listen(&self, server: IpAddr) -> TcpListener {
+        let begun = Instant::now();
+        loop {
+            match at(self.node, "outside").run(|| TcpListener::bind((server, WEB))) {
+                Ok(listener) => return listener,
+                Err(error) if begun.elapsed() > PATIENCE => panic!("{server}: {error}"),
+                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+            }
+        }
+    }
+
     /// From where the server sees a pod that connects to it, for each family.
     fn sees(&self, pod: &Pod<'_>, patience: Duration) -> [Option<IpAddr>; 2] {
         [0, 1].map(|family| {
             let server = self.server[family];
-            let listener = self.inside(|| TcpListener::bind((server, WEB)));
+            let listener = self.listen(server);
             let client = pod.inside(|| Ok(TcpStream::connect_timeout(&(server, WEB).into(), patience).ok()));
             client.map(|_| listener.accept().unwrap().1.ip())
         })
@@ -163,8 +175,10 @@ fn state(node: &Node, vni: u32) -> String {
                 "link" => line.split_whitespace().nth(1).unwrap().to_owned(),
                 _ => line.to_owned(),
             };
-            // Nor is the host's own link-local address anything of ours.
-            let is_hosts = |line: &&str| netns == "host" && line.contains("fe80:");
+            // Nor is what the host has for its other links anything of ours: the kernel changes that on its own.
+            let is_hosts = |line: &&str| {
+                netns == "host" && question[0] == "ip" && (!line.contains("pgw") || line.contains("fe80:"))
+            };
             let mut lines: Vec<String> = text.lines().filter(|line| !is_hosts(line)).map(line).collect();
             lines.sort();
             state.extend(lines);
@@ -208,7 +222,7 @@ async fn pods_are_seen_outside_as_their_node() {
         }
 
         // Again, as by an agent that starts anew: a connection that is open doesn't notice, and nothing changes.
-        let listener = outside.inside(|| TcpListener::bind((outside.server[0], WEB)));
+        let listener = outside.listen(outside.server[0]);
         let client = front.inside(|| TcpStream::connect_timeout(&(outside.server[0], WEB).into(), PATIENCE));
         let (served, _) = listener.accept().unwrap();
         let before = state(node, FRONT);
@@ -449,7 +463,7 @@ async fn policies_hold_outside_too() {
     assert!(outside.is_reached_by(&pod) && pings(&pod, outside.server[0]), "answers need no rule");
 
     // What passed goes on under rules that let it pass no more.
-    let listener = outside.inside(|| TcpListener::bind((outside.server[0], WEB)));
+    let listener = outside.listen(outside.server[0]);
     let client = pod.inside(|| TcpStream::connect_timeout(&(outside.server[0], WEB).into(), PATIENCE));
     let (served, _) = listener.accept().unwrap();
     says(&client, &served);
