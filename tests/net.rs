@@ -75,6 +75,24 @@ impl Node {
         }
     }
 
+    /// What the port of a pod of that name is, in a namespace of its own.
+    fn port(&self, vni: u32, pod: &str, address: Ipv4Addr, ipv6: Ipv6Addr) -> PortSpec {
+        PortSpec {
+            vni,
+            port: port_name(pod, "eth1"),
+            netns: if self.file(pod).exists() { Path::new("/run/netns").join(pod) } else { self.netns(pod) },
+            interface: "eth1".into(),
+            mac: endpoint_mac(&vni.to_string(), address.into()),
+            addresses: vec![IpNet::new(address.into(), 24).unwrap(), IpNet::new(ipv6.into(), 64).unwrap()],
+            mtu: 1450,
+            resolvers: vec![BRIDGE_ADDRESS],
+            locked: true,
+            allowed: Allowed::default(),
+            bandwidth: Bandwidth::default(),
+            gateways: Vec::new(),
+        }
+    }
+
     /// A pod of that name on a network; its addresses are 10.32.0.`last` and fd32::`last`.
     async fn plug(&self, vni: u32, pod: &str, last: u8) -> Pod<'_> {
         self.plug_allowed(vni, pod, last, Allowed::default()).await
@@ -82,22 +100,8 @@ impl Node {
 
     /// The same, which may use further addresses.
     async fn plug_allowed(&self, vni: u32, pod: &str, last: u8, allowed: Allowed) -> Pod<'_> {
-        let netns = if self.file(pod).exists() { Path::new("/run/netns").join(pod) } else { self.netns(pod) };
         let address = Ipv4Addr::new(10, 32, 0, last);
-        let port = PortSpec {
-            vni,
-            port: port_name(pod, "eth1"),
-            netns,
-            interface: "eth1".into(),
-            mac: endpoint_mac(&vni.to_string(), address.into()),
-            addresses: vec![IpNet::new(address.into(), 24).unwrap(), IpNet::new(ipv6(last).into(), 64).unwrap()],
-            mtu: 1450,
-            resolvers: vec![BRIDGE_ADDRESS],
-            locked: true,
-            allowed,
-            bandwidth: Bandwidth::default(),
-            gateways: Vec::new(),
-        };
+        let port = PortSpec { allowed, ..self.port(vni, pod, address, ipv6(last)) };
         self.dataplane.add_port(&port).await.unwrap();
         Pod { node: self, port, address, ipv6: ipv6(last) }
     }

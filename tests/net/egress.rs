@@ -10,8 +10,8 @@ use std::{
 
 use ipnet::IpNet;
 use portolan_net::{
-    Allowed, BRIDGE_ADDRESS, BRIDGE_MAC, Bandwidth, Egress, Filter, Namespace, NetworkSpec, Obstacle, PortFilter,
-    PortSpec, Rule, endpoint_mac, gateway, port_name,
+    Allowed, BRIDGE_ADDRESS, BRIDGE_MAC, Egress, Filter, Namespace, NetworkSpec, Obstacle, PortFilter, PortSpec, Rule,
+    gateway, port_name,
 };
 
 use super::{
@@ -50,23 +50,10 @@ async fn ensure(node: &Node, vni: u32) -> Vec<Obstacle> {
 
 /// A pod that goes outside by its network's gateways.
 async fn plug<'a>(node: &'a Node, vni: u32, pod: &str, last: u8) -> Pod<'a> {
-    let netns = if node.file(pod).exists() { Path::new("/run/netns").join(pod) } else { node.netns(pod) };
-    let (address, ipv6) =
-        (format!("10.{vni}.0.{last}").parse::<Ipv4Addr>().unwrap(), format!("fd{vni}::{last}").parse().unwrap());
-    let port = PortSpec {
-        vni,
-        port: port_name(pod, "eth1"),
-        netns,
-        interface: "eth1".into(),
-        mac: endpoint_mac(&vni.to_string(), address.into()),
-        addresses: vec![IpNet::new(address.into(), 24).unwrap(), IpNet::new(IpAddr::V6(ipv6), 64).unwrap()],
-        mtu: 1450,
-        resolvers: vec![BRIDGE_ADDRESS],
-        locked: true,
-        allowed: Allowed::default(),
-        bandwidth: Bandwidth::default(),
-        gateways: subnets(vni).into_iter().map(gateway).collect(),
-    };
+    let (address, ipv6): (Ipv4Addr, Ipv6Addr) =
+        (format!("10.{vni}.0.{last}").parse().unwrap(), format!("fd{vni}::{last}").parse().unwrap());
+    let gateways = subnets(vni).into_iter().map(gateway).collect();
+    let port = PortSpec { gateways, ..node.port(vni, pod, address, ipv6) };
     node.dataplane.add_port(&port).await.unwrap();
     Pod { node, port, address, ipv6 }
 }
