@@ -67,11 +67,11 @@ fn played(lab: &Lab, here: &str, there: &str) -> Result<()> {
     })?;
 
     lab.step("what the server answers is on the wire of the one, and not of the other");
-    let wire = Sniffer::start(lab, here)?;
+    let wire = Sniffer::start(lab, here, "plain")?;
     ask(lab, plain)?;
     let (marked, vxlan, _) = wire.end()?;
     ensure!(marked > 0 && vxlan > 0, "without encryption: {marked} frames with the marker, {vxlan} of VXLAN");
-    let wire = Sniffer::start(lab, here)?;
+    let wire = Sniffer::start(lab, here, "secret")?;
     ask(lab, secret)?;
     let (marked, vxlan, wireguard) = wire.end()?;
     lab.show(format!("with encryption: {marked} frames with the marker, {vxlan} of VXLAN, {wireguard} of WireGuard"));
@@ -102,7 +102,7 @@ fn played(lab: &Lab, here: &str, there: &str) -> Result<()> {
     ensure!(sent > 50 && sent - received <= 1, "{sent} pings were sent, {received} answered");
 
     lab.step("without a way through WireGuard nothing is sent; the agent makes it again");
-    let wire = Sniffer::start(lab, here)?;
+    let wire = Sniffer::start(lab, here, "secret")?;
     lab.on_node(there, "ip -n portolan-encrypted route flush table main")?;
     let asked = ask_once(lab, secret);
     let (marked, vxlan, _) = wire.end()?;
@@ -151,10 +151,14 @@ fn address(lab: &Lab, node: &str) -> Result<String> {
     text(internal, "/address").map(str::to_owned)
 }
 
+fn vni(lab: &Lab, network: &str) -> Result<String> {
+    let network = lab.json(&["get", "containernetwork", network])?;
+    Ok(network["status"]["vni"].as_u64().context("no VNI")?.to_string())
+}
+
 /// How many frames reach the server that the other node sends it, not encrypted.
 fn injected(lab: &Lab, here: &str, there: &str, network: &str, interface: &str) -> Result<u64> {
-    let network = lab.json(&["get", "containernetwork", network])?;
-    let vni = network["status"]["vni"].as_u64().context("no VNI")?.to_string();
+    let vni = vni(lab, network)?;
     let count = || -> Result<u64> {
         Ok(shell(lab, "server", &format!("cat /sys/class/net/{interface}/statistics/rx_packets"))?.trim().parse()?)
     };
@@ -164,16 +168,16 @@ fn injected(lab: &Lab, here: &str, there: &str, network: &str, interface: &str) 
     Ok(count()? - before)
 }
 
-/// Looks at all that a node sends to others and gets from them.
+/// Looks at all that a node sends to others and gets from them, for a network's frames.
 struct Sniffer {
     child: Child,
     told: BufReader<std::process::ChildStdout>,
 }
 
 impl Sniffer {
-    fn start(lab: &Lab, node: &str) -> Result<Self> {
-        let mut child =
-            lab.start(&["node", node, "perl", "-e", include_str!("sniff.pl"), &address(lab, node)?, MARKER])?;
+    fn start(lab: &Lab, node: &str, network: &str) -> Result<Self> {
+        let (address, vni) = (address(lab, node)?, vni(lab, network)?);
+        let mut child = lab.start(&["node", node, "perl", "-e", include_str!("sniff.pl"), &address, MARKER, &vni])?;
         let mut told = BufReader::new(child.stdout.take().context("no pipe")?);
         let mut line = String::new();
         told.read_line(&mut line)?;
@@ -181,7 +185,7 @@ impl Sniffer {
         Ok(Self { child, told })
     }
 
-    /// Frames with the marker, of VXLAN, and of WireGuard.
+    /// Frames with the marker, the network's of VXLAN, and all of WireGuard.
     fn end(mut self) -> Result<(u64, u64, u64)> {
         drop(self.child.stdin.take());
         let mut text = String::new();

@@ -74,7 +74,7 @@ node_kubelet() {
   render kubelet.yaml > /run/lab/kubelet.yaml
   render kube-proxy.yaml > /run/lab/kube-proxy.yaml
   keep kubelet kube kubelet --config=/run/lab/kubelet.yaml --kubeconfig=/etc/kubernetes/kubelet.kubeconfig \
-    --hostname-override="$NODE" --node-ip="$NODE_IP" --root-dir=/var/lib/kubelet \
+    --hostname-override="$NODE" --node-ip="$NODE_IP" --root-dir=/var/lib/kubelet --housekeeping-interval=1m \
     --node-labels="topology.kubernetes.io/zone=zone$K,node.kubernetes.io/instance-type=$1"
   keep kube-proxy kube kube-proxy --config=/run/lab/kube-proxy.yaml
 }
