@@ -46,7 +46,7 @@ e2e-storage: tools
 	$(TIMED) "the storage suite on lane $(LANE)" env LANE=$(LANE) e2e/on-lane \
 	  $(CARGO) run --release --locked -q -p portolan-e2e --bin e2e-storage
 
-## bench        Portolan beside what it is built on, in one run: networks, names and pods' starts, then volumes on LANE; ends with tables (docs/benchmarks.md)
+## bench        Portolan beside what it is built on, in one run: networks, names and pods' starts, then volumes on LANE (PARTS="forgetting volumes moves load"); ends with tables (docs/benchmarks.md)
 bench: tools bench-network bench-names bench-cni
 	$(TIMED) "what people use else" $(LAB) packages openssh-server sanoid
 	$(TIMED) "the benchmarks on lane $(LANE)" env LANE=$(LANE) e2e/on-lane \

@@ -41,11 +41,11 @@ pub enum Action {
     Import,
     /// Write: this node owns the new volume, at epoch 1.
     Own,
-    /// Set `readonly` and read it back.
+    /// Set `readonly`.
     SetReadonly(bool),
     /// Mount the dataset, which is read-only, and unmount it: what a power cut has left in its log only is in it then.
     Replay,
-    /// Make sure by the node's mount table that nothing has the dataset mounted, and that a zvol's device can't be written.
+    /// Make sure that the dataset is read-only, by the node's mount table that nothing has it mounted, and that a zvol's device can't be written.
     CheckQuiet,
     /// Take the snapshot of a round of PreCopy under this name, and write it with its GUID.
     PublishRound(String),

@@ -111,7 +111,7 @@ pub(super) async fn reconcile<Z: Zfs>(
         }
     };
     let progress = agent.received().remove(&name);
-    let mut steps = Steps { node, dataset, volume: volume.as_ref().clone(), progress, lock };
+    let mut steps = Steps { node, dataset, volume: volume.as_ref().clone(), progress, there: None, lock };
     let driven = drive(&mut steps).await;
     steps.lock().await;
     if let Some(progress) = steps.progress.take() {
@@ -154,10 +154,10 @@ async fn drive<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<Duration, StepError> 
     let mut fresh = false;
     for _ in 0..PLANS {
         let found = disk::look(node.zfs.as_ref(), &node.mounts, &steps.dataset).await?;
-        let local = found.copy;
+        let (local, part) = (found.copy, found.there.part.is_some());
         let mut snapshots = asked(steps).await?;
         let mut actions = handoff::plan(&node.name, &steps.volume, local.as_ref(), &snapshots);
-        if !fresh && (found.part || !actions.is_empty()) {
+        if !fresh && (part || !actions.is_empty()) {
             // The watch may be behind: what is done is decided on the object as it is now.
             let Some(now) = node.volumes.get_opt(&steps.volume.name_any()).await? else { return Ok(RESYNC) };
             steps.volume = now;
@@ -165,7 +165,7 @@ async fn drive<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<Duration, StepError> 
             snapshots = asked(steps).await?;
             actions = handoff::plan(&node.name, &steps.volume, local.as_ref(), &snapshots);
         }
-        if found.part && !handoff::wants_part(&node.name, &steps.volume, &actions) {
+        if part && !handoff::wants_part(&node.name, &steps.volume, &actions) {
             node.zfs.abort_receive(&steps.dataset).await?;
             tracing::info!(dataset = %steps.dataset, "dropped a part of a stream that nobody goes on with");
             continue;
@@ -174,6 +174,8 @@ async fn drive<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<Duration, StepError> 
             let owned = volume::status(&steps.volume).owner.as_ref() == Some(&node.name);
             return Ok(if owned { OWNED } else { RESYNC });
         }
+        // What comes before a fetch may change what is there.
+        steps.there = matches!(actions[..], [Action::Fetch(_)]).then_some(found.there);
         for action in actions {
             match action {
                 Action::Wait(why) => return wait(steps, &why).await,

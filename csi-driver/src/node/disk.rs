@@ -7,6 +7,7 @@ use portolan_zfs::{DatasetName, ErrorKind, Zfs, ZfsError};
 use crate::block::device::{Device, DeviceError};
 use crate::block::mounts::{MountError, Mounts};
 use crate::handoff::{Known, Local};
+use crate::transfer::There;
 use crate::volume::{EPOCH_PROPERTY, OPEN_PROPERTY, UID_PROPERTY};
 
 /// The copy could not be read; nothing is known of it.
@@ -40,8 +41,8 @@ pub fn mounts(mounts: &Mounts, dataset: &DatasetName) -> Result<Vec<PathBuf>, Re
 pub struct Found {
     /// Its copy.
     pub copy: Option<Local>,
-    /// Whether there is a part of a stream that was cut, which counts for nothing.
-    pub part: bool,
+    /// All snapshots, and the part of a stream that was cut, which counts for nothing.
+    pub there: There,
 }
 
 /// The copy in `dataset`; none if its pool is there and has no such dataset, or one that has nothing but a part of a stream.
@@ -62,9 +63,10 @@ pub async fn look(zfs: &impl Zfs, table: &Mounts, dataset: &DatasetName) -> Resu
         Err(error) if error.kind == ErrorKind::NotFound => return Ok(Found::default()),
         found => found?,
     };
-    let (snapshots, part) = (snapshots?, found.resume_token.is_some());
-    if part && snapshots.is_empty() {
-        return Ok(Found { copy: None, part });
+    let snapshots = snapshots?;
+    let there = There { snapshots: Some(snapshots.clone()), part: found.resume_token };
+    if there.part.is_some() && snapshots.is_empty() {
+        return Ok(Found { copy: None, there });
     }
     let snapshots = snapshots
         .into_iter()
@@ -85,5 +87,5 @@ pub async fn look(zfs: &impl Zfs, table: &Mounts, dataset: &DatasetName) -> Resu
         snapshots,
         origin: found.origin.map(|origin| (origin.dataset().short().to_owned(), origin.short().to_owned())),
     };
-    Ok(Found { copy: Some(copy), part })
+    Ok(Found { copy: Some(copy), there })
 }

@@ -96,7 +96,7 @@ pub(super) async fn transfer<Z: Zfs>(
     let (node, class) = (from.to_owned(), asked.class);
     let fetch = Fetch { address, node, request, target, properties, pace, turns, class };
     let (zfs, mut speed) = (steps.node.zfs.clone(), Speed::new(Instant::now()));
-    let mut fetching = Fetching::new(&identity, zfs.as_ref(), Limits::default(), fetch);
+    let mut fetching = Fetching::new(&identity, zfs.as_ref(), Limits::default(), fetch).knowing(steps.there.take());
     loop {
         // An earlier attempt, at another node, may have ended while it waited.
         steps.lock().await;

@@ -16,7 +16,7 @@ use super::{Node, import, restore, take, write};
 use crate::block::device::{Device, DeviceError};
 use crate::block::mounts::MountError;
 use crate::handoff::{self, Action, Event, Known, Refused};
-use crate::transfer::TransferError;
+use crate::transfer::{There, TransferError};
 use crate::volume;
 
 /// How long the source's last users of a zvol's device, udev among them, may take to let it go.
@@ -43,6 +43,9 @@ pub enum StepError {
     /// A name that ZFS doesn't take.
     #[error(transparent)]
     Name(#[from] InvalidName),
+    /// ZFS has said that it made the dataset read-only.
+    #[error("dataset {0} was made read-only and is not")]
+    Writable(DatasetName),
     /// Something has mounted the dataset since the plan was made.
     #[error("dataset {dataset} is mounted at {}", at.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", "))]
     NotQuiet {
@@ -124,6 +127,8 @@ pub(super) struct Steps<'a, Z> {
     pub(super) volume: PortableVolume,
     /// What has been received and is not yet in the status.
     pub(super) progress: Option<Progress>,
+    /// What was on the disk when the plan was made, if it is so still.
+    pub(super) there: Option<There>,
     /// None while others may have the volume.
     pub(super) lock: Option<OwnedMutexGuard<()>>,
 }
@@ -282,11 +287,14 @@ impl<Z: Zfs> Steps<'_, Z> {
         Ok(())
     }
 
-    /// Makes sure that nothing can write to the dataset, which has been made read-only: nothing has it mounted, and a zvol's device is
-    /// open nowhere since before.
+    /// Makes sure that nothing can write to the dataset, which has been made read-only: it is so, nothing has it mounted, and a zvol's device
+    /// is open nowhere since before.
     async fn check_quiet(&self) -> Result<(), StepError> {
         let (node, dataset) = (self.node, &self.dataset);
         let found = node.zfs.dataset(dataset).await?;
+        if !found.readonly {
+            return Err(StepError::Writable(dataset.clone()));
+        }
         let at = disk::mounts(&node.mounts, dataset)?;
         if found.mounted || !at.is_empty() {
             return Err(StepError::NotQuiet { dataset: dataset.clone(), at });

@@ -85,6 +85,10 @@ pub struct Fetching<'a, Z> {
     /// Of the first stream.
     base: Option<SnapshotName>,
     place: Option<Place>,
+    /// What was there when somebody else looked who has held the volume since.
+    there: Option<There>,
+    /// The snapshot that is wanted, once it has come and been seen.
+    come: Option<Snapshot>,
     /// Whether our ZFS can go on with a stream that was cut, once it has been looked at.
     resumable: Option<bool>,
     /// Whether our pool takes compressed blocks, once it has been looked at.
@@ -109,12 +113,12 @@ pub struct Offer {
 }
 
 /// What is on our disk.
-#[derive(Clone, Debug, Eq, PartialEq)]
-struct There {
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct There {
     /// None if there is no such dataset.
-    snapshots: Option<Vec<Snapshot>>,
-    /// The token of a part of a stream.
-    part: Option<String>,
+    pub snapshots: Option<Vec<Snapshot>>,
+    /// The token of a part of a stream. Where ZFS can't go on with a stream there is never a part of one.
+    pub part: Option<String>,
 }
 
 impl Offer {
@@ -154,20 +158,33 @@ impl<'a, Z: Zfs> Fetching<'a, Z> {
             bytes: 0,
             base: None,
             place: None,
+            there: None,
+            come: None,
             resumable: None,
             compressed: None,
         }
+    }
+
+    /// Begins with what is there, which it would look at otherwise: as it is now, and nobody else changes it.
+    pub fn knowing(self, there: Option<There>) -> Self {
+        Self { there, ..self }
     }
 
     /// Looks at what is there, waits for a place here and at the source, and asks for the next stream. Nothing is changed here but the
     /// properties of what is there already. `waits` is told at each change of the queues, and now and then.
     pub async fn next(&mut self, waits: impl Fn(Waits) + Send + Sync) -> Result<Next, TransferError> {
         let what = &self.what;
+        if let Some(snapshot) = self.come.take() {
+            return Ok(Next::Done(Received { snapshot, bytes: self.bytes, base: self.base.take() }));
+        }
         let resumable = match self.resumable {
             Some(known) => known,
             None => *self.resumable.insert(self.zfs.probe().await?.capabilities.resume),
         };
-        let mut there = look(self.zfs, &what.target, resumable).await?;
+        let mut there = match self.there.take() {
+            Some(known) => known,
+            None => look(self.zfs, &what.target, resumable).await?,
+        };
         let whole = there.snapshots.iter().flatten().find(|snapshot| snapshot.guid == what.request.guid);
         if let Some(whole) = whole {
             if self.bytes == 0 {
@@ -213,16 +230,17 @@ impl<'a, Z: Zfs> Fetching<'a, Z> {
             progress(SoFar { bytes: so_far + now.bytes, estimate: now.estimate.map(|left| so_far + left) });
         };
         let resumable = self.resumable.unwrap_or_default();
-        let (bytes, base) = one(self.zfs, self.limits, &self.what, resumable, *offer, &mut self.brake, told).await?;
+        let came = one(self.zfs, self.limits, &self.what, resumable, *offer, &mut self.brake, told).await?;
         if so_far == 0 {
-            self.base = base;
+            self.base = came.base;
         }
-        self.bytes += bytes;
+        self.bytes += came.bytes;
+        self.come = Some(came.snapshot).filter(|snapshot| snapshot.guid == self.what.request.guid);
         Ok(())
     }
 }
 
-/// One stream: its bytes, and the snapshot of ours that it started from.
+/// One stream: what has come by it.
 async fn one(
     zfs: &impl Zfs,
     limits: Limits,
@@ -231,7 +249,7 @@ async fn one(
     offer: Offer,
     brake: &mut Brake,
     progress: impl Fn(SoFar) + Send + Sync,
-) -> Result<(u64, Option<SnapshotName>), TransferError> {
+) -> Result<Received, TransferError> {
     let Offer { mut stream, request, reply, mut there, waited } = offer;
     if waited && look(zfs, &what.target, resumable).await? != there {
         return Err(TransferError::Changed { target: what.target.to_string() });
@@ -260,7 +278,7 @@ async fn one(
     let now = snapshots(zfs, &what.target).await;
     let snapshot = now.map(|found| found.into_iter().flatten().find(|snapshot| snapshot.guid == coming));
     match (copied, snapshot) {
-        (Ok(bytes), Ok(Some(_))) => Ok((bytes, base)),
+        (Ok(bytes), Ok(Some(snapshot))) => Ok(Received { snapshot, bytes, base }),
         (Ok(_), Ok(None)) => {
             Err(TransferError::WrongGuid { snapshot: what.target.snapshot(&request.snapshot)?, expected: coming })
         }
@@ -296,7 +314,7 @@ async fn keep_or_drop(zfs: &impl Zfs, target: &DatasetName, cause: &TransferErro
     }
 }
 
-/// What is on our disk. Where ZFS can't go on with a stream there is never a part of one.
+/// What is on our disk.
 async fn look(zfs: &impl Zfs, target: &DatasetName, resumable: bool) -> Result<There, TransferError> {
     // At once: a pod may wait for it.
     let part = async {

@@ -18,7 +18,7 @@ mod server;
 mod turns;
 mod wire;
 
-pub use client::{Fetch, Fetching, Next, Offer, Received, SoFar, Waits, fetch};
+pub use client::{Fetch, Fetching, Next, Offer, Received, SoFar, There, Waits, fetch};
 pub use error::TransferError;
 pub use identity::{Identity, IdentityError, server_name};
 pub use pace::Pace;

@@ -75,7 +75,7 @@ pub trait Zfs: Send + Sync + 'static {
     /// Sets one property. Idempotent.
     fn set_property(&self, name: &DatasetName, property: &Property) -> impl Future<Output = Result<()>> + Send;
 
-    /// Sets `readonly` and reads it back. Idempotent.
+    /// Sets `readonly`. Idempotent.
     fn set_readonly(&self, name: &DatasetName, readonly: bool) -> impl Future<Output = Result<()>> + Send;
 
     /// A dataset's own snapshots, oldest first.

@@ -14,7 +14,7 @@ mod watch;
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use portolan_e2e::{
     lab::{Lab, text},
     scene,
@@ -72,6 +72,28 @@ fn main() -> ExitCode {
     }
 }
 
+/// What is measured: `PARTS="forgetting moves"` measures only these.
+struct Asked(Vec<String>);
+
+impl Asked {
+    const KNOWN: [&str; 4] = ["forgetting", "volumes", "moves", "load"];
+
+    fn read() -> Result<Self> {
+        let asked: Vec<String> =
+            std::env::var("PARTS").unwrap_or_default().split_whitespace().map(str::to_owned).collect();
+        ensure!(
+            asked.iter().all(|part| Self::KNOWN.contains(&&**part)),
+            "PARTS is {asked:?}: there are {:?}",
+            Self::KNOWN
+        );
+        Ok(Self(asked))
+    }
+
+    fn is(&self, part: &str) -> bool {
+        self.0.is_empty() || self.0.iter().any(|asked| asked == part)
+    }
+}
+
 /// Measures all, and leaves nothing behind. The report has what was measured before an error, too.
 fn run(lab: &Lab, report: &mut String) -> Result<()> {
     let sizes = if std::env::var_os("QUICK").is_some_and(|quick| !quick.is_empty()) { QUICK } else { FULL };
@@ -79,28 +101,39 @@ fn run(lab: &Lab, report: &mut String) -> Result<()> {
     set_up(lab)?;
     *report += &facts(lab, &node)?;
     let mut add = |table: &str| *report += &format!("\n{table}");
+    let asked = Asked::read()?;
 
     let mut bare = Bare::start(lab, &node)?;
     let watches = Watches::start(lab)?;
-    lab.step("pods that go, and their names");
-    add(&forgetting::measure(lab, &watches, &sizes)?.markdown());
-    lab.step("volumes, one at a time");
-    add(&volumes::one_by_one(lab, &watches, &mut bare, &node, &sizes)?.markdown());
-    lab.step("volumes, many at once");
-    add(&volumes::many(lab, &watches, &mut bare, &sizes)?.markdown());
-    moves(lab, &watches, &mut bare, &node, &sizes, &mut add)?;
-    lab.step("two databases, one on a volume and one on a bare dataset");
-    load::start(lab, &mut bare, &node)?;
-    lab.step("snapshots and clones");
-    add(&snapshots::measure(lab, &watches, &mut bare, &node, &sizes)?.markdown());
-    lab.step("fio");
-    add(&load::fio(lab, &sizes)?.markdown());
-    lab.step("pgbench");
-    add(&load::pgbench(lab, &sizes)?.markdown());
+    if asked.is("forgetting") {
+        lab.step("pods that go, and their names");
+        add(&forgetting::measure(lab, &watches, &sizes)?.markdown());
+    }
+    if asked.is("volumes") {
+        lab.step("volumes, one at a time");
+        add(&volumes::one_by_one(lab, &watches, &mut bare, &node, &sizes)?.markdown());
+        lab.step("volumes, many at once");
+        add(&volumes::many(lab, &watches, &mut bare, &sizes)?.markdown());
+    }
+    if asked.is("moves") {
+        moves(lab, &watches, &mut bare, &node, &sizes, &mut add)?;
+    }
+    if asked.is("load") {
+        lab.step("two databases, one on a volume and one on a bare dataset");
+        load::start(lab, &mut bare, &node)?;
+        lab.step("snapshots and clones");
+        add(&snapshots::measure(lab, &watches, &mut bare, &node, &sizes)?.markdown());
+        lab.step("fio");
+        add(&load::fio(lab, &sizes)?.markdown());
+        lab.step("pgbench");
+        add(&load::pgbench(lab, &sizes)?.markdown());
+    }
     *report += &format!("\nLoad averages at the end: {}.\n", load_averages()?);
 
     lab.step("all of it is taken away");
-    load::stop(lab)?;
+    if asked.is("load") {
+        load::stop(lab)?;
+    }
     bare.clean_up()?;
     lab.kubectl(&["delete", "namespace", volumes::NAMESPACE, "--timeout=4m"])?;
     lab.kubectl(&["delete", "storageclass", volumes::IMMEDIATE])?;
