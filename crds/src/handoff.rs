@@ -151,7 +151,7 @@ pub struct HandoffReport {
     /// When it ended: the target was writable, or the abort was written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<MicroTime>,
-    /// Milliseconds from unmounted at the source to writable at the target.
+    /// Milliseconds from unmounted at the source, by its clock, to writable at the target, by the target's.
     pub downtime_milliseconds: i64,
 }
 

@@ -364,7 +364,8 @@ fn report(handoff: Handoff, outcome: HandoffOutcome, reason: Option<String>, at:
     HandoffReport {
         outcome,
         reason,
-        downtime_milliseconds: quiesced.map_or(0, |since| millisecond(&at) - millisecond(since)),
+        // Of two clocks, which differ.
+        downtime_milliseconds: quiesced.map_or(0, |since| (millisecond(&at) - millisecond(since)).max(0)),
         from: handoff.from,
         to: handoff.to,
         epoch: handoff.epoch,

@@ -85,6 +85,16 @@ fn a_handoff_from_end_to_end() {
 }
 
 #[test]
+fn a_target_whose_clock_is_behind_tells_of_no_downtime_rather_than_of_a_negative_one() {
+    let mut history = History::owned();
+    history.happens(asked("b"));
+    history.happens(published(2, "portolan-2"));
+    history.happens(took_over("b", 2, "portolan-2"));
+    history.happens(Event::Finished { node: "b".into(), epoch: 2, at: at(-3_600_000) });
+    assert_eq!(history.status().last_handoff.clone().unwrap().downtime_milliseconds, 0);
+}
+
+#[test]
 fn only_whose_turn_it_is_with_what_was_published() {
     let mut history = History::owned();
     assert!(history.refuses(published(2, "portolan-2")).contains("no handoff"));

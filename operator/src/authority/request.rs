@@ -123,6 +123,10 @@ mod tests {
         certificate.verify_signature(Some(root.public_key())).unwrap();
         assert_eq!(certificate.subject().to_string(), "CN=node:node1");
         assert_eq!(certificate.validity().not_after.timestamp(), now.as_second() + 24 * 3600);
+        for certificate in [&certificate, &root] {
+            let behind = now.as_second() - 3600;
+            assert!(certificate.validity().not_before.timestamp() < behind, "a node's clock may be an hour behind");
+        }
         assert!(!certificate.is_ca());
     }
 
