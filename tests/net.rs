@@ -21,6 +21,7 @@ mod encrypted;
 mod families;
 mod leaks;
 mod multicast;
+mod outside;
 mod paths;
 mod ping;
 mod policies;
@@ -55,8 +56,34 @@ impl Node {
     /// Makes a namespace and brings its loopback up; returns its path as the node sees it.
     fn netns(&self, name: &str) -> PathBuf {
         std::fs::write(self.file(name), "").unwrap();
-        run("unshare", &[&format!("--net={}", self.file(name).display()), "ip", "link", "set", "lo", "up"]);
+        let make = format!("--net={}", self.file(name).display());
+        let made = Command::new("unshare").args([&make, "ip", "link", "set", "lo", "up"]).status().unwrap();
+        assert!(made.success(), "no namespace {name}");
         Path::new("/run/netns").join(name)
+    }
+
+    /// One of its namespaces, by its name.
+    fn at(&self, netns: &str) -> Namespace {
+        Namespace::open(self.root.path(), &Path::new("/run/netns").join(netns)).unwrap()
+    }
+
+    /// Runs a command in one of its namespaces; returns what it prints.
+    fn enter(&self, netns: &str, command: &[&str]) -> String {
+        let enter = format!("--net={}", self.file(netns).display());
+        let output = Command::new("nsenter").arg(enter).args(command).output().unwrap();
+        assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Sets a kernel parameter in one of its namespaces.
+    fn set(&self, netns: &str, parameter: &str, value: &str) {
+        self.at(netns).run(|| std::fs::write(Path::new("/proc/sys/net").join(parameter), value)).unwrap();
+    }
+
+    /// What a kernel parameter is there.
+    fn get(&self, netns: &str, parameter: &str) -> String {
+        let read = || std::fs::read_to_string(Path::new("/proc/sys/net").join(parameter));
+        self.at(netns).run(read).unwrap().trim().to_owned()
     }
 
     fn spec(&self, vni: u32, suppression: bool) -> NetworkSpec {
@@ -176,29 +203,18 @@ fn udp(at: impl Into<SocketAddr>) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-fn run(program: &str, arguments: &[&str]) {
-    let output = Command::new(program).args(arguments).output().unwrap();
-    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-}
-
 /// Runs `ip` in a pod's namespace; returns what it prints.
 fn ip(pod: &Pod<'_>, arguments: &[&str]) -> String {
-    let enter = format!("--net={}", pod.node.root.path().join(pod.port.netns.strip_prefix("/").unwrap()).display());
-    let output = Command::new("nsenter").arg(enter).arg("ip").args(arguments).output().unwrap();
-    assert!(output.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
+    pod.node.enter(pod.port.netns.file_name().unwrap().to_str().unwrap(), &[&["ip"], arguments].concat())
 }
 
 fn two_nodes() -> (Node, Node) {
     let (a, b) = (Node::new(Ipv4Addr::new(192, 0, 2, 1)), Node::new(Ipv4Addr::new(192, 0, 2, 2)));
-    let (a_host, b_host) = (a.file("host"), b.file("host"));
-    let enter = format!("--net={}", a_host.display());
-    let other = b_host.display().to_string();
-    run("nsenter", &[&enter, "ip", "link", "add", "u0", "type", "veth", "peer", "name", "u0", "netns", &other]);
-    for (node, host) in [(&a, a_host), (&b, b_host)] {
-        let enter = format!("--net={}", host.display());
-        run("nsenter", &[&enter, "ip", "address", "add", &format!("{}/24", node.vtep), "dev", "u0"]);
-        run("nsenter", &[&enter, "ip", "link", "set", "u0", "up"]);
+    let other = b.file("host").display().to_string();
+    a.enter("host", &["ip", "link", "add", "u0", "type", "veth", "peer", "name", "u0", "netns", &other]);
+    for node in [&a, &b] {
+        node.enter("host", &["ip", "address", "add", &format!("{}/24", node.vtep), "dev", "u0"]);
+        node.enter("host", &["ip", "link", "set", "u0", "up"]);
     }
     (a, b)
 }
@@ -345,8 +361,7 @@ async fn a_pods_namespace_is_found_by_its_address() {
     assert_eq!(found([10, 32, 0, 6].into()).await, None);
     assert_eq!(found(BRIDGE_ADDRESS.into()).await, None, "a network's own namespace is no pod's");
     let twin = a.plug(77, "twin", 7).await;
-    let inside = format!("--net={}", a.file("twin").display());
-    run("nsenter", &[&inside, "ip", "address", "add", "10.32.0.5/32", "dev", "eth1"]);
+    ip(&twin, &["address", "add", "10.32.0.5/32", "dev", "eth1"]);
     assert_eq!(found(pod.address.into()).await, None, "one of the two is on its way out");
     assert_eq!(found(twin.address.into()).await.as_deref(), Some(twin.port.netns.as_path()));
 }
@@ -354,20 +369,15 @@ async fn a_pods_namespace_is_found_by_its_address() {
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_can_be_done_twice_and_nothing_is_left() {
     let (a, _b) = two_nodes();
-    let vxlans = || {
-        let enter = format!("--net={}", a.file("host").display());
-        let output = Command::new("nsenter").args([&enter, "ip", "-o", "link", "show"]).output().unwrap();
-        String::from_utf8(output.stdout).unwrap().lines().filter(|l| l.contains("vx")).count()
-    };
+    let vxlans = || a.enter("host", &["ip", "-o", "link", "show"]).lines().filter(|l| l.contains("vx")).count();
     for _ in 0..2 {
         a.dataplane.ensure_network(&a.spec(77, false)).await.unwrap();
     }
     let pod = a.plug(77, "pod", 5).await;
     // As after a crash in the middle: the address is missing and the port is down.
-    let inside = format!("--net={}", a.file("pod").display());
-    run("nsenter", &[&inside, "ip", "address", "flush", "dev", "eth1"]);
+    ip(&pod, &["address", "flush", "dev", "eth1"]);
     assert!(a.dataplane.check_port(&pod.port).await.is_err());
-    run("nsenter", &[&inside, "ip", "link", "set", "eth1", "down"]);
+    ip(&pod, &["link", "set", "eth1", "down"]);
     let pod = a.plug(77, "pod", pod.address.octets()[3]).await;
     a.dataplane.check_port(&pod.port).await.unwrap();
     assert_eq!(a.dataplane.ports(77).await.unwrap(), std::slice::from_ref(&pod.port.port));

@@ -4,6 +4,7 @@
 
 pub mod asking;
 pub mod bad_input;
+pub mod egress;
 pub mod encrypted;
 pub mod encryption;
 pub mod everyone;
@@ -15,6 +16,7 @@ pub mod lab;
 pub mod limits;
 pub mod migration;
 mod names;
+pub mod pods;
 pub mod policies;
 pub mod resuming;
 pub mod rolling;

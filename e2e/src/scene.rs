@@ -239,7 +239,8 @@ pub fn nothing_left(lab: &Lab) -> Result<()> {
                 r"awk '$1 ~ /^portolan\// || $2 ~ /plugins\/portolan.dev\/volumes|kubernetes.io~csi\/pvc-|^\/run\/netns\/portolan-/' /proc/mounts",
             ),
             ("namespaces", "ls /run/netns 2>/dev/null | grep ^portolan || true"),
-            ("links", "ls /sys/class/net | grep -E '^(vx|p[0-9a-f]{8})' || true"),
+            ("links", "ls /sys/class/net | grep -E '^(vx|pgw|p[0-9a-f]{8})' || true"),
+            ("rules", "nft list tables | grep portolan_egress || true"),
             ("journal", "find /var/lib/portolan -name '*.json' -path '*endpoints*' 2>/dev/null || true"),
         ];
         for (what, command) in looks {

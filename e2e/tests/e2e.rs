@@ -1,7 +1,7 @@
 //! The lab must be up, with the images imported.
 
 use portolan_e2e::{
-    bad_input, encrypted, encryption, everyone, families, faults, hotplug,
+    bad_input, egress, encrypted, encryption, everyone, families, faults, hotplug,
     lab::Lab,
     limits, migration, policies, resuming, rolling, sanity, scene, shared_reading, snapshots,
     storage_suite::{self, Scope},
@@ -16,7 +16,7 @@ type Part = (&'static str, bool, fn(&Lab) -> anyhow::Result<()>);
 fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
     let lab = Lab::connect()?;
     let openzfs = lab.has_zvols();
-    let parts: [Part; 23] = [
+    let parts: [Part; 24] = [
         ("install", true, scene::install),
         ("scene", true, scene::play),
         // The same on each pool, and emulated nodes need many minutes.
@@ -25,6 +25,7 @@ fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
         ("everyone", !openzfs, everyone::play),
         ("hotplug", !openzfs, hotplug::play),
         ("policies", !openzfs, policies::play),
+        ("egress", !openzfs, egress::play),
         ("limits", !openzfs, limits::play),
         ("rolling", !openzfs, rolling::play),
         ("upgrade", !openzfs, upgrade::play),

@@ -1,15 +1,12 @@
 //! A pod says of itself what is true: its IP addresses, and which MAC they are at.
 
-use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    process::Command,
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use portolan_net::{Allowed, BRIDGE_ADDRESS, Mac};
 
 use super::{
-    Node, Pod, forward, ipv6, run, two_nodes,
+    Node, Pod, forward, ipv6, two_nodes,
     wire::{ALL_NODES, ARP, BROADCAST, EXPERIMENTAL, IPV6, Wire, checksum, frame, link_local, to_all_nodes},
 };
 
@@ -269,7 +266,7 @@ async fn a_check_misses_each_part_of_the_guard() {
     let (a, _b) = two_nodes();
     a.dataplane.ensure_network(&a.spec(VNI, false)).await.unwrap();
     let pod = a.plug(VNI, "pod", 5).await;
-    let network = format!("--net={}", a.file(&format!("portolan-{VNI}")).display());
+    let network = format!("portolan-{VNI}");
     let port = pod.port.port.as_str();
     let mut free = pod.port.clone();
     // As a port that a release before the guard has made.
@@ -300,7 +297,7 @@ async fn a_check_misses_each_part_of_the_guard() {
     let expected = format!("port {port} is not held to its pod's addresses (in /run/netns/portolan-{VNI})");
     let refused = async |spec| a.dataplane.check_port(spec).await.unwrap_err().to_string();
     for arguments in tamper {
-        run("nsenter", &[&[network.as_str(), "tc"], arguments].concat());
+        a.enter(&network, &[&["tc"], arguments].concat());
         assert_eq!(refused(&pod.port).await, expected, "{arguments:?}");
         a.dataplane.add_port(&pod.port).await.unwrap();
         a.dataplane.check_port(&pod.port).await.unwrap();
@@ -317,7 +314,6 @@ async fn a_check_misses_each_part_of_the_guard() {
     }
     // It goes with the port.
     a.dataplane.remove_port(VNI, port, &pod.port.addresses).await.unwrap();
-    let left = Command::new("nsenter").args([&network, "tc", "qdisc", "show"]).output().unwrap();
-    let left = String::from_utf8(left.stdout).unwrap();
+    let left = a.enter(&network, &["tc", "qdisc", "show"]);
     assert!(!left.contains("ingress"), "{left}");
 }

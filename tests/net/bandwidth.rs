@@ -9,7 +9,7 @@ use std::{
 use portolan_net::{Allowed, Bandwidth, Limit, Mac, PortSpec};
 
 use super::{
-    ECHO, Node, PATIENCE, Pod, forward,
+    ECHO, Node, PATIENCE, Pod, forward, ip,
     leaks::state,
     two_nodes, udp,
     wire::{BROADCAST, EXPERIMENTAL, Wire, frame},
@@ -158,8 +158,7 @@ async fn a_limit_that_is_gone_is_missed_and_put_back() {
         &["tc", "filter", "delete", "dev", &port, "ingress", "pref", "1"],
     ];
     for harm in harms {
-        let enter = format!("--net={}", a.file(&format!("portolan-{VNI}")).display());
-        super::run("nsenter", &[&[enter.as_str()], harm].concat());
+        a.enter(&format!("portolan-{VNI}"), harm);
         assert!(a.dataplane.check_port(&pod.port).await.is_err(), "{harm:?} is not missed");
         a.dataplane.add_port(&pod.port).await.unwrap();
         a.dataplane.check_port(&pod.port).await.unwrap();
@@ -175,7 +174,7 @@ async fn a_limit_that_is_gone_is_missed_and_put_back() {
     // A pod that is gone takes its own end with it, and the port: what is left is removed like a port.
     let mut pod = a.plug(VNI, "pod", 5).await;
     limit(&mut pod, Bandwidth { ingress: None, egress: SLOW }).await;
-    super::run("nsenter", &[&format!("--net={}", a.file("pod").display()), "ip", "link", "delete", "eth1"]);
+    ip(&pod, &["link", "delete", "eth1"]);
     a.dataplane.remove_port(VNI, &port, &pod.port.addresses).await.unwrap();
     assert_eq!(state(&a), before, "nor without its pod");
     let mut pod = a.plug(VNI, "pod", 5).await;

@@ -1,27 +1,25 @@
 //! The way outside: pods of two networks on two nodes, and a server that is on none of them.
 
 use std::{
-    io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream},
-    path::Path,
-    process::Command,
-    time::{Duration, Instant},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream},
+    time::Duration,
 };
 
 use ipnet::IpNet;
 use portolan_net::{
-    Allowed, BRIDGE_ADDRESS, BRIDGE_MAC, Egress, Filter, Namespace, NetworkSpec, Obstacle, PortFilter, PortSpec, Rule,
-    gateway, port_name,
+    Allowed, BRIDGE_ADDRESS, BRIDGE_MAC, Egress, Filter, NetworkSpec, Obstacle, PortFilter, PortSpec, Rule, gateway,
+    port_name,
 };
 
 use super::{
     ECHO, Node, PATIENCE, Pod,
     families::pings,
-    forward, ip, two_nodes, udp,
+    forward, ip,
+    outside::{Outside, WEB},
+    two_nodes, udp,
     wire::{ARP, BROADCAST, EXPERIMENTAL, Wire, advertisement, frame, gratuitous_arp, to_all_nodes},
 };
 
-const WEB: u16 = 80;
 const SHORT: Duration = Duration::from_millis(300);
 /// Of the networks, whose addresses have this for their second byte, or group.
 const FRONT: u32 = 32;
@@ -58,92 +56,6 @@ async fn plug<'a>(node: &'a Node, vni: u32, pod: &str, last: u8) -> Pod<'a> {
     Pod { node, port, address, ipv6 }
 }
 
-fn at(node: &Node, netns: &str) -> Namespace {
-    Namespace::open(node.root.path(), &Path::new("/run/netns").join(netns)).unwrap()
-}
-
-fn enter(node: &Node, netns: &str, command: &[&str]) -> String {
-    let output =
-        Command::new("nsenter").arg(format!("--net={}", node.file(netns).display())).args(command).output().unwrap();
-    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn set(node: &Node, netns: &str, parameter: &str, value: &str) {
-    at(node, netns).run(|| std::fs::write(Path::new("/proc/sys/net").join(parameter), value)).unwrap();
-}
-
-fn get(node: &Node, netns: &str, parameter: &str) -> String {
-    at(node, netns).run(|| std::fs::read_to_string(Path::new("/proc/sys/net").join(parameter))).unwrap().trim().into()
-}
-
-/// What is outside of a node.
-struct Outside<'a> {
-    node: &'a Node,
-    server: [IpAddr; 2],
-    /// The node's addresses there.
-    node_has: [IpAddr; 2],
-}
-
-impl<'a> Outside<'a> {
-    /// A server that knows the node's addresses only, and a node that forwards.
-    fn of(node: &'a Node) -> Self {
-        node.netns("outside");
-        let other = node.file("outside").display().to_string();
-        enter(node, "host", &["ip", "link", "add", "o0", "type", "veth", "peer", "name", "o0", "netns", &other]);
-        for (netns, last) in [("outside", 1), ("host", 2)] {
-            enter(node, netns, &["ip", "address", "add", &format!("198.51.100.{last}/24"), "dev", "o0"]);
-            enter(node, netns, &["ip", "address", "add", &format!("2001:db8::{last}/64"), "dev", "o0", "nodad"]);
-            enter(node, netns, &["ip", "link", "set", "o0", "up"]);
-        }
-        set(node, "host", "ipv4/ip_forward", "1");
-        set(node, "host", "ipv6/conf/all/forwarding", "1");
-        let both = |last: u16| {
-            [
-                Ipv4Addr::new(198, 51, 100, u8::try_from(last).unwrap()).into(),
-                Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, last).into(),
-            ]
-        };
-        Self { node, server: both(1), node_has: both(2) }
-    }
-
-    fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> T {
-        at(self.node, "outside").run(work).unwrap()
-    }
-
-    /// The kernel may need a moment until an address may be used.
-    fn listen(&self, server: IpAddr) -> TcpListener {
-        let begun = Instant::now();
-        loop {
-            match at(self.node, "outside").run(|| TcpListener::bind((server, WEB))) {
-                Ok(listener) => return listener,
-                Err(error) if begun.elapsed() > PATIENCE => panic!("{server}: {error}"),
-                Err(_) => std::thread::sleep(Duration::from_millis(10)),
-            }
-        }
-    }
-
-    /// From where the server sees a pod that connects to it, for each family.
-    fn sees(&self, pod: &Pod<'_>, patience: Duration) -> [Option<IpAddr>; 2] {
-        [0, 1].map(|family| {
-            let server = self.server[family];
-            let listener = self.listen(server);
-            let client = pod.inside(|| Ok(TcpStream::connect_timeout(&(server, WEB).into(), patience).ok()));
-            client.map(|_| listener.accept().unwrap().1.ip())
-        })
-    }
-
-    /// Asked again, as whoever it was looked for before it was there is given up for a moment.
-    fn is_reached_by(&self, pod: &Pod<'_>) -> bool {
-        (0..4).any(|_| self.sees(pod, PATIENCE) == self.node_has.map(Some))
-    }
-
-    /// Of what is expected to be; there it is reached at another moment.
-    fn is_cut_off_from(&self, pod: &Pod<'_>) -> bool {
-        self.sees(pod, SHORT) == [None, None]
-    }
-}
-
 /// All that the kernel has of networks' ways outside, of a network's namespace and the host's.
 fn state(node: &Node, vni: u32) -> String {
     let network = format!("portolan-{vni}");
@@ -156,7 +68,7 @@ fn state(node: &Node, vni: u32) -> String {
             &["ip", "-6", "route", "show", "table", "all"],
             &["nft", "list", "ruleset"],
         ] {
-            let text = enter(node, netns, question);
+            let text = node.enter(netns, question);
             // The kernel takes its time to say of links that they are up.
             let line = |line: &str| match question[2] {
                 "link" => line.split_whitespace().nth(1).unwrap().to_owned(),
@@ -171,11 +83,11 @@ fn state(node: &Node, vni: u32) -> String {
             state.extend(lines);
         }
         for parameter in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
-            state.push(format!("{netns} {parameter} {}", get(node, netns, parameter)));
+            state.push(format!("{netns} {parameter} {}", node.get(netns, parameter)));
         }
     }
-    state.push(get(node, &network, "ipv4/conf/br0/arp_ignore"));
-    state.push(get(node, &network, "ipv6/conf/br0/disable_ipv6"));
+    state.push(node.get(&network, "ipv4/conf/br0/arp_ignore"));
+    state.push(node.get(&network, "ipv6/conf/br0/disable_ipv6"));
     state.join("\n")
 }
 
@@ -248,18 +160,18 @@ async fn a_pods_other_default_route_stays() {
     let outside = Outside::of(&a);
     ensure(&a, FRONT).await;
     let netns = a.netns("pod");
-    enter(&a, "pod", &["ip", "link", "add", "eth0", "type", "bridge"]);
-    enter(&a, "pod", &["ip", "address", "add", "10.244.0.5/24", "dev", "eth0"]);
-    enter(&a, "pod", &["ip", "link", "set", "eth0", "up"]);
-    enter(&a, "pod", &["ip", "route", "add", "default", "via", "10.244.0.1"]);
-    let routes = || enter(&a, "pod", &["ip", "route", "show"]);
+    a.enter("pod", &["ip", "link", "add", "eth0", "type", "bridge"]);
+    a.enter("pod", &["ip", "address", "add", "10.244.0.5/24", "dev", "eth0"]);
+    a.enter("pod", &["ip", "link", "set", "eth0", "up"]);
+    a.enter("pod", &["ip", "route", "add", "default", "via", "10.244.0.1"]);
+    let routes = || a.enter("pod", &["ip", "route", "show"]);
     let before = routes();
     let pod = plug(&a, FRONT, "pod", 5).await;
     assert_eq!(pod.port.netns, netns);
     assert!(outside.is_reached_by(&pod));
     assert!(routes().contains("default via 10.244.0.1 dev eth0"));
     // Somebody took a half of it.
-    enter(&a, "pod", &["ip", "route", "del", "128.0.0.0/1"]);
+    a.enter("pod", &["ip", "route", "del", "128.0.0.0/1"]);
     let error = a.dataplane.check_port(&pod.port).await.unwrap_err().to_string();
     assert!(error.starts_with("interface eth1 has no default route by 10.32.0.1"), "{error}");
     a.dataplane.add_port(&pod.port).await.unwrap();
@@ -295,8 +207,8 @@ async fn no_pod_is_reached_by_a_gateway() {
     assert!(outside.is_reached_by(&pod) && outside.is_reached_by(&back));
 
     // The host knows where the other network is: as bad as it can be.
-    enter(&a, "host", &["ip", "route", "add", "10.33.0.0/24", "dev", "pgw33", "via", "169.254.64.3"]);
-    enter(&a, "host", &["ip", "-6", "route", "add", "fd33::/64", "dev", "pgw33", "via", "fd70:6f72:746f:6c00::3"]);
+    a.enter("host", &["ip", "route", "add", "10.33.0.0/24", "dev", "pgw33", "via", "169.254.64.3"]);
+    a.enter("host", &["ip", "-6", "route", "add", "fd33::/64", "dev", "pgw33", "via", "fd70:6f72:746f:6c00::3"]);
     let transit = ["169.254.64.2", "169.254.64.3", "fd70:6f72:746f:6c00::2", "fd70:6f72:746f:6c00::3"];
     let others = [back.address.to_string(), back.ipv6.to_string()];
     for address in transit.iter().copied().chain(others.iter().map(String::as_str)) {
@@ -324,7 +236,7 @@ async fn no_tunnel_begins_at_a_pod() {
     a.dataplane.ensure_egress(&Egress { tunnel_port: 7788, ..egress(FRONT) }).await.unwrap();
     let pod = plug(&a, FRONT, "pod", 5).await;
     let IpAddr::V4(node) = outside.node_has[0] else { panic!() };
-    let [tunnel, other] = [7788, 7787].map(|port| at(&a, "host").run(|| udp((node, port))).unwrap());
+    let [tunnel, other] = [7788, 7787].map(|port| a.at("host").run(|| udp((node, port))).unwrap());
     let [far, far_other] = [7788, 7787].map(|port| outside.inside(|| udp((outside.server[0], port))));
     let client = pod.inside(|| udp((pod.address, 0)));
     for port in [7788, 7787] {
@@ -391,7 +303,7 @@ async fn what_is_for_the_gateway_stays_on_its_node() {
     let remote = plug(&b, FRONT, "remote", 21).await;
     forward(&a, FRONT, &[&pod, &neighbour], &b, &[&remote], false).await;
     forward(&b, FRONT, &[&remote], &a, &[&pod, &neighbour], false).await;
-    let mut tunnel = at(&a, "portolan-32").run(|| Wire::at("vx0")).unwrap();
+    let mut tunnel = a.at("portolan-32").run(|| Wire::at("vx0")).unwrap();
     let mut wires = [Wire::open(&neighbour), Wire::open(&remote)];
     ip(&pod, &["neighbour", "flush", "dev", "eth1"]);
     assert!(pings(&pod, GATEWAY) && pings(&pod, GATEWAY_IPV6) && outside.is_reached_by(&pod));
@@ -490,7 +402,7 @@ async fn nothing_is_left_of_it() {
             ("host", &["nft", "flush", "ruleset"]),
             ("portolan-32", &["sh", "-c", "echo 0 > /proc/sys/net/ipv4/ip_forward"]),
         ] {
-            enter(&a, netns, part);
+            a.enter(netns, part);
             ip(&pod, &["neighbour", "flush", "dev", "eth1"]);
             assert_ne!(outside.sees(&pod, SHORT), outside.node_has.map(Some), "{part:?} is needed");
             assert_eq!(ensure(&a, FRONT).await, []);
@@ -508,7 +420,7 @@ async fn nothing_is_left_of_it() {
     // The network leaves the node with it.
     ensure(&a, FRONT).await;
     a.dataplane.remove_network(FRONT).await.unwrap();
-    let host = enter(&a, "host", &["ip", "-o", "link"]) + &enter(&a, "host", &["nft", "list", "ruleset"]);
+    let host = a.enter("host", &["ip", "-o", "link"]) + &a.enter("host", &["nft", "list", "ruleset"]);
     assert!(!host.contains("pgw") && !host.contains("portolan"), "{host}");
 }
 
@@ -516,21 +428,18 @@ async fn nothing_is_left_of_it() {
 async fn a_host_that_forwards_nothing_is_told_and_left_alone() {
     let (a, _b) = two_nodes();
     let outside = Outside::of(&a);
-    set(&a, "host", "ipv4/ip_forward", "0");
+    a.set("host", "ipv4/ip_forward", "0");
     assert_eq!(ensure(&a, FRONT).await, [Obstacle::Ipv4Forwarding]);
-    set(&a, "host", "ipv6/conf/all/forwarding", "0");
+    a.set("host", "ipv6/conf/all/forwarding", "0");
     let found = ensure(&a, FRONT).await;
     assert_eq!(found, [Obstacle::Ipv4Forwarding, Obstacle::Ipv6Forwarding]);
     let text = found[0].to_string();
     assert!(text.contains("net.ipv4.ip_forward is not 1"), "{text}");
-    assert_eq!(
-        (get(&a, "host", "ipv4/ip_forward"), get(&a, "host", "ipv6/conf/all/forwarding")),
-        ("0".into(), "0".into())
-    );
+    assert_eq!((a.get("host", "ipv4/ip_forward"), a.get("host", "ipv6/conf/all/forwarding")), ("0".into(), "0".into()));
     let pod = plug(&a, FRONT, "pod", 5).await;
     assert!(outside.is_cut_off_from(&pod));
     for parameter in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
-        set(&a, "host", parameter, "1");
+        a.set("host", parameter, "1");
     }
     assert!(outside.is_reached_by(&pod), "it needs nothing else");
     assert_eq!(ensure(&a, FRONT).await, []);

@@ -10,7 +10,7 @@ use std::{
 
 use portolan_net::{Encrypted, Encryption, Error, Namespace, NetworkSpec, PrivateKey, PublicKey};
 
-use super::{ECHO, Ipv4Addr, Node, Pod, forward, run, two_nodes, udp, wire::Wire};
+use super::{ECHO, Ipv4Addr, Node, Pod, forward, two_nodes, udp, wire::Wire};
 
 const VNI: u32 = 77;
 const PORT: u16 = 7795;
@@ -28,22 +28,17 @@ fn stand_in(a: &Node, b: &Node) {
     for node in [a, b] {
         node.netns("portolan-encrypted");
     }
-    let (at_a, at_b) = (inside(a, "portolan-encrypted"), b.file("portolan-encrypted").display().to_string());
-    run("nsenter", &[&at_a, "ip", "link", "add", "wg0", "type", "veth", "peer", "name", "wg0", "netns", &at_b]);
+    let (name, at_b) = ("portolan-encrypted", b.file("portolan-encrypted").display().to_string());
+    a.enter(name, &["ip", "link", "add", "wg0", "type", "veth", "peer", "name", "wg0", "netns", &at_b]);
     for (node, peer) in [(a, b), (b, a)] {
-        let enter = inside(node, "portolan-encrypted");
-        run("nsenter", &[&enter, "ip", "address", "add", &format!("{}/32", node.vtep), "dev", "lo"]);
-        run("nsenter", &[&enter, "ip", "link", "set", "wg0", "up"]);
-        run("nsenter", &[&enter, "ip", "route", "add", &peer.vtep.to_string(), "dev", "wg0"]);
+        node.enter(name, &["ip", "address", "add", &format!("{}/32", node.vtep), "dev", "lo"]);
+        node.enter(name, &["ip", "link", "set", "wg0", "up"]);
+        node.enter(name, &["ip", "route", "add", &peer.vtep.to_string(), "dev", "wg0"]);
     }
 }
 
-fn inside(node: &Node, name: &str) -> String {
-    format!("--net={}", node.file(name).display())
-}
-
 fn set(node: &Node, name: &str, device: &str, state: &str) {
-    run("nsenter", &[&inside(node, name), "ip", "link", "set", device, state]);
+    node.enter(name, &["ip", "link", "set", device, state]);
 }
 
 async fn plug<'a>(a: &'a Node, b: &'a Node) -> (Pod<'a>, Pod<'a>) {

@@ -13,7 +13,7 @@ use portolan_net::{
 use rustix::net::{AddressFamily, SocketType, ipproto, socket};
 
 use super::{
-    Node, PATIENCE, Pod, forward, ip, ipv6, run, two_nodes, udp,
+    Node, PATIENCE, Pod, forward, ip, ipv6, two_nodes, udp,
     wire::{BROADCAST, EXPERIMENTAL, Wire, checksum, frame, router_advertisement},
 };
 
@@ -157,9 +157,8 @@ async fn a_pod_of_an_ipv4_cluster_reaches_itself() {
     let (a, _b) = two_nodes();
     a.dataplane.ensure_network(&ipv6_only(&a, false)).await.unwrap();
     a.netns("pod");
-    let enter = format!("--net={}", a.file("pod").display());
     for name in ["all", "default", "lo"] {
-        run("nsenter", &[&enter, "sh", "-c", &format!("echo 1 >/proc/sys/net/ipv6/conf/{name}/disable_ipv6")]);
+        a.set("pod", &format!("ipv6/conf/{name}/disable_ipv6"), "1");
     }
     let pod = plug_ipv6(&a, "pod", 5).await;
     let server = pod.inside(|| TcpListener::bind((pod.ipv6, 80)));
@@ -188,10 +187,7 @@ async fn a_pod_that_says_it_is_a_router_is_not_believed() {
     let (a, _b) = two_nodes();
     a.dataplane.ensure_network(&a.spec(VNI, false)).await.unwrap();
     let (rogue, victim) = (a.plug(VNI, "rogue", 5).await, a.plug(VNI, "victim", 6).await);
-    let believe = |value: &str| {
-        let text = format!("echo {value} >/proc/sys/net/ipv6/conf/eth1/accept_ra");
-        run("nsenter", &[&format!("--net={}", a.file("victim").display()), "sh", "-c", &text]);
-    };
+    let believe = |value: &str| a.set("victim", "ipv6/conf/eth1/accept_ra", value);
     let advertise = || {
         let (mut from, mut to) = (Wire::open(&rogue), Wire::open(&victim));
         from.send(&router_advertisement(rogue.port.mac, "fd99::".parse().unwrap()));

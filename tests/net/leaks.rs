@@ -1,7 +1,5 @@
 //! Ports that come and go leave nothing.
 
-use std::process::Command;
-
 use super::{Node, two_nodes};
 
 const VNI: u32 = 77;
@@ -10,7 +8,6 @@ const CYCLES: usize = 1000;
 /// What the kernel has of the network on a node: links, forwarding entries, neighbours, addresses, routes, what its ports
 /// are guarded by.
 pub fn state(node: &Node) -> String {
-    let enter = format!("--net={}", node.file(&format!("portolan-{VNI}")).display());
     let questions: [&[&str]; 7] = [
         &["ip", "-o", "link", "show"],
         &["bridge", "fdb", "show"],
@@ -21,9 +18,8 @@ pub fn state(node: &Node) -> String {
         &["tc", "qdisc", "show"],
     ];
     let answer = |question: &&[&str]| {
-        let output = Command::new("nsenter").arg(&enter).args(*question).output().unwrap();
-        assert!(output.status.success(), "{question:?}: {}", String::from_utf8_lossy(&output.stderr));
-        let mut lines: Vec<_> = String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect();
+        let answer = node.enter(&format!("portolan-{VNI}"), question);
+        let mut lines: Vec<_> = answer.lines().collect();
         lines.sort();
         lines.join("\n")
     };

@@ -2,7 +2,6 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
-    process::Command,
     time::{Duration, Instant},
 };
 
@@ -10,7 +9,7 @@ use portolan_net::{Mac, Multicast, NetworkSpec};
 use rustix::net::sockopt::set_ip_add_source_membership;
 
 use super::{
-    Node, PATIENCE, Pod, forward, ip, run, two_nodes, udp,
+    Node, PATIENCE, Pod, forward, ip, two_nodes, udp,
     wire::{ALL_NODES, BROADCAST, EXPERIMENTAL, IPV6, Wire, checksum, frame, gratuitous_arp, to_all_nodes},
 };
 
@@ -309,18 +308,12 @@ async fn a_node_that_floods_is_served_by_one_that_snoops() {
 
 /// Whether the bridge listens to what pods join.
 fn hear(node: &Node, on: &str) {
-    let enter = format!("--net={}", node.file(&format!("portolan-{VNI}")).display());
-    run("nsenter", &[&enter, "ip", "link", "set", "br0", "type", "bridge", "mcast_snooping", on]);
+    node.enter(&format!("portolan-{VNI}"), &["ip", "link", "set", "br0", "type", "bridge", "mcast_snooping", on]);
 }
 
 /// What is set of the network for multicast, without what was learnt.
 fn settings(node: &Node) -> String {
-    let enter = format!("--net={}", node.file(&format!("portolan-{VNI}")).display());
-    let show = |arguments: &[&str]| {
-        let output = Command::new("nsenter").arg(&enter).args(arguments).output().unwrap();
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    };
+    let show = |arguments: &[&str]| node.enter(&format!("portolan-{VNI}"), arguments);
     let links = show(&["ip", "-d", "-o", "link", "show"]);
     let words: Vec<_> = links.split_whitespace().collect();
     let names = ["mcast_snooping", "mcast_querier", "mcast_router"];

@@ -10,7 +10,7 @@ use portolan_net::{Heard, NetworkSpec, Outcome, Paths, VXLAN_OVERHEAD};
 use rustix::net::sockopt::{Ipv4PathMtuDiscovery, set_ip_mtu_discover};
 use tokio::time::timeout;
 
-use super::{Node, PATIENCE, Pod, forward, ip, ping::pinger, run, two_nodes};
+use super::{Node, PATIENCE, Pod, forward, ip, ping::pinger, two_nodes};
 
 /// What pods with an MTU of 1450 need between nodes.
 const WANTED: u16 = 1500;
@@ -56,13 +56,8 @@ fn new(node: &Node) -> Paths {
     Paths::new(node.vtep, BTreeMap::new())
 }
 
-fn on_host(node: &Node, command: &[&str]) {
-    let enter = format!("--net={}", node.file("host").display());
-    run("nsenter", &[&[enter.as_str()], command].concat());
-}
-
 fn set_mtu(node: &Node, interface: &str, mtu: u16) {
-    on_host(node, &["ip", "link", "set", interface, "mtu", &mtu.to_string()]);
+    node.enter("host", &["ip", "link", "set", interface, "mtu", &mtu.to_string()]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -85,7 +80,7 @@ async fn a_path_that_loses_large_packets_is_measured_exactly_and_seen_to_be_repa
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_does_not_answer_has_no_small_path() {
     let (a, b) = two_nodes();
-    on_host(&b, &["sysctl", "-qw", "net.ipv4.icmp_echo_ignore_all=1"]);
+    b.enter("host", &["sysctl", "-qw", "net.ipv4.icmp_echo_ignore_all=1"]);
     let mut paths = new(&a);
     let pinger = pinger(&a);
     for _ in 0..60 {
@@ -104,14 +99,14 @@ fn routed() -> (Node, Node, Node) {
     let router = Node::new(Ipv4Addr::new(192, 0, 2, 254));
     for (node, port, network) in [(&a, "r0", "192.0.2"), (&b, "r1", "198.51.100")] {
         let other = node.file("host").display().to_string();
-        on_host(&router, &["ip", "link", "add", port, "type", "veth", "peer", "name", "u0", "netns", &other]);
-        on_host(&router, &["ip", "address", "add", &format!("{network}.254/24"), "dev", port]);
-        on_host(&router, &["ip", "link", "set", port, "up"]);
-        on_host(node, &["ip", "address", "add", &format!("{}/24", node.vtep), "dev", "u0"]);
-        on_host(node, &["ip", "link", "set", "u0", "up"]);
-        on_host(node, &["ip", "route", "add", "default", "via", &format!("{network}.254")]);
+        router.enter("host", &["ip", "link", "add", port, "type", "veth", "peer", "name", "u0", "netns", &other]);
+        router.enter("host", &["ip", "address", "add", &format!("{network}.254/24"), "dev", port]);
+        router.enter("host", &["ip", "link", "set", port, "up"]);
+        node.enter("host", &["ip", "address", "add", &format!("{}/24", node.vtep), "dev", "u0"]);
+        node.enter("host", &["ip", "link", "set", "u0", "up"]);
+        node.enter("host", &["ip", "route", "add", "default", "via", &format!("{network}.254")]);
     }
-    on_host(&router, &["sysctl", "-qw", "net.ipv4.ip_forward=1"]);
+    router.enter("host", &["sysctl", "-qw", "net.ipv4.ip_forward=1"]);
     set_mtu(&router, "r1", 1400);
     (a, router, b)
 }
@@ -124,7 +119,7 @@ async fn a_routers_word_is_heard_and_not_needed() {
     assert!(told <= 8, "{told} questions, though the router says what it can pass on");
     // What it says itself reaches the node no more.
     let to = a.vtep.to_string();
-    on_host(&router, &["ip", "rule", "add", "priority", "1", "iif", "lo", "to", &to, "blackhole"]);
+    router.enter("host", &["ip", "rule", "add", "priority", "1", "iif", "lo", "to", &to, "blackhole"]);
     let (limit, silent) = found(&a, b.vtep, &mut new(&a), SECONDS).await;
     assert_eq!(limit, Some(1400));
     assert!(silent > told, "{silent} questions without the router's word, {told} with it");

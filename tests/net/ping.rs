@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, path::Path, time::Duration};
 use portolan_net::{Heard, Namespace, Pinger};
 use tokio::{runtime::Handle, time::timeout};
 
-use super::{Node, run, two_nodes};
+use super::{Node, two_nodes};
 
 pub fn pinger(node: &Node) -> Pinger {
     let runtime = Handle::current();
@@ -36,10 +36,9 @@ async fn a_node_answers_without_any_process_of_ours_until_its_power_is_cut() {
     other.ask(b.vtep).await.unwrap();
     let heard = timeout(Duration::from_millis(500), own.answer()).await;
     assert!(heard.is_err(), "{heard:?}");
-    let enter = format!("--net={}", b.file("host").display());
-    run("nsenter", &[&enter, "ip", "link", "set", "u0", "down"]);
+    b.enter("host", &["ip", "link", "set", "u0", "down"]);
     assert_eq!(answers(&own, b.vtep).await, None);
-    run("nsenter", &[&enter, "ip", "link", "set", "u0", "up"]);
+    b.enter("host", &["ip", "link", "set", "u0", "up"]);
     let again = async { while answers(&own, b.vtep).await.is_none() {} };
     timeout(Duration::from_secs(60), again).await.expect("it is back");
 }

@@ -3,7 +3,6 @@
 use std::{
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    process::Command,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
@@ -110,10 +109,7 @@ fn remembered(node: &Node) -> String {
 }
 
 fn listed(node: &Node, what: &[&str]) -> String {
-    let enter = format!("--net={}", node.file(&format!("portolan-{VNI}")).display());
-    let output = Command::new("nsenter").args([&enter, "nft", "list"]).args(what).output().unwrap();
-    assert!(output.status.success());
-    String::from_utf8(output.stdout).unwrap()
+    node.enter(&format!("portolan-{VNI}"), &[&["nft", "list"], what].concat())
 }
 
 #[tokio::test(flavor = "multi_thread")]
