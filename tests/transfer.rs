@@ -210,7 +210,7 @@ async fn a_fetch_that_was_dropped_can_be_begun_again_at_once() {
     let begin = Instant::now();
     while let Err(error) = fetch(&identity, b.zfs(), Limits::default(), what.clone(), |_| {}).await {
         assert!(error.is_retryable(), "{error}");
-        assert!(begin.elapsed() < Duration::from_secs(20), "{error}");
+        assert!(begin.elapsed() < Duration::from_secs(60), "{error}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     assert_eq!(b.zfs().snapshots(&what.target).await.unwrap()[0].guid, one.guid);
