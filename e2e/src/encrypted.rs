@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::{
     bad_input::event,
     lab::{Lab, same, text},
+    pods::node_address,
     scene::{nothing_left, ready},
 };
 
@@ -144,13 +145,6 @@ fn rotate(lab: &Lab) -> Result<()> {
         .map(drop)
 }
 
-fn address(lab: &Lab, node: &str) -> Result<String> {
-    let node = lab.json(&["get", "node", node])?;
-    let addresses = node["status"]["addresses"].as_array().context("no addresses")?;
-    let internal = addresses.iter().find(|it| it["type"] == "InternalIP").context("no InternalIP")?;
-    text(internal, "/address").map(str::to_owned)
-}
-
 fn vni(lab: &Lab, network: &str) -> Result<String> {
     let network = lab.json(&["get", "containernetwork", network])?;
     Ok(network["status"]["vni"].as_u64().context("no VNI")?.to_string())
@@ -163,7 +157,7 @@ fn injected(lab: &Lab, here: &str, there: &str, network: &str, interface: &str) 
         Ok(shell(lab, "server", &format!("cat /sys/class/net/{interface}/statistics/rx_packets"))?.trim().parse()?)
     };
     let before = count()?;
-    let arguments = format!("{} {vni} {FRAMES}", address(lab, here)?);
+    let arguments = format!("{} {vni} {FRAMES}", node_address(lab, here)?);
     lab.pipe_on_node(there, &format!("perl - {arguments}"), "inject", include_bytes!("inject.pl"))?;
     Ok(count()? - before)
 }
@@ -176,7 +170,7 @@ struct Sniffer {
 
 impl Sniffer {
     fn start(lab: &Lab, node: &str, network: &str) -> Result<Self> {
-        let (address, vni) = (address(lab, node)?, vni(lab, network)?);
+        let (address, vni) = (node_address(lab, node)?, vni(lab, network)?);
         let mut child = lab.start(&["node", node, "perl", "-e", include_str!("sniff.pl"), &address, MARKER, &vni])?;
         let mut told = BufReader::new(child.stdout.take().context("no pipe")?);
         let mut line = String::new();
