@@ -16,6 +16,7 @@ pub mod lab;
 pub mod limits;
 pub mod migration;
 mod names;
+pub mod parts;
 pub mod pods;
 pub mod policies;
 pub mod resuming;

@@ -3,7 +3,9 @@
 use portolan_e2e::{
     bad_input, egress, encrypted, encryption, everyone, families, faults, hotplug,
     lab::Lab,
-    limits, migration, policies, resuming, rolling, sanity, scene, shared_reading, snapshots,
+    limits, migration,
+    parts::Parts,
+    policies, resuming, rolling, sanity, scene, shared_reading, snapshots,
     storage_suite::{self, Scope},
     trouble, uninstall, upgrade, zfs_contract,
 };
@@ -46,16 +48,9 @@ fn a_pod_moves_with_its_disk_its_address_and_its_name() -> anyhow::Result<()> {
         ("zfs-contract", false, zfs_contract::play),
         ("uninstall", true, uninstall::play),
     ];
-    let asked = std::env::var("PARTS").unwrap_or_default();
-    let asked: Vec<&str> = asked.split_whitespace().collect();
-    let known = |name: &str| parts.iter().any(|(part, ..)| *part == name);
-    anyhow::ensure!(
-        asked.iter().all(|name| known(name)),
-        "PARTS is {asked:?}: there are {:?}",
-        parts.map(|part| part.0)
-    );
+    let asked = Parts::read(&parts.map(|part| part.0))?;
     for (name, here, play) in parts {
-        if (here && asked.is_empty()) || asked.contains(&name) {
+        if asked.has(name, here) {
             play(&lab)?;
         }
     }

@@ -14,9 +14,10 @@ mod watch;
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use portolan_e2e::{
     lab::{Lab, text},
+    parts::Parts,
     scene,
 };
 
@@ -72,53 +73,31 @@ fn main() -> ExitCode {
     }
 }
 
-/// What is measured: `PARTS="forgetting moves"` measures only these.
-struct Asked(Vec<String>);
-
-impl Asked {
-    const KNOWN: [&str; 4] = ["forgetting", "volumes", "moves", "load"];
-
-    fn read() -> Result<Self> {
-        let asked: Vec<String> =
-            std::env::var("PARTS").unwrap_or_default().split_whitespace().map(str::to_owned).collect();
-        ensure!(
-            asked.iter().all(|part| Self::KNOWN.contains(&&**part)),
-            "PARTS is {asked:?}: there are {:?}",
-            Self::KNOWN
-        );
-        Ok(Self(asked))
-    }
-
-    fn is(&self, part: &str) -> bool {
-        self.0.is_empty() || self.0.iter().any(|asked| asked == part)
-    }
-}
-
 /// Measures all, and leaves nothing behind. The report has what was measured before an error, too.
 fn run(lab: &Lab, report: &mut String) -> Result<()> {
     let sizes = if std::env::var_os("QUICK").is_some_and(|quick| !quick.is_empty()) { QUICK } else { FULL };
     let node = lab.nodes()?.into_iter().next().context("the lab has nodes")?;
+    let parts = Parts::read(&["forgetting", "volumes", "moves", "load"])?;
     set_up(lab)?;
     *report += &facts(lab, &node)?;
     let mut add = |table: &str| *report += &format!("\n{table}");
-    let asked = Asked::read()?;
 
     let mut bare = Bare::start(lab, &node)?;
     let watches = Watches::start(lab)?;
-    if asked.is("forgetting") {
+    if parts.has("forgetting", true) {
         lab.step("pods that go, and their names");
         add(&forgetting::measure(lab, &watches, &sizes)?.markdown());
     }
-    if asked.is("volumes") {
+    if parts.has("volumes", true) {
         lab.step("volumes, one at a time");
         add(&volumes::one_by_one(lab, &watches, &mut bare, &node, &sizes)?.markdown());
         lab.step("volumes, many at once");
         add(&volumes::many(lab, &watches, &mut bare, &sizes)?.markdown());
     }
-    if asked.is("moves") {
+    if parts.has("moves", true) {
         moves(lab, &watches, &mut bare, &node, &sizes, &mut add)?;
     }
-    if asked.is("load") {
+    if parts.has("load", true) {
         lab.step("two databases, one on a volume and one on a bare dataset");
         load::start(lab, &mut bare, &node)?;
         lab.step("snapshots and clones");
@@ -131,7 +110,7 @@ fn run(lab: &Lab, report: &mut String) -> Result<()> {
     *report += &format!("\nLoad averages at the end: {}.\n", load_averages()?);
 
     lab.step("all of it is taken away");
-    if asked.is("load") {
+    if parts.has("load", true) {
         load::stop(lab)?;
     }
     bare.clean_up()?;

@@ -27,6 +27,8 @@ pub enum Fault {
     Fail(ErrorKind),
     /// Do it, then fail: the answer was lost.
     FailAfter(ErrorKind),
+    /// Answer as if it were done, and leave all datasets as they are.
+    Lie,
     /// Never answer.
     Hang,
 }
@@ -203,13 +205,17 @@ impl Memory {
         match fault {
             Some(Fault::Fail(kind)) => return Err(failed(kind)),
             Some(Fault::Hang) => std::future::pending::<()>().await,
-            Some(Fault::FailAfter(_)) | None => {}
+            Some(Fault::FailAfter(_) | Fault::Lie) | None => {}
         }
         let mut state = self.lock();
         if !state.imported {
             return Err(ZfsError::new(ErrorKind::PoolUnavailable, format!("{operation} {about}"), "no such pool"));
         }
+        let before = matches!(fault, Some(Fault::Lie)).then(|| state.datasets.clone());
         let done = act(&mut state)?;
+        if let Some(before) = before {
+            state.datasets = before;
+        }
         match fault {
             Some(Fault::FailAfter(kind)) => Err(failed(kind)),
             _ => Ok(done),
