@@ -111,6 +111,44 @@ fn a_pod_is_closed_from_its_first_frame_until_its_policy_goes() {
 }
 
 #[test]
+fn rules_that_somebody_takes_away_are_missed_and_put_back() {
+    let node = Node::with_network(IPV4);
+    let (sender, pod) = (node.pod("sender", on_backend(), json!({})), node.pod("pod", on_backend(), json!({"app": "db"})));
+    for pod in [&sender, &pod] {
+        node.add(pod).unwrap();
+    }
+    let to = addresses(&node, &pod)[0];
+    let is_closed = || {
+        let listener = node.inside(netns(&pod), || udp(to, ECHO));
+        listener.set_read_timeout(Some(WHILE)).unwrap();
+        node.inside(netns(&sender), || udp(Ipv4Addr::UNSPECIFIED.into(), 0)?.send_to(b"hello", (to, ECHO)));
+        !hears(&listener)
+    };
+    assert!(!is_closed());
+    isolate(&node, "db");
+    let rules = || node.run_in("portolan-77", "nft --stateless list ruleset");
+    node.wait_for("the agent to know the policy", || rules().contains(&port(&pod)));
+    let before = rules();
+    for tampering in ["flush ruleset", "flush table bridge portolan", "delete table bridge portolan"] {
+        assert!(is_closed());
+        node.check(&pod).unwrap();
+        node.run_in("portolan-77", &format!("nft {tampering}"));
+        names(&node.check(&pod).unwrap_err(), 103, &["network backend", "put back"]);
+        node.wait_for("the rules to be back", || rules() == before);
+        node.wait_for("CHECK to be content", || node.check(&pod).is_ok());
+    }
+    // Or who comes next finds it.
+    node.run_in("portolan-77", "nft flush ruleset");
+    node.add(&node.pod("next", on_backend(), json!({}))).unwrap();
+    assert_eq!(rules(), before);
+    assert!(is_closed());
+    // A table of somebody else's is theirs, and changes nothing for long.
+    node.run_in("portolan-77", "nft add table bridge other");
+    node.wait_for("CHECK to be content", || node.check(&pod).is_ok());
+    assert!(rules().contains("table bridge other"));
+}
+
+#[test]
 fn no_pod_is_plugged_in_while_the_policies_are_not_known() {
     let mut node = Node::new();
     node.make_network("backend", 77, IPV4);

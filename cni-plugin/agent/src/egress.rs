@@ -68,10 +68,14 @@ impl Agent {
         {
             return way.problem.clone();
         }
+        let has_its_rules = self.has_its_rules(applied, spec.vni);
         let done = match &wanted {
             Some(egress) => self.dataplane.ensure_egress(egress).await,
             None => self.dataplane.remove_egress(spec.vni, &network.subnets).await.map(|()| Vec::new()),
         };
+        if has_its_rules && let Ok(generation) = self.dataplane.generation(spec.vni) {
+            applied.rules_are_at(spec.vni, generation);
+        }
         match done {
             Ok(obstacles) => {
                 let texts: Vec<String> = obstacles.iter().map(ToString::to_string).collect();

@@ -80,6 +80,8 @@ pub(crate) enum PlugError {
     NotSynced,
     #[error("the pod's networks are being changed")]
     Busy,
+    #[error("network {network}: its nftables rules are not those that its policies need; they are put back now")]
+    RulesChanged { network: String },
     #[error("no network namespace in /run/netns has the pod's address {0}, or several have it")]
     NoNamespace(IpAddr),
     #[error("ContainerNetwork {network} is encrypted, which can't be on this node: {source}")]
@@ -118,6 +120,7 @@ impl PlugError {
             | Self::Busy
             | Self::NoNamespace(_)
             | Self::Api(_) => Failure::TRY_AGAIN,
+            Self::RulesChanged { .. } => Failure::NOT_PLUGGED,
             Self::Encryption { .. } | Self::Net(_) | Self::Journal(_) | Self::Unplug(_) => Failure::SETUP,
         }
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::{core::v1::Namespace, networking::v1::NetworkPolicy};
 use kube::ResourceExt;
-use portolan_net::{Filter, port_name};
+use portolan_net::{Filter, Generation, port_name};
 use tokio::sync::RwLockReadGuard;
 
 use crate::{
@@ -16,6 +16,22 @@ use crate::{
     sync::{Applied, of_network},
     view::{Local, View},
 };
+
+/// What was set last of what may pass at a network's ports, and at which change of the kernel's rules that was.
+pub(crate) struct Filtering {
+    wanted: Filter,
+    /// None where nobody is isolated: then nothing of ours can be changed.
+    at: Option<Generation>,
+}
+
+impl Applied {
+    /// Notes that changes of our own beside the filter were made to rules which the kernel had as they were set.
+    pub fn rules_are_at(&mut self, vni: u32, generation: Generation) {
+        if let Some(at) = self.filters.get_mut(&vni).and_then(|filtering| filtering.at.as_mut()) {
+            *at = generation;
+        }
+    }
+}
 
 impl Agent {
     /// What may pass at a network's ports, for all endpoints that the journal has.
@@ -41,7 +57,7 @@ impl Agent {
         // A pass may have made its devices while nothing leads out of where they are.
         let is_led_out = !spec.encrypted || applied.encrypting.is_made();
         let is_there = is_routed && is_led_out && applied.has(&spec) && self.dataplane.namespace(spec.vni).is_ok();
-        if is_there && applied.filters.get(&spec.vni) == Some(&self.filter_of(&network.name)) {
+        if is_there && self.has_filter(&applied, spec.vni, &self.filter_of(&network.name)) {
             return Ok(applied);
         }
         drop(applied);
@@ -74,21 +90,36 @@ impl Agent {
         Policies::new(policies, namespaces, view.endpoints()).filter(ports)
     }
 
-    /// Makes what may pass at a network's ports what is wanted, if that isn't what was set last.
+    /// Whether the kernel has the rules that were set last for a network, all its ports being open otherwise.
+    pub(crate) fn has_its_rules(&self, applied: &Applied, vni: u32) -> bool {
+        applied.filters.get(&vni).is_none_or(|filtering| self.is_untouched(vni, filtering))
+    }
+
+    fn has_filter(&self, applied: &Applied, vni: u32, wanted: &Filter) -> bool {
+        let before = applied.filters.get(&vni);
+        before.is_some_and(|before| before.wanted == *wanted && self.is_untouched(vni, before))
+    }
+
+    fn is_untouched(&self, vni: u32, filtering: &Filtering) -> bool {
+        filtering.at.is_none_or(|at| self.dataplane.generation(vni).is_ok_and(|now| now == at))
+    }
+
+    /// Makes what may pass at a network's ports what is wanted, if that isn't what was set last, or somebody has changed the rules since.
     pub(crate) async fn set_filter(
         &self,
         applied: &mut Applied,
         (network, vni): (&str, u32),
         wanted: Filter,
     ) -> portolan_net::Result<()> {
-        if applied.filters.get(&vni) == Some(&wanted) {
+        if self.has_filter(applied, vni, &wanted) {
             return Ok(());
         }
         // Until it is done, it isn't known which of the two the kernel has.
         applied.filters.remove(&vni);
         self.dataplane.filter(vni, &wanted).await?;
         tracing::debug!(network, isolated = wanted.ports.len(), "policies");
-        applied.filters.insert(vni, wanted);
+        let at = if wanted.ports.is_empty() { None } else { Some(self.dataplane.generation(vni)?) };
+        applied.filters.insert(vni, Filtering { wanted, at });
         Ok(())
     }
 }

@@ -278,6 +278,10 @@ impl Agent {
         for endpoint in self.journal.select(|e| e.container == container) {
             let checked = self.dataplane.check_port(&endpoint.port()).await;
             checked.map_err(|e| Failure::new(Failure::NOT_PLUGGED, e.to_string(), ""))?;
+            if !self.has_its_rules(&*self.applied.read().await, endpoint.vni) {
+                self.changed.notify_one();
+                return Err(PlugError::RulesChanged { network: endpoint.network }.failure());
+            }
         }
         Ok(())
     }

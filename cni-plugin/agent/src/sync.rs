@@ -12,7 +12,7 @@ use k8s_openapi::api::core::v1::{ObjectReference, Pod};
 use kube::{Resource, ResourceExt, runtime::reflector::ObjectRef};
 use portolan_crds::{NetworkNodeSlice, NetworkNodeSliceSpec};
 use portolan_dns::{Member, Zone};
-use portolan_net::{BRIDGE_ADDRESS, Filter, NetworkSpec};
+use portolan_net::{BRIDGE_ADDRESS, NetworkSpec};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -22,6 +22,7 @@ use crate::{
     encryption::Encrypting,
     entries::Entries,
     everyone::Everyone,
+    filtering::Filtering,
     journal::Endpoint,
     missed, names,
     network::Network,
@@ -47,7 +48,7 @@ pub(crate) struct Applied {
     pub encrypting: Encrypting,
     /// How often each network was made something else, or removed.
     made: BTreeMap<u32, u64>,
-    pub filters: BTreeMap<u32, Filter>,
+    pub filters: BTreeMap<u32, Filtering>,
     pub ways: Ways,
 }
 
