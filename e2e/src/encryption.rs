@@ -63,6 +63,7 @@ fn sealed(lab: &Lab, here: &str, there: &str) -> Result<()> {
     same("the dataset", properties(lab, here, "db")?, "aes-256-gcm available".to_owned())?;
     same("what is found on the disk", found_on_disk(lab, here)?, OPEN.to_owned())?;
 
+    an_hour_ahead(lab, there)?;
     lab.step("it moves sealed, is opened where its pod is, and shut where it was");
     go(lab, "db", there)?;
     same("what is read", read(lab, "db")?, SEALED.to_owned())?;
@@ -96,6 +97,12 @@ fn sealed(lab: &Lab, here: &str, there: &str) -> Result<()> {
 
     copies(lab, here, there)?;
     zvol(lab, here, there)
+}
+
+/// Moves don't need clocks that agree. It stays so: the kubelet's lease must not go back in time.
+fn an_hour_ahead(lab: &Lab, node: &str) -> Result<()> {
+    lab.step(format!("the clock of {node} goes an hour ahead"));
+    lab.on_node(node, "date -s @$(( $(date +%s) + 3600 ))").map(|now| lab.show(now))
 }
 
 /// What begins as an encrypted volume has its key; anything else is refused by name.

@@ -43,11 +43,6 @@ impl Lab {
         self.openzfs
     }
 
-    /// Whether each node has a clock of its own.
-    pub fn has_clocks(&self) -> bool {
-        self.openzfs
-    }
-
     /// Whether there is a node beside those with pools, on which Portolan's controllers belong.
     pub fn has_control_node(&self) -> bool {
         self.openzfs

@@ -20,9 +20,6 @@ pub fn play(lab: &Lab) -> Result<()> {
     install(lab)?;
     let first = start(lab)?;
     overview(lab, &first)?;
-    if lab.has_clocks() {
-        an_hour_ahead(lab, &first)?;
-    }
     let there = move_away(lab, &first)?;
     let back = move_away(lab, &there)?;
     returned_as_a_delta(lab, &there, &back)?;
@@ -123,14 +120,6 @@ fn overview(lab: &Lab, db: &Database) -> Result<()> {
     ensure!(networks.contains("10.32.0.0/16"), "no subnet in {networks}");
     lab.show(networks);
     Ok(())
-}
-
-/// Sets the clock of the node that the database goes to first, and comes back from. It stays so: the kubelet's lease must not go back in time.
-fn an_hour_ahead(lab: &Lab, from: &Database) -> Result<()> {
-    let nodes = lab.nodes()?;
-    let to = nodes.iter().find(|node| **node != from.node).context("there is one node only")?;
-    lab.step(format!("the clock of {to} goes an hour ahead"));
-    lab.on_node(to, "date -s @$(( $(date +%s) + 3600 ))").map(|now| lab.show(now))
 }
 
 /// Cordons the database's node, deletes the pod, and checks that all it owns is where it starts again.
