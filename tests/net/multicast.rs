@@ -306,6 +306,59 @@ async fn a_node_that_floods_is_served_by_one_that_snoops() {
     assert!(!seen.iter().any(|frame| asks(frame)), "the bridge's questions cross");
 }
 
+/// Whether a frame says who has joined what, or asks for it: IGMP, or MLD behind a header of hop-by-hop options.
+fn is_membership(frame: &[u8]) -> bool {
+    match u16::from_be_bytes([frame[12], frame[13]]) {
+        IPV4 => frame[23] == 2,
+        IPV6 => frame[20] == 0 && frame[54] == 58 && [130, 131, 132, 143].contains(&frame[62]),
+        _ => false,
+    }
+}
+
+/// What is said of groups stays on its node, in each version of IGMP and MLD: a node that hears of others' members would send them what they get
+/// from their own.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_joined_is_told_to_the_own_node_only() {
+    let (a, b) = two_nodes();
+    for node in [&a, &b] {
+        set(node, Multicast::Snooping).await;
+    }
+    let (pod, there) = (a.plug(VNI, "pod", 5).await, b.plug(VNI, "there", 21).await);
+    connect((&a, &[&pod]), (&b, &[&there])).await;
+    let mut own = Wire::open(&pod);
+    for (igmp, mld, kinds) in [("2", "1", &[131, 132][..]), ("3", "2", &[143])] {
+        speak(&pod, igmp, mld);
+        for group in [GROUP, GROUP_IPV6] {
+            let mut tunnel = a.at(&format!("portolan-{VNI}")).run(|| Wire::at("vx0")).unwrap();
+            let mut at_there = Wire::open(&there);
+            let mut said = Vec::new();
+            // Joined and left until it was said: the kernel takes its time for some, and says nothing of what was left before.
+            let end = Instant::now() + 10 * PATIENCE;
+            let is_all_said = |said: &[Vec<u8>]| match group {
+                IpAddr::V4(_) => said.iter().any(|frame| frame[12..14] == IPV4.to_be_bytes()),
+                IpAddr::V6(_) => kinds.iter().all(|kind| said.iter().any(|frame| frame.get(62) == Some(kind))),
+            };
+            while !is_all_said(&said) {
+                assert!(Instant::now() < end, "the pod said {said:?} of {group} only");
+                let joined = join(&pod, group);
+                std::thread::sleep(PATIENCE / 100);
+                drop(joined);
+                std::thread::sleep(PATIENCE / 100);
+                // Each node's bridge says the same of itself, of the same address.
+                let is_own = |frame: &Vec<u8>| frame[6..12] == pod.port.mac.0 && is_membership(frame);
+                said.extend(own.all().into_iter().filter(is_own));
+            }
+            let marker = frame(BROADCAST, pod.port.mac, EXPERIMENTAL, format!("{igmp} {mld} {group}").as_bytes());
+            own.send(&marker);
+            for (place, wire) in [("vx0", &mut tunnel), ("the other node", &mut at_there)] {
+                let seen = wire.until(&marker).expect("the broadcast");
+                let crossed: Vec<_> = seen.iter().filter(|frame| said.contains(frame)).collect();
+                assert!(crossed.is_empty(), "{crossed:?} at {place}");
+            }
+        }
+    }
+}
+
 /// Whether the bridge listens to what pods join.
 fn hear(node: &Node, on: &str) {
     node.enter(&format!("portolan-{VNI}"), &["ip", "link", "set", "br0", "type", "bridge", "mcast_snooping", on]);
@@ -313,7 +366,7 @@ fn hear(node: &Node, on: &str) {
 
 /// What is set of the network for multicast, without what was learnt.
 fn settings(node: &Node) -> String {
-    let show = |arguments: &[&str]| node.enter(&format!("portolan-{VNI}"), arguments);
+    let show = |command: &[&str]| node.enter(&format!("portolan-{VNI}"), command);
     let links = show(&["ip", "-d", "-o", "link", "show"]);
     let words: Vec<_> = links.split_whitespace().collect();
     let names = ["mcast_snooping", "mcast_querier", "mcast_router"];
