@@ -43,7 +43,7 @@ async fn run(report: &mut String) -> Result<()> {
     let nodes = Node::two()?;
     let [across, within] = ways::portolan(&nodes).await?;
     let [hand_across, hand_within] = ways::by_hand(&nodes)?;
-    let between = [across, hand_across, ways::raw(&nodes), ways::routed(&nodes)?];
+    let between = [across, hand_across, ways::raw(&nodes), ways::routed(&nodes)?, ways::redirected(&nodes)?];
     for (place, ways) in [("of two nodes", &between[..]), ("of one node", &[within, hand_within])] {
         eprintln!("pods {place}");
         *report += &compare(place, ways, &sizes)?;

@@ -148,6 +148,31 @@ pub fn routed(nodes: &[Node; 2]) -> Result<Way> {
     Ok(Way { name: "routed VXLAN per node", from, to })
 }
 
+/// The least that a way between pods of two nodes can do that carries frames as they are: a pair of veth for each pod, a wire of its own between the
+/// nodes, and each packet is sent on where it comes out (tc-mirred(8)), without bridge, route, lock or guard.
+pub fn redirected(nodes: &[Node; 2]) -> Result<Way> {
+    let other = nodes[1].file("host").display().to_string();
+    nodes[0].ip("host", &format!("link add u1 mtu {MTU} type veth peer name u1 mtu {MTU} netns {other}"))?;
+    let (pod, port) = ("redirected", "r1");
+    let [address, mac] = [|last| format!("10.35.0.{last}"), |last| format!("02:00:00:00:02:{last:02x}")];
+    for (own, others, node) in [(1, 2, &nodes[0]), (2, 1, &nodes[1])] {
+        node.netns(pod)?;
+        let inside = node.file(pod).display().to_string();
+        node.ip("host", &format!("link add {port} mtu {MTU} type veth peer name eth1 mtu {MTU} netns {inside}"))?;
+        node.ip(pod, &format!("link set eth1 address {} up", mac(own)))?;
+        node.ip(pod, &format!("address add {}/24 dev eth1", address(own)))?;
+        node.ip(pod, &format!("neighbour add {} lladdr {} dev eth1 nud permanent", address(others), mac(others)))?;
+        for (from, to, which) in [(port, "u1", address(others)), ("u1", port, address(own))] {
+            node.ip("host", &format!("link set {from} up"))?;
+            node.run_in("host", &format!("tc qdisc add dev {from} clsact"))?;
+            let filter = format!("tc filter add dev {from} ingress protocol ip u32 match ip dst {which}/32");
+            node.run_in("host", &format!("{filter} action mirred egress redirect dev {to}"))?;
+        }
+    }
+    let [from, to] = [1, 2].map(|number| nodes[number - 1].end(pod, Ipv4Addr::new(10, 35, 0, number as u8)));
+    Ok(Way { name: "redirected, without encapsulation", from, to })
+}
+
 /// The wire itself, from node to node.
 pub fn raw(nodes: &[Node; 2]) -> Way {
     let [from, to] = [0, 1].map(|number| nodes[number].end("host", nodes[number].address));
