@@ -25,6 +25,7 @@ mod outside;
 mod paths;
 mod ping;
 mod policies;
+mod primary;
 mod spoofing;
 mod switch;
 mod wire;

@@ -261,7 +261,11 @@ async fn host_addresses(host: &Netlink, link: u32) -> Result<Vec<(IpAddr, bool)>
 }
 
 /// A link has these addresses and no other.
-async fn set_addresses(netlink: &Netlink, index: u32, wanted: impl Iterator<Item = IpNet> + Clone) -> Result<()> {
+pub(crate) async fn set_addresses(
+    netlink: &Netlink,
+    index: u32,
+    wanted: impl Iterator<Item = IpNet> + Clone,
+) -> Result<()> {
     for stale in netlink.addresses(index).await?.into_iter().filter(|have| !wanted.clone().any(|it| it == *have)) {
         netlink.remove_address(index, stale).await?;
     }

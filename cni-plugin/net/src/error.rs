@@ -172,6 +172,14 @@ pub enum Error {
         /// The pod's namespace.
         netns: PathBuf,
     },
+    /// The host doesn't lead what is for a pod to it.
+    #[error("no route to {address} by {link} on this node")]
+    NoPodRoute {
+        /// The pod's address.
+        address: IpAddr,
+        /// The host's end of its link.
+        link: String,
+    },
     /// No address is left between a network and the host.
     #[error("all of {range} is in use on this host: no network can get a gateway any more")]
     NoTransit {

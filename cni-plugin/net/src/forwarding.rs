@@ -15,7 +15,7 @@ mod following;
 mod kernel;
 
 pub use following::{Forwarder, Known};
-pub(crate) use kernel::{bridge_entry, neighbour, neighbour_to_remove};
+pub(crate) use kernel::{bridge_entry, entry_facts, neighbour, neighbour_to_remove, tunnel_entry};
 
 /// What a network's forwarding shall be on this node.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]

@@ -1,8 +1,8 @@
 //! Networks on one node: namespaces, bridges, VXLAN devices, ports, forwarding entries, addresses.
 //!
-//! A network is a namespace `portolan-<vni>` with the bridge `br0`, the VXLAN device `vx0` and one veth end per pod. This crate
-//! knows nothing of Kubernetes. Every operation is idempotent: killed between any two of its steps and run again, it ends in the
-//! same state.
+//! A network is a namespace `portolan-<vni>` with the bridge `br0`, the VXLAN device `vx0` and one veth end per pod. The pod network of a
+//! cluster without another plugin is routed, in the host's own namespace. This crate knows
+//! nothing of Kubernetes. Every operation is idempotent: killed between any two of its steps and run again, it ends in the same state.
 
 mod bandwidth;
 mod bpf;
@@ -26,6 +26,7 @@ mod path;
 mod paths;
 mod ping;
 mod port;
+mod primary;
 mod removal;
 mod sysctl;
 mod wireguard;
@@ -48,6 +49,7 @@ pub use path::Outcome;
 pub use paths::Paths;
 pub use ping::{Heard, Pinger};
 pub use port::PortSpec;
+pub use primary::{HostPort, OtherNode, POD_GATEWAY, POD_GATEWAY_IPV6, PodNetwork, PodSpec, pod_link, pod_mac};
 pub use wireguard::{KeyError, PrivateKey, PublicKey};
 
 use std::net::Ipv4Addr;

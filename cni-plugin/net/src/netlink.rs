@@ -12,7 +12,7 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressFlags, AddressMessage},
     link::{LinkAttribute, LinkMessage},
     neighbour::NeighbourMessage,
-    route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
+    route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteScope, RouteType},
 };
 use rtnetlink::{
     MulticastGroup,
@@ -210,6 +210,48 @@ impl Netlink {
         ok_if(added.map_err(|e| self.error(format!("add route to {to}"), e)), libc::EEXIST)
     }
 
+    /// A static route by a gateway that is taken to be on the link, whatever addresses that has.
+    pub async fn add_onlink_route(&self, index: u32, to: IpNet, via: IpAddr) -> Result<()> {
+        let mut route = route(index, to, Some(via));
+        route.header.flags |= RouteFlags::Onlink;
+        let added = self.handle.route().add(route).replace().execute().await;
+        added.map_err(|e| self.error(format!("add route to {to}"), e))
+    }
+
+    /// A route over a link to what is reached directly; an IPv4 one makes the host speak from that address.
+    pub async fn add_route_from(&self, index: u32, to: IpNet, from: Ipv4Addr) -> Result<()> {
+        let mut route = route(index, to, None);
+        if to.addr().is_ipv4() {
+            route.attributes.push(RouteAttribute::PrefSource(RouteAddress::Inet(from)));
+        }
+        let added = self.handle.route().add(route).replace().execute().await;
+        added.map_err(|e| self.error(format!("add route to {to}"), e))
+    }
+
+    /// Nothing is reached by the less special routes than this one.
+    pub async fn add_unreachable(&self, to: IpNet) -> Result<()> {
+        let added = self.handle.route().add(unreachable(to)).replace().execute().await;
+        ok_if(added.map_err(|e| self.error(format!("make {to} unreachable"), e)), libc::EEXIST)
+    }
+
+    /// Takes away the routes that say so of what begins with an address.
+    pub async fn remove_unreachable_from(&self, first: IpAddr) -> Result<()> {
+        for route in self.routes().await? {
+            if route.header.kind == RouteType::Unreachable && destination(&route).is_some_and(|to| to.addr() == first) {
+                let removed = self.handle.route().del(route).execute().await;
+                ok_if(removed.map_err(|e| self.error(format!("forget that {first} is unreachable"), e)), libc::ESRCH)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the routes over a link lead.
+    pub async fn destinations(&self, index: u32) -> Result<Vec<IpNet>> {
+        let routes = self.routes().await?;
+        let is_its = |route: &&RouteMessage| route.attributes.contains(&RouteAttribute::Oif(index));
+        Ok(routes.iter().filter(is_its).filter_map(destination).collect())
+    }
+
     /// Takes such a route away; it is right if there is none.
     pub async fn remove_route(&self, index: u32, to: IpNet) -> Result<()> {
         let mut route = route(index, to, None);
@@ -221,6 +263,11 @@ impl Netlink {
 
     /// The routes over a link that lead by a gateway: to where, and by which.
     pub async fn gateways(&self, index: u32) -> Result<Vec<(IpNet, IpAddr)>> {
+        Ok(self.routes().await?.iter().filter_map(|route| gateway_of(route, index)).collect())
+    }
+
+    /// All routes of both families.
+    async fn routes(&self) -> Result<Vec<RouteMessage>> {
         let mut found = Vec::new();
         let all = [
             rtnetlink::RouteMessageBuilder::<Ipv4Addr>::new().build(),
@@ -228,8 +275,7 @@ impl Netlink {
         ];
         for family in all {
             let listed = self.handle.route().get(family).execute().try_collect::<Vec<_>>().await;
-            let listed = listed.map_err(|e| self.error("list routes", e))?;
-            found.extend(listed.iter().filter_map(|route| gateway_of(route, index)));
+            found.extend(listed.map_err(|e| self.error("list routes", e))?);
         }
         Ok(found)
     }
@@ -261,6 +307,26 @@ fn route(index: u32, to: IpNet, via: Option<IpAddr>) -> RouteMessage {
         }));
     }
     message
+}
+
+fn unreachable(to: IpNet) -> RouteMessage {
+    let mut route = route(0, to, None);
+    route.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::Oif(_)));
+    route.header.kind = RouteType::Unreachable;
+    route.header.scope = RouteScope::Universe;
+    route
+}
+
+fn destination(route: &RouteMessage) -> Option<IpNet> {
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(to)) => {
+            IpNet::new((*to).into(), route.header.destination_prefix_length).ok()
+        }
+        RouteAttribute::Destination(RouteAddress::Inet6(to)) => {
+            IpNet::new((*to).into(), route.header.destination_prefix_length).ok()
+        }
+        _ => None,
+    })
 }
 
 fn gateway_of(route: &RouteMessage, index: u32) -> Option<(IpNet, IpAddr)> {

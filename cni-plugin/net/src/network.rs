@@ -170,7 +170,7 @@ async fn ensure_tunnel(
 ) -> Result<()> {
     let pending = pending_name(spec.vni);
     if let Some(link) = netlink.link(TUNNEL).await?
-        && !is_tunnel_of(&link, spec)
+        && !is_vxlan(&link, spec.vni, spec.vtep, spec.tunnel_port())
     {
         netlink.remove_link(TUNNEL).await?;
     }
@@ -205,8 +205,8 @@ fn pending_name(vni: u32) -> String {
     format!("pvx{vni}")
 }
 
-/// Whether a link is the VXLAN device the spec asks for; what can be changed in place isn't compared.
-fn is_tunnel_of(link: &LinkMessage, spec: &NetworkSpec) -> bool {
+/// Whether a link is a VXLAN device that is so; what can be changed in place isn't compared.
+pub(crate) fn is_vxlan(link: &LinkMessage, vni: u32, vtep: Ipv4Addr, port: u16) -> bool {
     let facts = link.attributes.iter().find_map(|a| match a {
         LinkAttribute::LinkInfo(infos) => infos.iter().find_map(|i| match i {
             LinkInfo::Data(InfoData::Vxlan(facts)) => Some(facts),
@@ -215,7 +215,7 @@ fn is_tunnel_of(link: &LinkMessage, spec: &NetworkSpec) -> bool {
         _ => None,
     });
     let Some(facts) = facts else { return false };
-    facts.contains(&InfoVxlan::Id(spec.vni))
-        && facts.contains(&InfoVxlan::Local(spec.vtep))
-        && facts.contains(&InfoVxlan::Port(spec.tunnel_port()))
+    facts.contains(&InfoVxlan::Id(vni))
+        && facts.contains(&InfoVxlan::Local(vtep))
+        && facts.contains(&InfoVxlan::Port(port))
 }

@@ -86,7 +86,7 @@ impl Dataplane {
         let pod = Netlink::open(&pod_namespace)?;
         let mut is_new = false;
         let added = async {
-            is_new = self.ensure_veth(&network, &pod, &pod_namespace, spec).await?;
+            is_new = ensure_veth(&network, &pod, &pod_namespace, spec).await?;
             plug(&network, spec).await?;
             configure_pod(&pod, &pod_namespace, spec).await?;
             wait_until_forwarding(&network, spec).await
@@ -99,40 +99,6 @@ impl Dataplane {
             tracing::warn!(error = %second, cause = %e, port = spec.port, "a port that could not be set up could not be removed either");
         }
         result
-    }
-
-    /// Returns whether the port had to be made.
-    async fn ensure_veth(
-        &self,
-        network: &Netlink,
-        pod: &Netlink,
-        namespace: &Namespace,
-        spec: &PortSpec,
-    ) -> Result<bool> {
-        let inside = pod.link(&spec.interface).await?;
-        let ours = inside.as_ref().is_some_and(|l| link_facts(l).0 == Some(spec.mac.0.as_slice()));
-        if network.link(&spec.port).await?.is_some() {
-            if ours {
-                return Ok(false);
-            }
-            // Of an earlier try with another identity. The pod's end goes with it.
-            network.remove_link(&spec.port).await?;
-        }
-        if pod.link(&spec.interface).await?.is_some() {
-            return Err(Error::InterfaceTaken { interface: spec.interface.clone(), netns: spec.netns.clone() });
-        }
-        let peer = LinkUnspec::new_with_name(&spec.interface)
-            .address(spec.mac.0.to_vec())
-            .mtu(spec.mtu)
-            .setns_by_fd(namespace.as_raw_fd())
-            .build();
-        let veth = LinkVeth::new(&spec.port, &spec.interface)
-            .mtu(spec.mtu)
-            .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
-            .build();
-        let action = format!("make port {} with {} in {}", spec.port, spec.interface, spec.netns.display());
-        network.add_link(veth, action).await?;
-        Ok(true)
     }
 
     /// Unplugs a port, from the network's side only: the pod's namespace may be gone. Neighbours of
@@ -207,6 +173,39 @@ impl Dataplane {
     }
 }
 
+/// Returns whether the port had to be made.
+pub(crate) async fn ensure_veth(
+    network: &Netlink,
+    pod: &Netlink,
+    namespace: &Namespace,
+    spec: &PortSpec,
+) -> Result<bool> {
+    let inside = pod.link(&spec.interface).await?;
+    let ours = inside.as_ref().is_some_and(|l| link_facts(l).0 == Some(spec.mac.0.as_slice()));
+    if network.link(&spec.port).await?.is_some() {
+        if ours {
+            return Ok(false);
+        }
+        // Of an earlier try with another identity. The pod's end goes with it.
+        network.remove_link(&spec.port).await?;
+    }
+    if pod.link(&spec.interface).await?.is_some() {
+        return Err(Error::InterfaceTaken { interface: spec.interface.clone(), netns: spec.netns.clone() });
+    }
+    let peer = LinkUnspec::new_with_name(&spec.interface)
+        .address(spec.mac.0.to_vec())
+        .mtu(spec.mtu)
+        .setns_by_fd(namespace.as_raw_fd())
+        .build();
+    let veth = LinkVeth::new(&spec.port, &spec.interface)
+        .mtu(spec.mtu)
+        .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+        .build();
+    let action = format!("make port {} with {} in {}", spec.port, spec.interface, spec.netns.display());
+    network.add_link(veth, action).await?;
+    Ok(true)
+}
+
 /// The network's side: the port into the bridge, and fixed entries, so that frames for the pod are never flooded and the
 /// bridge never asks for it.
 async fn plug(network: &Netlink, spec: &PortSpec) -> Result<()> {
@@ -266,7 +265,7 @@ fn ipv4(addresses: &[IpNet]) -> impl Iterator<Item = IpAddr> {
 }
 
 /// The pod's side. Nothing is announced: an address has the same MAC wherever it is, so no neighbour has anything to learn.
-async fn configure_pod(pod: &Netlink, namespace: &Namespace, spec: &PortSpec) -> Result<()> {
+pub(crate) async fn configure_pod(pod: &Netlink, namespace: &Namespace, spec: &PortSpec) -> Result<()> {
     let link = pod.link(&spec.interface).await?;
     let index = match link {
         Some(link) => link.header.index,
@@ -333,7 +332,7 @@ async fn wait_until_forwarding(network: &Netlink, spec: &PortSpec) -> Result<()>
     Ok(())
 }
 
-fn check_up(link: &LinkMessage, name: &str, place: &Path) -> Result<()> {
+pub(crate) fn check_up(link: &LinkMessage, name: &str, place: &Path) -> Result<()> {
     if link.header.flags.contains(LinkFlags::Up) {
         return Ok(());
     }

@@ -73,7 +73,7 @@ fn is_so_already(change: Change, errno: i32) -> bool {
 async fn read(netlink: &Netlink, tunnel: u32, bridge: u32) -> Result<Table> {
     let mut table = Table::default();
     for entry in netlink.neighbours(AddressFamily::Bridge).await? {
-        let (mac, destination) = facts(&entry);
+        let (mac, destination) = entry_facts(&entry);
         let (Some(mac), true) = (mac, entry.header.ifindex == tunnel) else { continue };
         let is_tunnels_own = entry.header.flags.contains(NeighbourFlags::Own);
         match (is_tunnels_own, destination) {
@@ -89,7 +89,7 @@ async fn read(netlink: &Netlink, tunnel: u32, bridge: u32) -> Result<Table> {
     for entry in entries {
         if entry.header.ifindex == bridge
             && entry.header.state == NeighbourState::Permanent
-            && let (Some(mac), Some(address)) = facts(&entry)
+            && let (Some(mac), Some(address)) = entry_facts(&entry)
         {
             table.neighbours.insert(address, mac);
         }
@@ -98,7 +98,7 @@ async fn read(netlink: &Netlink, tunnel: u32, bridge: u32) -> Result<Table> {
 }
 
 /// The MAC and the IP address of an entry.
-fn facts(entry: &NeighbourMessage) -> (Option<Mac>, Option<IpAddr>) {
+pub(crate) fn entry_facts(entry: &NeighbourMessage) -> (Option<Mac>, Option<IpAddr>) {
     let mut found = (None, None);
     for attribute in &entry.attributes {
         match attribute {
@@ -118,7 +118,7 @@ fn facts(entry: &NeighbourMessage) -> (Option<Mac>, Option<IpAddr>) {
 }
 
 /// A VXLAN device's forwarding entry (`bridge fdb … self permanent`).
-fn tunnel_entry(tunnel: u32, mac: Mac, vtep: Ipv4Addr) -> NeighbourMessage {
+pub(crate) fn tunnel_entry(tunnel: u32, mac: Mac, vtep: Ipv4Addr) -> NeighbourMessage {
     let mut entry = NeighbourMessage::default();
     entry.header.family = AddressFamily::Bridge;
     entry.header.ifindex = tunnel;
