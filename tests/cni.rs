@@ -7,7 +7,7 @@ use std::{
     thread,
 };
 
-use portolan_cni::{Answer, Command, Environment, Failure, Request, run};
+use portolan_cni::{Answer, Attached, Command, Environment, Failure, Request, run};
 use serde_json::{Value, json};
 
 /// With keys in no order, a number that a float can't hold and a space: what comes out must be this, byte for byte.
@@ -105,7 +105,7 @@ fn the_agents_refusal_reaches_the_runtime() {
     let socket = directory.path().join("cni.sock");
     let failure =
         Failure::new(Failure::ANNOTATION, "annotation portolan.dev/networks names \"bckend\"", "there are: backend");
-    let asked = agent(&socket, Answer { error: Some(failure) });
+    let asked = agent(&socket, Answer { error: Some(failure), ..Answer::default() });
     let (code, output) = invoke(&environment("ADD"), config(&socket, "1.0.0"));
     assert_eq!((code, &output["code"], &output["cniVersion"]), (1, &json!(100), &json!("1.0.0")));
     assert_eq!(output["msg"], "annotation portolan.dev/networks names \"bckend\"");
@@ -225,4 +225,61 @@ fn a_collection_says_what_is_still_there() {
     assert_eq!(invoke(&environment("GC"), with(r#"[{"containerID":"c1","ifname":"eth0"}]"#)), (0, Value::Null));
     let attachments = asked.join().unwrap().attachments.unwrap();
     assert_eq!((attachments[0].container.as_str(), attachments[0].interface.as_str()), ("c1", "eth0"));
+}
+
+/// A configuration of a node without another plugin.
+fn alone(socket: &Path, version: &str) -> String {
+    let mappings = json!([{"hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": "192.0.2.1"}]);
+    json!({"cniVersion": version, "name": "portolan", "type": "portolan", "primary": true, "agentSocket": socket,
+        "runtimeConfig": {"portMappings": mappings}})
+    .to_string()
+}
+
+#[test]
+fn where_there_is_no_other_plugin_the_result_is_the_agents() {
+    let directory = tempfile::tempdir().unwrap();
+    let attached: Attached = serde_json::from_value(json!({
+        "interfaces": [{"name": "plp01234567", "mac": "02:50:a9:fe:01:01"},
+            {"name": "eth0", "mac": "02:1f:0a:f4:01:05", "sandbox": "/var/run/netns/cni-1"}],
+        "ips": [{"address": "10.244.1.5/32", "gateway": "169.254.1.1", "interface": 1},
+            {"address": "fd44::5/128", "gateway": "fe80::1", "interface": 1}],
+        "routes": [{"dst": "0.0.0.0/0", "gw": "169.254.1.1"}],
+    }))
+    .unwrap();
+    for version in portolan_cni::SUPPORTED_VERSIONS {
+        let socket = directory.path().join(version);
+        let asked = agent(&socket, Answer { result: Some(attached.clone()), error: None });
+        let (code, output) = invoke(&environment("ADD"), alone(&socket, version));
+        let mut expected = serde_json::to_value(&attached).unwrap();
+        (expected["cniVersion"], expected["dns"]) = (json!(version), json!({}));
+        if version < "1.0.0" {
+            (expected["ips"][0]["version"], expected["ips"][1]["version"]) = (json!("4"), json!("6"));
+        }
+        assert_eq!((code, output), (0, expected));
+        let request = asked.join().unwrap();
+        assert!(request.primary && request.interface == "eth0");
+        let [mapping] = &request.port_mappings[..] else { panic!("{request:?}") };
+        assert_eq!((mapping.host_port, mapping.container_port), (8080, 80));
+        assert_eq!(mapping.host_ip, Some("192.0.2.1".parse().unwrap()));
+    }
+    // A deletion needs nothing but the container.
+    let socket = directory.path().join("deletion");
+    let asked = agent(&socket, Answer::default());
+    let wrong = alone(&socket, "1.0.0").replace("8080", "\"x\"");
+    assert_eq!(invoke(&environment("DEL"), wrong), (0, Value::Null));
+    assert!(asked.join().unwrap().primary);
+}
+
+#[test]
+fn a_pod_without_a_result_is_none_that_was_plugged_in() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("cni.sock");
+    let asked = agent(&socket, Answer::default());
+    let (code, output) = invoke(&environment("ADD"), alone(&socket, "1.0.0"));
+    assert_eq!((code, &output["code"]), (1, &json!(11)), "{output}");
+    asked.join().unwrap();
+    let wrong = alone(&socket, "1.0.0").replace("true", "\"yes\"");
+    let (_, output) = invoke(&environment("ADD"), wrong);
+    assert_eq!(output["code"], json!(7));
+    assert!(output["msg"].as_str().unwrap().contains("primary: \"\\\"yes\\\"\""), "{output}");
 }

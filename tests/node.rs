@@ -32,6 +32,7 @@ pub struct Node {
     pub api: FakeApi,
     runtime: Runtime,
     agent: Option<Running>,
+    is_primary: bool,
 }
 
 struct Running {
@@ -68,8 +69,7 @@ impl Node {
             std::fs::create_dir_all(root.path().join(directory)).unwrap();
         }
         std::fs::write(root.path().join("plugin"), "").unwrap();
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        let node = Self { root, api: FakeApi::default(), runtime, agent: None };
+        let node = Self { root, api: FakeApi::default(), runtime: new_runtime(), agent: None, is_primary: false };
         node.make_netns("host");
         node.run_in("host", "ip link add u0 type veth peer name u1");
         node.run_in("host", &format!("ip address add {VTEP}/24 dev u0"));
@@ -85,6 +85,33 @@ impl Node {
         node.start();
         node.wait_for("the agent to be ready", || node.status().is_ok());
         node
+    }
+
+    /// A node without another plugin, whose agent isn't started.
+    pub fn without_plugin() -> Self {
+        let mut node = Self::new();
+        node.is_primary = true;
+        node
+    }
+
+    /// A node without another plugin, with these blocks of pods' addresses, whose agent is ready.
+    pub fn primary(blocks: &[&str]) -> Self {
+        let mut node = Self::without_plugin();
+        node.give_blocks(blocks);
+        node.start();
+        node.wait_for("the agent to be ready", || node.status().is_ok());
+        node
+    }
+
+    /// Gives the node blocks of pods' addresses, as the controller manager does.
+    pub fn give_blocks(&self, blocks: &[&str]) {
+        let spec = json!({"podCIDR": blocks.first(), "podCIDRs": blocks});
+        self.api.edit(&format!("/api/v1/nodes/{NODE}"), json!({ "spec": spec }));
+    }
+
+    /// Whether another plugin makes the pod network from the agent's next start on.
+    pub fn set_primary(&mut self, is_primary: bool) {
+        self.is_primary = is_primary;
     }
 
     /// A ContainerNetwork as the operator leaves it.
@@ -104,10 +131,15 @@ impl Node {
         assert!(self.agent.is_none(), "the agent runs");
         let shutdown = CancellationToken::new();
         let _context = self.runtime.enter();
-        let task = self.runtime.spawn(run_agent(self.root.path().to_owned(), self.api.client(), shutdown.clone()));
+        let task = self.runtime.spawn(run_as(
+            self.is_primary,
+            self.root.path().to_owned(),
+            self.api.client(),
+            shutdown.clone(),
+        ));
         self.agent = Some(Running { shutdown, task });
         let socket = self.socket();
-        self.wait_for("the agent to listen", || socket.exists());
+        self.wait_for("the agent to listen", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
     }
 
     /// Ends the agent, if it runs. Its networks stay.
@@ -116,6 +148,21 @@ impl Node {
             shutdown.cancel();
             self.runtime.block_on(task).unwrap().unwrap();
         }
+    }
+
+    /// Kills the agent after some time of an ADD: whatever it was about to do is never done. Returns what the plugin said.
+    pub fn kill_while_adding(&mut self, pod: &Pod, after: Duration) -> Result<Value, Value> {
+        let (environment, config) = (environment("ADD", Some(pod)), self.config(&no_result()));
+        let adding = std::thread::spawn(move || invoke(&environment, &config));
+        std::thread::sleep(after);
+        self.kill();
+        adding.join().unwrap()
+    }
+
+    /// Kills the agent.
+    pub fn kill(&mut self) {
+        self.agent = None;
+        std::mem::replace(&mut self.runtime, new_runtime()).shutdown_timeout(PATIENCE);
     }
 
     /// Where its root directory is.
@@ -178,6 +225,13 @@ impl Node {
         self.ask("ADD", Some(pod))
     }
 
+    /// ADD by the plugin, with ports of the host that lead to the pod as runtimes tell it.
+    pub fn add_with_ports(&self, pod: &Pod, ports: &Value) -> Result<Value, Value> {
+        let mut config = self.config(&no_result());
+        config["runtimeConfig"] = json!({ "portMappings": ports });
+        invoke(&environment("ADD", Some(pod)), &config)
+    }
+
     /// DEL by the plugin.
     pub fn delete(&self, pod: &Pod) -> Result<Value, Value> {
         self.ask("DEL", Some(pod))
@@ -206,8 +260,12 @@ impl Node {
         invoke(&environment(command, pod), &self.config(&no_result()))
     }
 
-    /// What the plugin is given at its standard input, after one with that result.
+    /// What the plugin is given at its standard input, after one with that result if there is another one.
     pub fn config(&self, previous: &Value) -> Value {
+        if self.is_primary {
+            return json!({"cniVersion": "1.1.0", "name": "portolan", "type": "portolan", "primary": true,
+                "agentSocket": self.socket()});
+        }
         json!({"cniVersion": "1.1.0", "name": "primary", "type": "portolan", "agentSocket": self.socket(),
             "prevResult": previous})
     }
@@ -257,6 +315,15 @@ impl Drop for Node {
 /// # Errors
 /// What the agent can't work without.
 pub async fn run_agent(root: PathBuf, client: kube::Client, shutdown: CancellationToken) -> Result<(), AgentError> {
+    run_as(false, root, client, shutdown).await
+}
+
+async fn run_as(
+    primary: bool,
+    root: PathBuf,
+    client: kube::Client,
+    shutdown: CancellationToken,
+) -> Result<(), AgentError> {
     let settings = Settings {
         node_name: NODE.into(),
         host_ip: VTEP,
@@ -264,6 +331,7 @@ pub async fn run_agent(root: PathBuf, client: kube::Client, shutdown: Cancellati
         cni_conf_dir: "/etc/cni/net.d".into(),
         cni_bin_dir: "/opt/cni/bin".into(),
         cni_plugin: root.join("plugin"),
+        primary,
         vxlan_port: 7789,
         wireguard_port: 7795,
         http_port: 0,
@@ -274,6 +342,10 @@ pub async fn run_agent(root: PathBuf, client: kube::Client, shutdown: Cancellati
     };
     let dataplane = Dataplane::new(root).with_underlay("/run/netns/host").with_programs("/");
     run_with(settings, client, dataplane, shutdown).await
+}
+
+fn new_runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap()
 }
 
 /// CNI's environment, as a container runtime sets it.

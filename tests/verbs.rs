@@ -18,6 +18,7 @@ mod egress;
 mod encrypted;
 mod many;
 mod policies;
+mod primary;
 mod scale;
 
 const IPV4: &[&str] = &["10.32.0.0/16"];
@@ -57,8 +58,12 @@ struct Interface {
 
 /// None if it isn't there.
 fn interface(node: &Node, pod: &Pod) -> Option<Interface> {
+    interface_called("eth1", node, pod)
+}
+
+fn interface_called(name: &str, node: &Node, pod: &Pod) -> Option<Interface> {
     let all: Vec<Value> = serde_json::from_str(&node.run_in(netns(pod), "ip -j address show")).unwrap();
-    let link = all.into_iter().find(|link| link["ifname"] == "eth1")?;
+    let link = all.into_iter().find(|link| link["ifname"] == name)?;
     let global = link["addr_info"].as_array().unwrap().iter().filter(|it| it["scope"] == "global");
     Some(Interface {
         index: link["ifindex"].as_u64().unwrap(),

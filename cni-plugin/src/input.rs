@@ -12,7 +12,7 @@ use std::{
 use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
 
-use crate::{Attachment, Command, Failure, PodName, Request};
+use crate::{Attachment, Command, Failure, PodName, PortMapping, Request};
 
 /// The versions of the specification that this executable speaks, in their order.
 pub const SUPPORTED_VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
@@ -41,6 +41,10 @@ pub(crate) struct Config {
     agent_socket: Value,
     #[serde(default, rename = "cni.dev/valid-attachments")]
     valid_attachments: Value,
+    #[serde(default)]
+    primary: Value,
+    #[serde(default)]
+    runtime_config: Value,
 }
 
 impl Environment {
@@ -74,6 +78,8 @@ impl Environment {
             interface: String::new(),
             pod: None,
             attachments: None,
+            primary: config.is_primary(),
+            port_mappings: Vec::new(),
         };
         if matches!(command, Command::Add | Command::Delete | Command::Check) {
             request.container = self.container()?;
@@ -82,6 +88,10 @@ impl Environment {
             request.pod = self.pod().or_else(|e| if command == Command::Add { Err(e) } else { Ok(None) })?;
         }
         match command {
+            _ if command != Command::Delete && !(config.primary.is_boolean() || config.primary.is_null()) => {
+                let given = config.primary.to_string();
+                return Err(Failure::input(Failure::INVALID_CONFIG, "primary", &given, "true, false"));
+            }
             Command::Add if request.pod.is_none() => {
                 let allowed = "K8S_POD_NAMESPACE=…;K8S_POD_NAME=…, as Kubernetes' container runtimes give it";
                 return Err(refused_variable("CNI_ARGS", self.get("CNI_ARGS", ARGS)?.unwrap_or_default(), allowed));
@@ -90,6 +100,7 @@ impl Environment {
                 return Err(refused_variable("CNI_NETNS", "", NETNS));
             }
             Command::Collect => request.attachments = config.attachments()?,
+            Command::Add if request.primary => request.port_mappings = config.port_mappings()?,
             _ => {}
         }
         Ok(request)
@@ -188,6 +199,36 @@ impl Config {
                 Err(Failure::input(Failure::INVALID_CONFIG, "agentSocket", &given.to_string(), &allowed))
             }
         }
+    }
+
+    /// Whether this is the node's own plugin, and chained after none.
+    pub(crate) fn is_primary(&self) -> bool {
+        self.primary == Value::Bool(true)
+    }
+
+    fn port_mappings(&self) -> Result<Vec<PortMapping>, Failure> {
+        let field = "runtimeConfig.portMappings";
+        let refused = |given: &Value| {
+            let allowed = "a list of objects with hostPort and containerPort from 1 to 65535, protocol tcp, udp or sctp, and hostIP, an address or nothing";
+            Failure::input(Failure::INVALID_CONFIG, field, &given.to_string(), allowed)
+        };
+        let given = match self.runtime_config.get("portMappings") {
+            None | Some(Value::Null) => return Ok(Vec::new()),
+            Some(given) => given,
+        };
+        let one = |mut mapping: Value| {
+            // Runtimes say "no address" in this way, too, and protocols as Kubernetes writes them.
+            if mapping["hostIP"] == "" {
+                mapping["hostIP"] = Value::Null;
+            }
+            if let Some(protocol) = mapping["protocol"].as_str() {
+                mapping["protocol"] = protocol.to_ascii_lowercase().into();
+            }
+            let parsed: PortMapping = serde_json::from_value(mapping).ok()?;
+            (parsed.host_port != 0 && parsed.container_port != 0).then_some(parsed)
+        };
+        let list = given.as_array().filter(|list| list.iter().all(Value::is_object)).ok_or_else(|| refused(given))?;
+        list.iter().map(|mapping| one(mapping.clone()).ok_or_else(|| refused(mapping))).collect()
     }
 
     fn attachments(&self) -> Result<Option<Vec<Attachment>>, Failure> {

@@ -1,17 +1,19 @@
-//! The CNI executable (specification 1.1.0), chained after the node's own plugin, and its protocol to the node's agent.
+//! The CNI executable (specification 1.1.0), chained after the node's own plugin or in its place, and its protocol to the node's agent.
 //!
 //! The executable reads what the container runtime gives it, asks the agent over a Unix socket and passes the previous plugin's
-//! result on unchanged. It keeps no state: an agent that is down makes ADD say "try again later" and lets DEL succeed, because
+//! result on unchanged; where there is no other plugin (`primary`) the result is the agent's. It keeps no state: an agent that is down makes ADD say "try again later" and lets DEL succeed, because
 //! the agent compares its ports with the pods' namespaces that are still there, and collects the rest by itself.
 
 mod agent;
 mod failure;
 mod input;
 mod protocol;
+mod result;
 
 pub use failure::Failure;
 pub use input::{DEFAULT_SOCKET, Environment, SUPPORTED_VERSIONS};
-pub use protocol::{Answer, Attachment, Command, PodName, Request};
+pub use protocol::{Answer, Attachment, Command, PodName, PortMapping, Request, Transport};
+pub use result::{Attached, Interface, Ip, Route};
 
 use std::io::{Read, Write};
 
@@ -48,24 +50,32 @@ fn answer(environment: &Environment, stdin: &mut dyn Read, version: &mut String)
     config.check_version(command)?;
     let request = environment.request(command, &config)?;
     let passed_on = match command {
+        _ if request.primary => None,
         Command::Add => Some(config.previous_result()?),
         Command::Check => config.previous_result().map(|_| None)?,
         _ => None,
     };
-    ask(&config, &request)?;
+    let attached = ask(&config, &request)?;
+    if request.primary && command == Command::Add {
+        let attached = attached.ok_or_else(|| {
+            let msg = "Portolan's agent did not say what it gave the pod: it is of another release than this plugin";
+            Failure::new(Failure::TRY_AGAIN, msg, agent::HINT)
+        })?;
+        return Ok(Some(attached.to_json(version).to_string()));
+    }
     Ok(passed_on.map(|result: Box<RawValue>| result.get().to_owned()))
 }
 
-fn ask(config: &Config, request: &Request) -> Result<(), Failure> {
+fn ask(config: &Config, request: &Request) -> Result<Option<Attached>, Failure> {
     let socket = match config.socket() {
         // Nothing can have been plugged in by such a configuration.
-        Err(_) if request.command == Command::Delete => return Ok(()),
+        Err(_) if request.command == Command::Delete => return Ok(None),
         socket => socket?,
     };
     match (request.command, agent::ask(&socket, request)) {
-        (_, Ok(Answer { error: None })) => Ok(()),
-        (_, Ok(Answer { error: Some(failure) })) => Err(failure),
-        (Command::Delete | Command::Collect, Err(_)) => Ok(()),
+        (_, Ok(Answer { error: None, result })) => Ok(result),
+        (_, Ok(Answer { error: Some(failure), .. })) => Err(failure),
+        (Command::Delete | Command::Collect, Err(_)) => Ok(None),
         (Command::Status, Err(e)) => Err(Failure::new(Failure::NOT_AVAILABLE, e.to_string(), agent::HINT)),
         (_, Err(e)) => Err(Failure::new(Failure::TRY_AGAIN, e.to_string(), agent::HINT)),
     }

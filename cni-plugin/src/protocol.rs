@@ -2,9 +2,11 @@
 //!
 //! An executable of an older release may ask a newer agent: fields are only ever added, with a default.
 
+use std::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
 
-use crate::Failure;
+use crate::{Attached, Failure};
 
 /// What the container runtime asks for (`CNI_COMMAND`).
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -50,6 +52,41 @@ pub struct Request {
     /// GC: what is still there, if the runtime told it.
     #[serde(default)]
     pub attachments: Option<Vec<Attachment>>,
+    /// Whether no other plugin has given the pod its interface.
+    #[serde(default)]
+    pub primary: bool,
+    /// ADD: which ports of the host lead to the pod.
+    #[serde(default)]
+    pub port_mappings: Vec<PortMapping>,
+}
+
+/// A port of the host that leads to the pod, as runtimes tell it (`runtimeConfig.portMappings`, CNI's conventions for well-known capabilities).
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PortMapping {
+    /// The host's port.
+    pub host_port: u16,
+    /// The pod's.
+    pub container_port: u16,
+    /// Of which protocol.
+    #[serde(default)]
+    pub protocol: Transport,
+    /// At which of the host's addresses; at all if none is named.
+    #[serde(default, rename = "hostIP")]
+    pub host_ip: Option<IpAddr>,
+}
+
+/// A protocol that has ports.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// RFC 9293.
+    #[default]
+    Tcp,
+    /// RFC 768.
+    Udp,
+    /// RFC 9260.
+    Sctp,
 }
 
 /// Which pod a container is for.
@@ -81,4 +118,7 @@ pub struct Answer {
     /// What went wrong; nothing if all went well.
     #[serde(default)]
     pub error: Option<Failure>,
+    /// ADD where no other plugin has given the pod its interface: what it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<Attached>,
 }

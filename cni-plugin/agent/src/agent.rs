@@ -32,6 +32,7 @@ use crate::{
     network::Underlay,
     paths::SmallPaths,
     peers::{self, Peers},
+    primary::{self, Primary},
     resolver::Resolvers,
     server,
     settings::{SOCKET, Settings},
@@ -89,6 +90,8 @@ pub(crate) struct Agent {
     /// The first of the two UDP ports of WireGuard, the same on all nodes.
     pub wireguard_port: u16,
     pub addresses: Addresses,
+    /// The pod network, where no other plugin makes it.
+    pub primary: Primary,
     pub events: Events,
     pub metrics: Metrics,
     pub peers: Peers,
@@ -147,7 +150,8 @@ pub async fn run_with(
         tokio::spawn(server::run(Arc::clone(&agent), listener, shutdown.clone())),
         tokio::spawn(collect::run(Arc::clone(&agent), shutdown.clone())),
         // Only now: a runtime that finds the plugin also finds the agent.
-        tokio::spawn(keep_conflist(settings.clone(), shutdown.clone())),
+        tokio::spawn(keep_conflist(Arc::clone(&agent), settings.clone(), shutdown.clone())),
+        tokio::spawn(primary::run(Arc::clone(&agent), shutdown.clone())),
     ];
     // Names don't wait for the API server.
     let mut resolvers = Resolvers::resume(
@@ -162,8 +166,7 @@ pub async fn run_with(
         () = shutdown.cancelled() => return Ok(()),
     }
     agent.synced.store(true, Ordering::Relaxed);
-    health.set_ready(true);
-    tracing::info!(node = agent.cluster.node, "ready");
+    tasks.push(tokio::spawn(become_ready(Arc::clone(&agent), health.clone(), shutdown.clone())));
     if let Some(servers) = upstream(&agent, &settings).await {
         let address = servers.iter().find_map(|server| match server.ip() {
             IpAddr::V4(address) => Some(address),
@@ -201,11 +204,13 @@ async fn prepare(
     let underlay = Underlay { vtep: settings.host_ip, port: settings.vxlan_port, mtu };
     let journal = Arc::new(Journal::open(settings.journal())?);
     conflist::install_plugin(&settings.cni_plugin, &settings.on_host(&settings.cni_bin_dir))?;
+    let primary = Primary::open(settings, underlay, client.clone(), shutdown)?;
     let changed = Arc::new(Notify::new());
     let cluster = Arc::new(Cluster::watch(client.clone(), &settings.node_name, &changed, shutdown));
     Ok(Agent {
         addresses: Addresses::new(Arc::clone(&cluster), Arc::clone(&journal)),
         cluster,
+        primary,
         namespace: portolan_runtime::namespace(),
         dataplane,
         underlay,
@@ -224,6 +229,16 @@ async fn prepare(
         redirect: OnceLock::new(),
         synced: AtomicBool::new(false),
     })
+}
+
+/// All that the pod network waits for is told by its own words; networks don't wait for it.
+async fn become_ready(agent: Arc<Agent>, health: Health, shutdown: CancellationToken) {
+    tokio::select! {
+        () = agent.primary.wait_until_served() => {}
+        () = shutdown.cancelled() => return,
+    }
+    health.set_ready(true);
+    tracing::info!(node = agent.cluster.node, "ready");
 }
 
 /// The DNS server for everyone, if there shall be one.
@@ -253,13 +268,17 @@ async fn upstream(agent: &Agent, settings: &Settings) -> Option<Vec<SocketAddr>>
     None
 }
 
-async fn keep_conflist(settings: Settings, shutdown: CancellationToken) {
+async fn keep_conflist(agent: Arc<Agent>, settings: Settings, shutdown: CancellationToken) {
     let directory = settings.on_host(&settings.cni_conf_dir);
+    // The kubelet takes a node for ready that has a configuration.
+    tokio::select! {
+        () = agent.primary.wait_until_served() => {}
+        () = shutdown.cancelled() => return,
+    }
+    let write = if settings.primary { conflist::write_alone } else { conflist::update };
     loop {
-        match conflist::update(&directory, SOCKET) {
-            Ok(true) => {
-                tracing::info!(directory = %directory.display(), "{} follows the node's own configuration", conflist::FILE)
-            }
+        match write(&directory, SOCKET) {
+            Ok(true) => tracing::info!(directory = %directory.display(), "{} written", conflist::FILE),
             Ok(false) => {}
             Err(error) => tracing::warn!(%error, "the container runtime's configuration stays as it is"),
         }

@@ -59,12 +59,12 @@ impl Cluster {
         let own_pods = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
         let all = watcher::Config::default;
         Self {
-            pods: follow(Api::all(client.clone()), own_pods, changed, shutdown),
-            networks: follow(Api::all(client.clone()), all(), changed, shutdown),
-            slices: follow(Api::all(client.clone()), all(), changed, shutdown),
-            claims: follow(Api::all(client.clone()), all(), changed, shutdown),
-            policies: follow(Api::all(client.clone()), all(), changed, shutdown),
-            namespaces: follow(Api::all(client.clone()), all(), changed, shutdown),
+            pods: follow(Api::all(client.clone()), own_pods, wholly, changed, shutdown),
+            networks: follow(Api::all(client.clone()), all(), wholly, changed, shutdown),
+            slices: follow(Api::all(client.clone()), all(), wholly, changed, shutdown),
+            claims: follow(Api::all(client.clone()), all(), wholly, changed, shutdown),
+            policies: follow(Api::all(client.clone()), all(), wholly, changed, shutdown),
+            namespaces: follow(Api::all(client.clone()), all(), wholly, changed, shutdown),
             client,
             node: node.to_owned(),
             node_reference: OnceCell::new(),
@@ -165,14 +165,24 @@ impl Cluster {
     }
 }
 
-fn follow<K>(api: Api<K>, config: watcher::Config, changed: &Arc<Notify>, shutdown: &CancellationToken) -> Store<K>
+/// What is seen is kept as it is.
+fn wholly<K>(_: &mut K) {}
+
+/// Keeps all objects of a kind up to date, each as `slim` leaves it; `changed` is told of each change.
+pub(crate) fn follow<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    slim: fn(&mut K),
+    changed: &Arc<Notify>,
+    shutdown: &CancellationToken,
+) -> Store<K>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
     K::DynamicType: Hash + Eq + Clone,
 {
     let (store, writer) = reflector::store();
     let (changed, shutdown) = (Arc::clone(changed), shutdown.clone());
-    let events = watcher(api, config).default_backoff().reflect(writer);
+    let events = watcher(api, config).default_backoff().modify(slim).reflect(writer);
     tokio::spawn(async move {
         let mut events = std::pin::pin!(events.take_until(shutdown.cancelled_owned()));
         while let Some(event) = events.next().await {

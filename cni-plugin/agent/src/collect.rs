@@ -71,6 +71,9 @@ pub(crate) async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
                 Ok(true) => agent.changed.notify_one(),
                 Err(error) => tracing::warn!(%error, "not all that is left over could be collected"),
             }
+            if let Err(error) = agent.primary.collect(&agent.dataplane).await {
+                tracing::warn!(%error, "not all that is left over of the pod network could be collected");
+            }
         }
         tokio::select! {
             () = tokio::time::sleep(INTERVAL) => {}

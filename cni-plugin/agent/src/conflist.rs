@@ -1,4 +1,4 @@
-//! The container runtime's configuration: the node's own first one, with Portolan's plugin at its end.
+//! The container runtime's configuration: the node's own first one, with Portolan's plugin at its end, or Portolan's plugin alone.
 
 use std::{
     fs, io,
@@ -11,6 +11,8 @@ use serde_json::{Map, Value, json};
 pub const FILE: &str = "00-portolan.conflist";
 /// The plugin's name in the CNI bin directory, and its `type`.
 pub const PLUGIN: &str = "portolan";
+/// The name of the network that pods are on where there is no other plugin.
+const NETWORK: &str = "portolan";
 /// The version for a configuration that names none: the oldest that chains as we need it.
 const FALLBACK_VERSION: &str = "0.4.0";
 
@@ -47,7 +49,6 @@ fn file_error(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Co
 /// # Errors
 /// When a file can't be read or written; what was there then stays.
 pub fn update(directory: &Path, socket: &str) -> Result<bool, ConflistError> {
-    let target = directory.join(FILE);
     let wanted = match primary(directory)? {
         Some(path) => {
             let text = fs::read_to_string(&path).map_err(file_error(&path, "read"))?;
@@ -56,11 +57,31 @@ pub fn update(directory: &Path, socket: &str) -> Result<bool, ConflistError> {
         }
         None => None,
     };
+    replace(directory, wanted.as_deref())
+}
+
+/// Writes the conflist of a node without another plugin, unless it is there. Returns whether anything changed.
+///
+/// # Errors
+/// When a file can't be read or written; what was there then stays.
+pub fn write_alone(directory: &Path, socket: &str) -> Result<bool, ConflistError> {
+    // 1.0.0, as runtimes that don't know 1.1.0 refuse what says so.
+    let plugin = json!({
+        "type": PLUGIN, "primary": true, "agentSocket": socket, "capabilities": { "portMappings": true },
+    });
+    let list = json!({ "cniVersion": "1.0.0", "name": NETWORK, "plugins": [plugin] });
+    fs::create_dir_all(directory).map_err(file_error(directory, "make directory"))?;
+    replace(directory, Some(&format!("{list:#}\n")))
+}
+
+/// Makes the conflist what is wanted: none, or that.
+fn replace(directory: &Path, wanted: Option<&str>) -> Result<bool, ConflistError> {
+    let target = directory.join(FILE);
     let present = match fs::read_to_string(&target) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => None,
         other => Some(other.map_err(file_error(&target, "read"))?),
     };
-    if wanted == present {
+    if wanted == present.as_deref() {
         return Ok(false);
     }
     match wanted {

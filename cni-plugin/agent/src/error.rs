@@ -78,6 +78,14 @@ pub(crate) enum PlugError {
     NoPod(String),
     #[error("the agent has not heard from the API server yet")]
     NotSynced,
+    #[error("the pod network is not made on this node yet: {reason}")]
+    NoPodNetwork { reason: String },
+    #[error("each pod's address of {block}, which Node's spec.podCIDRs gives this node, is in use")]
+    NoPodAddress { block: IpNet },
+    #[error(
+        "the configuration says primary, but this node's agent is to leave the pod network to another plugin (network.primary.enabled)"
+    )]
+    NotPrimary,
     #[error("the pod's networks are being changed")]
     Busy,
     #[error("network {network}: its nftables rules are not those that its policies need; they are put back now")]
@@ -107,7 +115,9 @@ impl PlugError {
             | Self::NoEgress { .. }
             | Self::ForeignGateway { .. }
             | Self::Overlap { .. } => Failure::ANNOTATION,
+            Self::NotPrimary => Failure::INVALID_CONFIG,
             Self::NoAddress { .. }
+            | Self::NoPodAddress { .. }
             | Self::ForeignClaim { .. }
             | Self::ForeignBlock { .. }
             | Self::GatewaysAddress { .. }
@@ -117,6 +127,7 @@ impl PlugError {
             | Self::AddressInUse { .. }
             | Self::NoPod(_)
             | Self::NotSynced
+            | Self::NoPodNetwork { .. }
             | Self::Busy
             | Self::NoNamespace(_)
             | Self::Api(_) => Failure::TRY_AGAIN,

@@ -1,17 +1,18 @@
 //! Which pods are plugged in here: one file an endpoint, written before the kernel is touched and removed after.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs, io,
-    io::Write,
+    collections::BTreeSet,
     net::{IpAddr, Ipv4Addr},
-    path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
 };
 
 use ipnet::IpNet;
 use portolan_net::{Allowed, BRIDGE_ADDRESS, Bandwidth, Mac, PortSpec, port_name};
 use serde::{Deserialize, Serialize};
+
+pub use crate::store::JournalError;
+use crate::store::{Kept, Store};
 
 /// One interface of one pod of this node.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -114,20 +115,16 @@ impl Endpoint {
     }
 }
 
-/// The journal can't be read or written.
-#[derive(Debug, thiserror::Error)]
-#[error("journal {path}: {action}: {source}")]
-pub struct JournalError {
-    path: PathBuf,
-    action: &'static str,
-    source: io::Error,
+impl Kept for Endpoint {
+    fn id(&self) -> String {
+        Self::id(self)
+    }
 }
 
 /// All endpoints of this node.
 #[derive(Debug)]
 pub struct Journal {
-    directory: PathBuf,
-    endpoints: Mutex<BTreeMap<String, Endpoint>>,
+    endpoints: Store<Endpoint>,
     gone: Mutex<BTreeSet<Gone>>,
 }
 
@@ -140,22 +137,7 @@ impl Journal {
     /// # Errors
     /// When it can't be read. A file that is no endpoint is an error too: forgetting one would give its address away twice.
     pub fn open(directory: impl Into<PathBuf>) -> Result<Self, JournalError> {
-        let directory = directory.into();
-        let fail = |path: &Path, action, source| JournalError { path: path.to_owned(), action, source };
-        fs::create_dir_all(&directory).map_err(|e| fail(&directory, "make directory", e))?;
-        let mut endpoints = BTreeMap::new();
-        for entry in fs::read_dir(&directory).map_err(|e| fail(&directory, "list", e))? {
-            let path = entry.map_err(|e| fail(&directory, "list", e))?.path();
-            if path.extension().is_none_or(|e| e != "json") {
-                // Left by a writer that was killed: it was never part of the journal.
-                fs::remove_file(&path).map_err(|e| fail(&path, "remove", e))?;
-                continue;
-            }
-            let bytes = fs::read(&path).map_err(|e| fail(&path, "read", e))?;
-            let endpoint: Endpoint = serde_json::from_slice(&bytes).map_err(|e| fail(&path, "read", e.into()))?;
-            endpoints.insert(endpoint.id(), endpoint);
-        }
-        Ok(Self { directory, endpoints: Mutex::new(endpoints), gone: Mutex::default() })
+        Ok(Self { endpoints: Store::open(directory)?, gone: Mutex::default() })
     }
 
     /// Adds or replaces an endpoint; it is on disk when this returns.
@@ -163,18 +145,7 @@ impl Journal {
     /// # Errors
     /// When it can't be written; then it isn't in the journal.
     pub fn put(&self, endpoint: Endpoint) -> Result<(), JournalError> {
-        let path = self.path(&endpoint.id());
-        let temporary = path.with_extension("new");
-        let write = || {
-            let mut file = fs::File::create(&temporary)?;
-            file.write_all(&serde_json::to_vec_pretty(&endpoint)?)?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)?;
-            fs::File::open(&self.directory)?.sync_all()
-        };
-        write().map_err(|source| JournalError { path: path.clone(), action: "write", source })?;
-        self.lock().insert(endpoint.id(), endpoint);
-        Ok(())
+        self.endpoints.put(endpoint)
     }
 
     /// Forgets an endpoint; it is right if it isn't there.
@@ -182,14 +153,7 @@ impl Journal {
     /// # Errors
     /// When its file can't be removed; then it stays in the journal.
     pub fn remove(&self, id: &str) -> Result<(), JournalError> {
-        let path = self.path(id);
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(JournalError { path, action: "remove", source });
-            }
-            _ => {}
-        }
-        if let Some(gone) = self.lock().remove(id) {
+        if let Some(gone) = self.endpoints.remove(id)? {
             let mut all = self.gone.lock().unwrap_or_else(PoisonError::into_inner);
             all.extend(gone.identities().map(|(address, mac)| (gone.vni, address, mac)));
         }
@@ -203,21 +167,14 @@ impl Journal {
 
     /// All endpoints, or those that are chosen.
     pub fn select(&self, chosen: impl Fn(&Endpoint) -> bool) -> Vec<Endpoint> {
-        self.lock().values().filter(|e| chosen(e)).cloned().collect()
-    }
-
-    fn path(&self, id: &str) -> PathBuf {
-        self.directory.join(format!("{id}.json"))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Endpoint>> {
-        // Every change under this lock is a single insertion or removal: a panic can't leave half of one.
-        self.endpoints.lock().unwrap_or_else(PoisonError::into_inner)
+        self.endpoints.select(chosen)
     }
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::fs;
+
     use portolan_net::Limit;
 
     use super::*;

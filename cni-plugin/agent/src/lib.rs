@@ -33,10 +33,12 @@ mod paths;
 mod peers;
 mod plug;
 mod pod;
+mod primary;
 mod rotation;
 mod server;
 mod settings;
 mod slices;
+mod store;
 mod sync;
 mod turns;
 

@@ -3,13 +3,14 @@
 use std::{
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Instant,
 };
 
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Resource, ResourceExt};
-use portolan_cni::{Answer, Attachment, Command, Failure, Request};
+use portolan_cni::{Answer, Attached, Attachment, Command, Failure, Request};
 use portolan_crds::NETWORKS_ANNOTATION;
 use portolan_net::{Allowed, Mac, block_of, endpoint_mac, gateway, is_endpoint_mac};
 
@@ -32,10 +33,10 @@ impl Agent {
         let started = Instant::now();
         let result = match request.command {
             Command::Add => self.add(&request).await,
-            Command::Delete => self.delete(&request).await,
-            Command::Check => self.check(&request.container).await,
-            Command::Collect => self.collect_unlisted(request.attachments.as_deref()).await,
-            Command::Status | Command::Version => self.status(),
+            Command::Delete => self.delete(&request).await.map(|()| None),
+            Command::Check => self.check(&request).await.map(|()| None),
+            Command::Collect => self.collect_unlisted(request.attachments.as_deref()).await.map(|()| None),
+            Command::Status | Command::Version => self.status().await.map(|()| None),
         };
         if request.command == Command::Add {
             self.metrics.cni_add.observe(started.elapsed().as_secs_f64());
@@ -43,32 +44,68 @@ impl Agent {
         if let Err(failure) = &result {
             tracing::warn!(command = ?request.command, container = request.container, code = failure.code, msg = failure.msg, "refused");
         }
-        Answer { error: result.err() }
+        match result {
+            Ok(result) => Answer { result, error: None },
+            Err(failure) => Answer { result: None, error: Some(failure) },
+        }
     }
 
-    async fn add(&self, request: &Request) -> Result<(), Failure> {
+    async fn add(&self, request: &Request) -> Result<Option<Attached>, Failure> {
         let (Some(name), Some(netns)) = (&request.pod, &request.netns) else {
             let msg = "the request names no pod or no network namespace";
             return Err(Failure::new(Failure::INVALID_ENVIRONMENT, msg, ""));
         };
         let pod = self.cluster.pod(name).await.map_err(|e| e.failure())?;
+        if !request.primary {
+            return self.add_to_networks(&request.container, netns, &pod).await.map(|()| None);
+        }
+        let (attached, is_new) = match self.attach_if_primary(request, netns.as_ref(), &pod).await {
+            Ok(attached) => attached,
+            Err(error) => return Err(self.refuse(&pod, &error).await),
+        };
+        if let Err(failure) = self.add_to_networks(&request.container, netns, &pod).await {
+            if is_new && let Err(error) = self.detach(&request.container).await {
+                tracing::warn!(pod = pod.name_any(), %error, "what was made of a refused pod stays for the collection");
+            }
+            return Err(failure);
+        }
+        Ok(Some(attached))
+    }
+
+    async fn attach_if_primary(
+        &self,
+        request: &Request,
+        netns: &Path,
+        pod: &Pod,
+    ) -> Result<(Attached, bool), PlugError> {
+        match self.primary.is_enabled() {
+            true => self.attach(request, netns, pod).await,
+            false => Err(PlugError::NotPrimary),
+        }
+    }
+
+    /// Tells the pod's Events why it can't be plugged in, and returns what the runtime is told.
+    async fn refuse(&self, pod: &Pod, error: &PlugError) -> Failure {
+        self.events.warning(&pod.object_ref(&()), "NotPlugged", "Plug", &error.to_string()).await;
+        error.failure()
+    }
+
+    /// Plugs a pod into the networks that its annotation names.
+    async fn add_to_networks(&self, container: &str, netns: &str, pod: &Arc<Pod>) -> Result<(), Failure> {
         let Some(text) = pod.annotations().get(NETWORKS_ANNOTATION) else { return Ok(()) };
-        for error in names::errors(&pod) {
+        for error in names::errors(pod) {
             self.events.warning(&pod.object_ref(&()), "NameLeftOut", "Plug", &error.to_string()).await;
         }
         let Some(_busy) = self.busy.enter(&pod.uid().unwrap_or_default()) else {
             return Err(PlugError::Busy.failure());
         };
-        match self.plug(&request.container, netns.into(), &pod, text).await {
-            Ok(()) if missed::is_missed(&pod, &self.namespace) && self.redirect.get().is_none() => {
-                self.events.warning(&pod.object_ref(&()), missed::REASON, "Plug", &missed::message(&pod)).await;
+        match self.plug(container, netns.into(), pod, text).await {
+            Ok(()) if missed::is_missed(pod, &self.namespace) && self.redirect.get().is_none() => {
+                self.events.warning(&pod.object_ref(&()), missed::REASON, "Plug", &missed::message(pod)).await;
                 Ok(())
             }
             Ok(()) => Ok(()),
-            Err(error) => {
-                self.events.warning(&pod.object_ref(&()), "NotPlugged", "Plug", &error.to_string()).await;
-                Err(error.failure())
-            }
+            Err(error) => Err(self.refuse(pod, &error).await),
         }
     }
 
@@ -264,7 +301,9 @@ impl Agent {
         if let Some(uid) = request.pod.as_ref().and_then(|pod| pod.uid.as_deref()) {
             self.unplug_container(&hotplug::container_of(uid)).await?;
         }
-        self.unplug_container(&request.container).await
+        self.unplug_container(&request.container).await?;
+        // Whatever the configuration says by now: the pod may have been plugged in under another one.
+        self.detach(&request.container).await.map_err(|e| PlugError::from(e).failure())
     }
 
     async fn unplug_container(&self, container: &str) -> Result<(), Failure> {
@@ -274,8 +313,11 @@ impl Agent {
         Ok(())
     }
 
-    async fn check(&self, container: &str) -> Result<(), Failure> {
-        for endpoint in self.journal.select(|e| e.container == container) {
+    async fn check(&self, request: &Request) -> Result<(), Failure> {
+        if request.primary {
+            self.check_attached(request).await?;
+        }
+        for endpoint in self.journal.select(|e| e.container == request.container) {
             let checked = self.dataplane.check_port(&endpoint.port()).await;
             checked.map_err(|e| Failure::new(Failure::NOT_PLUGGED, e.to_string(), ""))?;
             if !self.has_its_rules(&*self.applied.read().await, endpoint.vni) {
@@ -289,6 +331,7 @@ impl Agent {
     /// GC: what the runtime doesn't list is gone. Without a list, nothing is.
     async fn collect_unlisted(&self, attachments: Option<&[Attachment]>) -> Result<(), Failure> {
         let Some(listed) = attachments else { return Ok(()) };
+        self.detach_unlisted(listed).await.map_err(|e| PlugError::from(e).failure())?;
         // The runtime knows nothing of those that it asked no ADD for: they go with their namespace.
         let unlisted =
             |e: &Endpoint| listed.iter().all(|a| a.container != e.container) && !hotplug::is_ours(&e.container);
@@ -298,11 +341,9 @@ impl Agent {
         Ok(())
     }
 
-    fn status(&self) -> Result<(), Failure> {
-        if self.is_synced() {
-            return Ok(());
-        }
-        Err(Failure::new(Failure::NOT_AVAILABLE, PlugError::NotSynced.to_string(), ""))
+    async fn status(&self) -> Result<(), Failure> {
+        let serving = if self.is_synced() { self.check_serving().await } else { Err(PlugError::NotSynced) };
+        serving.map_err(|error| Failure::new(Failure::NOT_AVAILABLE, error.to_string(), ""))
     }
 }
 

@@ -65,7 +65,7 @@ async fn serve(agent: &Agent, stream: UnixStream) -> io::Result<()> {
     tokio::time::timeout(PATIENCE, reader.read_line(&mut line)).await??;
     let answer = match parse(&line) {
         Ok(request) => agent.answer(request).await,
-        Err(failure) => Answer { error: Some(failure) },
+        Err(failure) => Answer { error: Some(failure), result: None },
     };
     let mut text = serde_json::to_vec(&answer)?;
     text.push(b'\n');

@@ -13,6 +13,10 @@ use crate::conflist::{self, ConflistError};
 pub(crate) const SOCKET: &str = "/run/portolan/cni.sock";
 /// Where the journal is, as the host sees it.
 const JOURNAL: &str = "/var/lib/portolan/network/endpoints";
+/// Where the pods on the pod network are, as the host sees it.
+const PODS: &str = "/var/lib/portolan/network/pods";
+/// Which of their addresses were given last, as the host sees it.
+const LAST_POD: &str = "/var/lib/portolan/network/last-pod.json";
 /// Where the names that were known last are, as the host sees it.
 const NAMES: &str = "/var/lib/portolan/network/names.json";
 /// Where this node's private keys are, as the host sees it.
@@ -39,6 +43,9 @@ pub struct Settings {
     /// The CNI plugin to install, in this image.
     #[arg(long, default_value = "/portolan-cni")]
     pub cni_plugin: PathBuf,
+    /// Portolan is the container runtime's only plugin, and makes the pod network of the cluster, too.
+    #[arg(long)]
+    pub primary: bool,
     /// UDP port of the tunnels, the same on all nodes.
     #[arg(long, default_value_t = 7789)]
     pub vxlan_port: u16,
@@ -71,6 +78,14 @@ impl Settings {
 
     pub(crate) fn journal(&self) -> PathBuf {
         self.on_host(JOURNAL)
+    }
+
+    pub(crate) fn pods(&self) -> PathBuf {
+        self.on_host(PODS)
+    }
+
+    pub(crate) fn last_pod(&self) -> PathBuf {
+        self.on_host(LAST_POD)
     }
 
     pub(crate) fn names(&self) -> PathBuf {

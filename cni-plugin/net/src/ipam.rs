@@ -120,6 +120,18 @@ pub fn free_address(subnet: IpNet, own: &[IpNet], used: &BTreeSet<IpAddr>) -> Op
     of_subnet.flat_map(|block| usable(subnet, *block)).find(|address| !used.contains(address))
 }
 
+/// The next address of a block to give to a pod: the first free one after that which was given last, so that one that was given back is given
+/// again as late as can be; none when all are in use.
+pub fn next_address(block: IpNet, used: &BTreeSet<IpAddr>, last: Option<IpAddr>) -> Option<IpAddr> {
+    let first = number(gateway(block)) + 1;
+    let end = number(block.broadcast()) + u128::from(block.addr().is_ipv6());
+    let size = end.checked_sub(first).filter(|size| *size > 0)?;
+    let after = last.filter(|last| block.contains(last)).map_or(0, |last| (number(last) + 1).saturating_sub(first));
+    // Of more candidates than there are addresses in use one is free.
+    let candidates = 0..size.min(used.len() as u128 + 1);
+    candidates.map(|n| address(first + (after + n) % size, block)).find(|address| !used.contains(address))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -150,6 +162,33 @@ mod tests {
                 assert!(usable(subnet, block).all(|address| block_of(subnet, address) == Some(block)));
             }
         }
+    }
+
+    #[test]
+    fn addresses_are_given_in_turn() {
+        for (block, size) in [("10.244.1.0/29", 5), ("fd44::/125", 6)] {
+            let (block, mut used, mut last) = (net(block), BTreeSet::new(), None);
+            for _ in 0..size {
+                last = next_address(block, &used, last);
+                assert!(used.insert(last.unwrap()), "{last:?} was given twice");
+            }
+            assert!(used.iter().all(|it| usable(block, block).any(|usable| usable == *it)));
+            assert_eq!(next_address(block, &used, last), None);
+            let all: Vec<IpAddr> = used.iter().copied().collect();
+            for back in [all[1], all[3]] {
+                used.remove(&back);
+            }
+            let next = next_address(block, &used, Some(all[2]));
+            assert_eq!((next, next_address(block, &used, next)), (Some(all[3]), Some(all[1])), "after the last");
+            assert_eq!(next_address(block, &BTreeSet::new(), Some(all[size - 1])), Some(all[0]), "from the beginning");
+            assert_eq!(next_address(block, &BTreeSet::new(), Some("10.9.9.9".parse().unwrap())), Some(all[0]));
+        }
+        for tiny in ["10.244.1.0/30", "10.244.1.0/31", "10.244.1.0/32", "fd44::/127", "fd44::/128"] {
+            let given = next_address(net(tiny), &BTreeSet::new(), None);
+            assert_eq!(given.is_some(), tiny == "10.244.1.0/30", "{tiny}: {given:?}");
+        }
+        let large = (net("fd44::/16"), "fd44:ffff:ffff:ffff:ffff:ffff:ffff:ffff".parse().unwrap());
+        assert_eq!(next_address(large.0, &BTreeSet::new(), Some(large.1)), Some("fd44::2".parse().unwrap()));
     }
 
     #[test]

@@ -40,7 +40,7 @@ pub use filter::{Filter, PortFilter, Protocol, Rule, Service};
 pub use forwarding::{Change, Forwarder, Forwarding, Here, Known, Peer};
 pub use generation::Generation;
 pub use guard::Allowed;
-pub use ipam::{AddressError, block_of, block_prefix, blocks, free_address, free_block, gateway, usable};
+pub use ipam::{AddressError, block_of, block_prefix, blocks, free_address, free_block, gateway, next_address, usable};
 pub use mac::{Mac, MacError, endpoint_mac, is_endpoint_mac, port_name};
 pub use multicast::Multicast;
 pub use namespace::Namespace;
@@ -49,7 +49,9 @@ pub use path::Outcome;
 pub use paths::Paths;
 pub use ping::{Heard, Pinger};
 pub use port::PortSpec;
-pub use primary::{HostPort, OtherNode, POD_GATEWAY, POD_GATEWAY_IPV6, PodNetwork, PodSpec, pod_link, pod_mac};
+pub use primary::{
+    HostPort, OtherNode, POD_GATEWAY, POD_GATEWAY_IPV6, POD_GATEWAY_MAC, PodNetwork, PodSpec, pod_link, pod_mac,
+};
 pub use wireguard::{KeyError, PrivateKey, PublicKey};
 
 use std::net::Ipv4Addr;

@@ -68,7 +68,7 @@ impl PodSpec {
     }
 
     /// The gateway of each family that the pod has, and what it reaches by it.
-    fn routes(&self) -> Vec<(IpNet, IpAddr)> {
+    pub fn routes(&self) -> Vec<(IpNet, IpAddr)> {
         let everywhere = self.addresses.iter().map(|address| match address {
             IpAddr::V4(_) => IpNet::V4(Ipv4Net::default()),
             IpAddr::V6(_) => IpNet::V6(Ipv6Net::default()),
