@@ -3,7 +3,7 @@
 # (lib/cluster.sh: seed) and has mounted /run, /var/lib/{kubelet,containerd} and the cgroup file systems.
 
 # shellcheck source=/dev/null
-. /etc/lab/env   # NODE K NODES NET POD SVC POOL BIN LOGS
+. /etc/lab/env   # NODE K NODES NET POD SVC POOL CNI BIN LOGS
 export PATH=$BIN:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 NODE_IP=$NET.$((10 + K))
 
@@ -41,12 +41,16 @@ node_network() {
   ip link set eth0 up
   ip route add default via "$NET.1"
   for other in $(seq "$NODES"); do
-    [ "$other" = "$K" ] || ip route add "$POD.$other.0/24" via "$NET.$((10 + other))"
+    [ "$CNI" = none ] || [ "$other" = "$K" ] || ip route add "$POD.$other.0/24" via "$NET.$((10 + other))"
   done
   echo 1 > /proc/sys/net/ipv4/ip_forward
   echo 1 > /proc/sys/net/bridge/bridge-nf-call-iptables || true   # is there once br_netfilter is
   # Own files in a real folder: whatever installs a CNI plugin of its own writes here.
   mkdir -p /opt/cni/bin /etc/cni/net.d
+  if [ "$CNI" = none ]; then
+    cp "$BIN/cni/loopback" /opt/cni/bin/   # the runtime's own
+    return
+  fi
   cp "$BIN"/cni/* /opt/cni/bin/
   render cni.conflist > /etc/cni/net.d/10-lab.conflist
 }

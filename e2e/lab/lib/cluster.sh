@@ -27,7 +27,7 @@ seed() {
   kubeconfig kube-proxy /etc/kubernetes/pki > "$etc/kubernetes/kube-proxy.kubeconfig"
   cp "$LAB/boot/node.sh" "$LAB"/etc/* "$etc/lab/"
   cat > "$etc/lab/env" << K
-NODE=$node K=$k NODES=$(wc -l < "$STATE/nodes") NET=$NET POD=$POD SVC=$SVC POOL=$POOL POOL_SIZE=${LAB_POOL_SIZE:-8G} BIN=$4 LOGS=$5
+NODE=$node K=$k NODES=$(wc -l < "$STATE/nodes") NET=$NET POD=$POD SVC=$SVC POOL=$POOL POOL_SIZE=${LAB_POOL_SIZE:-8G} CNI=$(cat "$STATE/cni") BIN=$4 LOGS=$5
 K
 }
 
@@ -60,6 +60,9 @@ node_is_ready() {
   [ "$(kubectl get node "$1" -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}' 2> /dev/null)" = True ]
 }
 
+# node_is_known NODE: its kubelet has said how it is. Without a CNI plugin that isn't Ready, until somebody brings one.
+node_is_known() { [ -n "$(kubectl get node "$1" -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}' 2> /dev/null)" ]; }
+
 # wait_for_node NODE [SINCE]
 wait_for_node() {
   local end=$((SECONDS + 600))
@@ -79,6 +82,7 @@ cluster_up() {
   [ ! -e "$STATE" ] || lane_down   # what a dead one left
   lane_prepare
   mkdir -p "$STATE"
+  echo "${LAB_CNI:-bridge}" > "$STATE/cni"
   { for k in $(seq "$1"); do lane_name "$k"; done; echo "${control_node:-}"; } | sed '/^$/d' > "$STATE/nodes"
   control_plane_start
   say "control plane started"
@@ -88,6 +92,11 @@ cluster_up() {
   say "API ready"
   for node in $(nodes); do node_object "$node"; done
   sed "s#@BIN@#$(built)#; s#@SELECTOR@#${control_node:+node-role.kubernetes.io/control-plane: \"\"}#" "$LAB/addons/coredns.yaml" | kubectl apply -f - > /dev/null
+  if [ "$(cat "$STATE/cni")" = none ]; then
+    for node in $(nodes); do eventually 600 node_is_known "$node" || die "$node does not come: e2e/lab/lab logs $node"; done
+    say "nodes wait for a CNI plugin"
+    return
+  fi
   for node in $(nodes); do wait_for_node "$node"; done
   kubectl -n kube-system rollout status deployment/coredns --timeout=600s > /dev/null || die "the cluster's DNS does not start"
   say "cluster DNS runs"
