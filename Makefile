@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(PORTOLAN_CACHE)/target
 CARGO := env RUSTFLAGS='-C target-feature=+crt-static' CARGO_BUILD_TARGET=x86_64-unknown-linux-gnu cargo
 TIMED := e2e/timed
 
-.PHONY: help demo test test-code test-scene scene e2e-storage bench bench-network bench-names bench-cni bench-scale generate tools lab-build lab-up lab-down lab-shell lab-status images
+.PHONY: help demo test test-code test-scene scene e2e-storage e2e-network bench bench-network bench-names bench-cni bench-scale generate tools lab-build lab-up lab-down lab-shell lab-status images
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -45,6 +45,11 @@ scene:
 e2e-storage: tools
 	$(TIMED) "the storage suite on lane $(LANE)" env LANE=$(LANE) e2e/on-lane \
 	  $(CARGO) run --release --locked -q -p portolan-e2e --bin e2e-storage
+
+## e2e-network  Portolan as the only CNI plugin: what pods see of it, and a selection of Kubernetes' suite for networks, in a cluster of its own on lane native
+e2e-network: tools
+	$(TIMED) "Portolan as the only plugin" env LANE=native LAB_CNI=none e2e/on-lane \
+	  $(CARGO) run --release --locked -q -p portolan-e2e --bin e2e-network
 
 ## bench        Portolan beside what it is built on, in one run: networks, names and pods' starts, then volumes on LANE (PARTS="forgetting volumes moves load"); ends with tables (docs/benchmarks.md)
 bench: tools bench-network bench-names bench-cni

@@ -142,6 +142,17 @@ fn spec(report: &Value) -> Option<Spec> {
     Some(Spec { containers, name, outcome, message, seconds })
 }
 
+/// A regular expression (Go's) of exactly this text.
+pub fn literal(text: &str) -> String {
+    text.chars().fold(String::new(), |mut pattern, character| {
+        if !character.is_alphanumeric() && !" -:".contains(character) {
+            pattern.push('\\');
+        }
+        pattern.push(character);
+        pattern
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,6 +171,11 @@ mod tests {
             &REPORT.replace("\"passed\", \"ContainerHierarchyTexts\": null", state).replace("BeforeSuite", kind),
         )
         .unwrap()
+    }
+
+    #[test]
+    fn names_are_taken_literally() {
+        assert_eq!(literal("[Testpattern: PV (fs)]"), r"\[Testpattern: PV \(fs\)\]");
     }
 
     #[test]

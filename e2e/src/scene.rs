@@ -40,7 +40,15 @@ pub(crate) struct Database {
 /// # Errors
 /// When a part does not become ready.
 pub fn install(lab: &Lab) -> Result<()> {
-    lab.step("helm install portolan charts/portolan");
+    install_with(lab, &[])
+}
+
+/// The same with values of the chart (`--set NAME=VALUE`).
+///
+/// # Errors
+/// When a part does not become ready.
+pub fn install_with(lab: &Lab, values: &[&str]) -> Result<()> {
+    lab.step(format!("helm install portolan charts/portolan {}", values.join(" ")).trim_end());
     let chart = repository().join("charts/portolan").canonicalize()?;
     let chart = chart.to_string_lossy();
     let mut command = vec!["upgrade", "--install", "portolan", &chart, "--namespace", RELEASE_NAMESPACE];
@@ -51,6 +59,7 @@ pub fn install(lab: &Lab) -> Result<()> {
     if lab.has_control_node() {
         command.extend(["--values", &placement]);
     }
+    command.extend(values.iter().flat_map(|value| ["--set", value]));
     lab.helm(&command)?;
     lab.show(lab.kubectl(&["-n", RELEASE_NAMESPACE, "get", "pods", "-o", "wide"])?);
     let nodes = lab.nodes()?;

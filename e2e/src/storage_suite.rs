@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fmt::Write, path::Path};
 use anyhow::{Context, Result, ensure};
 
 use crate::{
-    ginkgo::{Outcome, Report, Spec},
+    ginkgo::{Outcome, Report, Spec, literal},
     lab::Lab,
     scene::nothing_left,
 };
@@ -150,17 +150,6 @@ fn description(zvols: bool, class: &str) -> String {
     description.replace("block: false", "block: true").replace(types, &format!("{types}, ext4: {{}}, xfs: {{}}"))
 }
 
-/// A regular expression (Go's) of exactly this text.
-fn literal(text: &str) -> String {
-    text.chars().fold(String::new(), |mut pattern, character| {
-        if !character.is_alphanumeric() && !" -:".contains(character) {
-            pattern.push('\\');
-        }
-        pattern.push(character);
-        pattern
-    })
-}
-
 /// A part of the selection without a spec that passed has lost its meaning: the suite may call it something else by now.
 fn each_part_ran(report: &Report) -> Result<()> {
     for part in SELECTION {
@@ -210,11 +199,6 @@ fn table(report: &Report, skipped: &[(&str, &str)]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_are_taken_literally() {
-        assert_eq!(literal("[Testpattern: PV (fs)]"), r"\[Testpattern: PV \(fs\)\]");
-    }
 
     #[test]
     fn the_table_says_what_ran_and_why_not() {
