@@ -7,7 +7,7 @@ use std::{
     thread,
 };
 
-use portolan_cni::{Answer, Attached, Command, Environment, Failure, Request, run};
+use portolan_cni::{Answer, Attached, Command, Environment, Failure, PortMapping, Request, Transport, run};
 use serde_json::{Value, json};
 
 /// With keys in no order, a number that a float can't hold and a space: what comes out must be this, byte for byte.
@@ -262,6 +262,16 @@ fn where_there_is_no_other_plugin_the_result_is_the_agents() {
         assert_eq!((mapping.host_port, mapping.container_port), (8080, 80));
         assert_eq!(mapping.host_ip, Some("192.0.2.1".parse().unwrap()));
     }
+    // As containerd writes it.
+    let socket = directory.path().join("containerd");
+    let asked = agent(&socket, Answer { result: Some(attached), error: None });
+    let mut config: Value = serde_json::from_str(&alone(&socket, "1.0.0")).unwrap();
+    config["runtimeConfig"]["portMappings"] =
+        json!([{"HostPort": 8080, "ContainerPort": 80, "Protocol": "udp", "HostIP": ""}]);
+    assert_eq!(invoke(&environment("ADD"), config.to_string()).0, 0);
+    let [mapping] = &asked.join().unwrap().port_mappings[..] else { panic!() };
+    let expected = PortMapping { host_port: 8080, container_port: 80, protocol: Transport::Udp, host_ip: None };
+    assert_eq!(*mapping, expected);
     // A deletion needs nothing but the container.
     let socket = directory.path().join("deletion");
     let asked = agent(&socket, Answer::default());

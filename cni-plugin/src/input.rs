@@ -10,7 +10,7 @@ use std::{
 };
 
 use serde::Deserialize;
-use serde_json::{Value, value::RawValue};
+use serde_json::{Map, Value, value::RawValue};
 
 use crate::{Attachment, Command, Failure, PodName, PortMapping, Request};
 
@@ -216,19 +216,16 @@ impl Config {
             None | Some(Value::Null) => return Ok(Vec::new()),
             Some(given) => given,
         };
-        let one = |mut mapping: Value| {
-            // Runtimes say "no address" in this way, too, and protocols as Kubernetes writes them.
-            if mapping["hostIP"] == "" {
-                mapping["hostIP"] = Value::Null;
-            }
-            if let Some(protocol) = mapping["protocol"].as_str() {
-                mapping["protocol"] = protocol.to_ascii_lowercase().into();
-            }
-            let parsed: PortMapping = serde_json::from_value(mapping).ok()?;
+        let one = |mapping: &Value| {
+            let parsed: PortMapping = serde_json::from_value(canonical(mapping)?).ok()?;
             (parsed.host_port != 0 && parsed.container_port != 0).then_some(parsed)
         };
-        let list = given.as_array().filter(|list| list.iter().all(Value::is_object)).ok_or_else(|| refused(given))?;
-        list.iter().map(|mapping| one(mapping.clone()).ok_or_else(|| refused(mapping))).collect()
+        given
+            .as_array()
+            .ok_or_else(|| refused(given))?
+            .iter()
+            .map(|mapping| one(mapping).ok_or_else(|| refused(mapping)))
+            .collect()
     }
 
     fn attachments(&self) -> Result<Option<Vec<Attachment>>, Failure> {
@@ -238,4 +235,22 @@ impl Config {
             Failure::input(Failure::INVALID_CONFIG, "cni.dev/valid-attachments", &given, allowed)
         })
     }
+}
+
+/// A port mapping as the conventions write it. containerd writes the names as `HostPort` and `HostIP`, which Go's JSON takes for the same, an
+/// address that isn't given as an empty one, and others the protocol as Kubernetes does.
+fn canonical(mapping: &Value) -> Option<Value> {
+    let mut canonical = Map::new();
+    for (key, value) in mapping.as_object()? {
+        let (key, value) = match key.to_ascii_lowercase().as_str() {
+            "hostport" => ("hostPort", value.clone()),
+            "containerport" => ("containerPort", value.clone()),
+            "protocol" => ("protocol", value.as_str().map(str::to_ascii_lowercase).into()),
+            "hostip" if value == "" => ("hostIP", Value::Null),
+            "hostip" => ("hostIP", value.clone()),
+            _ => continue,
+        };
+        canonical.insert(key.to_owned(), value);
+    }
+    Some(canonical.into())
 }

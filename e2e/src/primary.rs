@@ -31,7 +31,7 @@ pub fn play(lab: &Lab) -> Result<()> {
     install_with(lab, &["network.primary.enabled=true"])?;
     for node in &nodes {
         lab.wait(&format!("{node} is Ready"), 60, || ready(&lab.json(&["get", "node", node])?))?;
-        let only = lab.on_node(node, "ls /etc/cni/net.d")?;
+        let only = lab.on_node(node, "ls /etc/cni/net.d | grep conf")?;
         same("the runtime's configurations", only.trim(), "00-portolan.conflist")?;
     }
     lab.kubectl(&["-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=120s"])?;
