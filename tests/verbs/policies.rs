@@ -113,7 +113,8 @@ fn a_pod_is_closed_from_its_first_frame_until_its_policy_goes() {
 #[test]
 fn rules_that_somebody_takes_away_are_missed_and_put_back() {
     let node = Node::with_network(IPV4);
-    let (sender, pod) = (node.pod("sender", on_backend(), json!({})), node.pod("pod", on_backend(), json!({"app": "db"})));
+    let (sender, pod) =
+        (node.pod("sender", on_backend(), json!({})), node.pod("pod", on_backend(), json!({"app": "db"})));
     for pod in [&sender, &pod] {
         node.add(pod).unwrap();
     }

@@ -50,7 +50,8 @@ fn request() -> [u8; HEADERS] {
 fn answered(message: &[u8]) -> io::Result<Generation> {
     let odd = || io::Error::other("nftables: an answer that can't be read");
     let word = |at: usize| message.get(at..at + 4).and_then(|it| it.try_into().ok()).ok_or_else(odd);
-    let half = |at: usize| message.get(at..at + 2).and_then(|it| it.try_into().ok()).map(u16::from_ne_bytes).ok_or_else(odd);
+    let half =
+        |at: usize| message.get(at..at + 2).and_then(|it| it.try_into().ok()).map(u16::from_ne_bytes).ok_or_else(odd);
     match half(4)? {
         NEW => {}
         kind if i32::from(kind) == libc::NLMSG_ERROR => {
