@@ -30,6 +30,7 @@ const LEFT_OUT: &[(&str, &str)] = &[
     ("[Feature:SCTP", "the machine's kernel need not have SCTP"),
     ("[Feature:Windows]", "the nodes run Linux"),
     ("[Feature:IPv6DualStack]", "the lab's cluster is of IPv4"),
+    ("[Provider:GCE]", "the lab is no cloud"),
     ("[Disruptive]", "they restart what the lab's nodes have no units of"),
 ];
 
