@@ -77,8 +77,9 @@ wait_for_node() {
 now() { date -u +%Y-%m-%dT%H:%M:%S.%6NZ; }
 
 cluster_up() {
-  local node k
+  local node k tar
   box_alive control-plane && die "the cluster $CLUSTER is up already"
+  for tar in ${LAB_IMAGES:-}; do [ -e "$tar" ] || die "LAB_IMAGES: there is no archive $tar"; done
   [ ! -e "$STATE" ] || lane_down   # what a dead one left
   lane_prepare
   mkdir -p "$STATE"
