@@ -58,6 +58,22 @@ fn problem(node: &Node) -> Option<String> {
 }
 
 #[test]
+fn a_gateways_own_rules_are_not_taken_for_somebody_elses() {
+    let node = node();
+    super::policies::isolate(&node, "db");
+    let pod = node.pod("pod", on_backend(), json!({"app": "db"}));
+    node.add(&pod).unwrap();
+    let is_closed = || node.run_in("portolan-77", "nft list ruleset").contains(&super::port(&pod));
+    node.wait_for("the policy's rules", is_closed);
+    for egress in [true, false, true] {
+        switch(&node, egress);
+        node.wait_for("the gateway to come or go", || has_way(&node) == egress);
+        node.check(&pod).unwrap();
+        assert!(is_closed());
+    }
+}
+
+#[test]
 fn a_network_gets_and_loses_its_way_outside() {
     let mut node = node();
     let by = |gateway: &str| on_backend_with(json!({"default-route": [gateway]}));
