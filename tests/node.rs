@@ -348,6 +348,27 @@ fn new_runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap()
 }
 
+/// All that the host's kernel has of the pod network, asked by commands in its namespace.
+pub fn state_of_host(ask: impl Fn(&str) -> String) -> String {
+    let questions = [
+        "ip -o address show",
+        "ip route show table all",
+        "ip -6 route show table all",
+        "bridge fdb show",
+        "ip neighbour show nud permanent",
+        "nft list ruleset",
+    ];
+    let answer = |question: &&str| {
+        let text = ask(question);
+        // What the kernel makes by itself, and changes when it likes.
+        let mut lines: Vec<&str> =
+            text.lines().filter(|line| !line.contains("fe80:") && !line.contains("ff00:")).collect();
+        lines.sort_unstable();
+        lines.join("\n")
+    };
+    questions.iter().map(answer).collect::<Vec<_>>().join("\n")
+}
+
 /// CNI's environment, as a container runtime sets it.
 pub fn variables(command: &str, pod: Option<&Pod>) -> Vec<(String, String)> {
     let mut all = vec![("CNI_COMMAND".into(), command.into()), ("CNI_PATH".into(), "/opt/cni/bin".into())];

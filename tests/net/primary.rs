@@ -10,6 +10,7 @@ use std::{
 
 use ipnet::IpNet;
 use portolan_net::{HostPort, Namespace, OtherNode, PodNetwork, PodSpec, Protocol, pod_link, pod_mac};
+use portolan_tests::node::state_of_host;
 
 use super::{Node, PATIENCE, two_nodes, udp, wire::Wire};
 
@@ -138,23 +139,7 @@ fn seen_by(pod: &Pod<'_>, family: usize, client: (&Node, &str)) -> Option<IpAddr
 
 /// All that the kernel has of the pod network.
 fn state(node: &Node) -> String {
-    let questions = [
-        "ip -o address show",
-        "ip route show table all",
-        "ip -6 route show table all",
-        "bridge fdb show",
-        "ip neighbour show nud permanent",
-        "nft list ruleset",
-    ];
-    let answer = |question: &&str| {
-        let text = enter(node, "host", question);
-        // What the kernel makes by itself, and changes when it likes.
-        let mut lines: Vec<&str> =
-            text.lines().filter(|line| !line.contains("fe80:") && !line.contains("ff00:")).collect();
-        lines.sort_unstable();
-        lines.join("\n")
-    };
-    questions.iter().map(answer).collect::<Vec<_>>().join("\n")
+    state_of_host(|question| enter(node, "host", question))
 }
 
 #[tokio::test(flavor = "multi_thread")]

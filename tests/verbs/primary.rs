@@ -8,7 +8,7 @@ use std::{
 };
 
 use portolan_net::pod_link;
-use portolan_tests::node::{Node, Pod};
+use portolan_tests::node::{Node, Pod, state_of_host};
 use serde_json::{Value, json};
 
 use super::{ECHO, Interface, PATIENCE, files, interface, interface_called, names, netns, on_backend, reaches, udp};
@@ -43,24 +43,8 @@ fn kept(node: &Node) -> usize {
 }
 
 /// All that the host's kernel has of the pod network.
-fn state_of_host(node: &Node) -> String {
-    let questions = [
-        "ip -o address show",
-        "ip route show table all",
-        "ip -6 route show table all",
-        "bridge fdb show",
-        "ip neighbour show nud permanent",
-        "nft list ruleset",
-    ];
-    let answer = |question: &&str| {
-        let text = node.run_in("host", question);
-        // What the kernel makes by itself, and changes when it likes.
-        let mut lines: Vec<&str> =
-            text.lines().filter(|line| !line.contains("fe80:") && !line.contains("ff00:")).collect();
-        lines.sort_unstable();
-        lines.join("\n")
-    };
-    questions.iter().map(answer).collect::<Vec<_>>().join("\n")
+fn state(node: &Node) -> String {
+    state_of_host(|question| node.run_in("host", question))
 }
 
 /// A socket in a namespace. A process that another test is just starting may hold a former one open for a moment.
@@ -96,7 +80,7 @@ fn is_reached(node: &Node, pod: &Pod, by: &[&str]) -> bool {
 fn a_pod_is_given_its_interface_and_nothing_of_it_is_left() {
     let node = Node::primary(BLOCKS);
     let resident = added(&node, "resident");
-    let before = state_of_host(&node);
+    let before = state(&node);
 
     let pod = plain(&node, "pod");
     let result = node.add(&pod).unwrap();
@@ -138,7 +122,7 @@ fn a_pod_is_given_its_interface_and_nothing_of_it_is_left() {
         assert_eq!(eth0(&node, &pod), None);
         assert_eq!(kept(&node), 1);
     }
-    assert_eq!(state_of_host(&node), before);
+    assert_eq!(state(&node), before);
     names(&node.check(&pod).unwrap_err(), 103, &["has no interface eth0"]);
     node.check(&resident).unwrap();
 }
@@ -212,8 +196,8 @@ fn join(node: &Node, name: &str, address: &str, blocks: &[&str]) {
 #[test]
 fn other_nodes_are_followed() {
     let mut node = Node::primary(BLOCKS);
-    let before = state_of_host(&node);
-    let knows = |node: &Node, what: &str| state_of_host(node).contains(what);
+    let before = state(&node);
+    let knows = |node: &Node, what: &str| state(node).contains(what);
     join(&node, "node2", "192.0.2.2", &["10.244.2.0/24", "fd44:0:0:2::/64"]);
     join(&node, "node3", "192.0.2.3", &["10.244.3.0/24"]);
     node.wait_for("the routes", || {
@@ -225,14 +209,14 @@ fn other_nodes_are_followed() {
     node.wait_for("the rules", || knows(&node, "ip daddr 10.244.2.0/23 return"));
     node.api.remove("/api/v1/nodes/node3");
     node.wait_for("one to be forgotten", || !knows(&node, "10.244.3.") && !knows(&node, "192.0.2.3"));
-    let with_one = state_of_host(&node);
+    let with_one = state(&node);
 
     // One that goes while nobody looks.
     node.stop();
-    assert_eq!(state_of_host(&node), with_one);
+    assert_eq!(state(&node), with_one);
     node.api.remove("/api/v1/nodes/node2");
     node.start();
-    node.wait_for("the other to be forgotten", || state_of_host(&node) == before);
+    node.wait_for("the other to be forgotten", || state(&node) == before);
 }
 
 /// An agent that doesn't know the Nodes yet takes none for gone.
@@ -240,15 +224,15 @@ fn other_nodes_are_followed() {
 fn what_goes_on_without_the_agent_goes_on_with_a_new_one() {
     let mut node = Node::primary(BLOCKS);
     join(&node, "node2", "192.0.2.2", &["10.244.2.0/24"]);
-    node.wait_for("the route", || state_of_host(&node).contains("10.244.2.0/24 via"));
+    node.wait_for("the route", || state(&node).contains("10.244.2.0/24 via"));
     let (one, two) = (plain(&node, "one"), added(&node, "two"));
     node.add_with_ports(&one, &json!([{"hostPort": 8080, "containerPort": ECHO, "protocol": "udp"}])).unwrap();
-    let before = state_of_host(&node);
+    let before = state(&node);
     let goes_on = |node: &Node| {
         let (at, to) = (SocketAddr::new(own(node, &one)[0], ECHO), SocketAddr::new(HOST.parse().unwrap(), 8080));
         assert!(is_reached(node, &one, &["two", "host"]) && is_reached(node, &two, &["one", "host"]));
         assert!(gets_to(node, "two", "one", at, to), "the host's port");
-        assert_eq!(state_of_host(node), before);
+        assert_eq!(state(node), before);
     };
     node.kill();
     goes_on(&node);
@@ -263,13 +247,13 @@ fn what_goes_on_without_the_agent_goes_on_with_a_new_one() {
     node.check(&one).unwrap();
     node.delete(&one).unwrap();
     node.delete(&two).unwrap();
-    assert!(!state_of_host(&node).contains("8080") && kept(&node) == 0);
+    assert!(!state(&node).contains("8080") && kept(&node) == 0);
 }
 
 #[test]
 fn a_pod_that_goes_while_the_agent_is_away_leaves_nothing() {
     let mut node = Node::primary(BLOCKS);
-    let before = state_of_host(&node);
+    let before = state(&node);
     let pod = plain(&node, "pod");
     node.add_with_ports(&pod, &json!([{"hostPort": 8080, "containerPort": 80}])).unwrap();
     let quiet = added(&node, "quiet");
@@ -279,11 +263,11 @@ fn a_pod_that_goes_while_the_agent_is_away_leaves_nothing() {
         node.remove_netns(&pod.netns);
     }
     node.start();
-    node.wait_for("nothing to be left", || state_of_host(&node) == before && kept(&node) == 0);
+    node.wait_for("nothing to be left", || state(&node) == before && kept(&node) == 0);
 
     // Of one that an agent was killed about before its journal knew of it.
     node.run_in("host", "ip link add plp00000000 type veth peer name lost");
-    node.wait_for("the link to be collected", || state_of_host(&node) == before);
+    node.wait_for("the link to be collected", || state(&node) == before);
 }
 
 /// The pod that it was killed about is asked for again, or given up, or gone by the time there is another agent.
@@ -291,7 +275,7 @@ fn a_pod_that_goes_while_the_agent_is_away_leaves_nothing() {
 fn an_agent_may_be_killed_at_any_moment() {
     let mut node = Node::primary(BLOCKS);
     let resident = added(&node, "resident");
-    let before = state_of_host(&node);
+    let before = state(&node);
     let ports = json!([{"hostPort": 8080, "containerPort": ECHO, "protocol": "udp"}]);
     let mut was_cut = 0;
     for round in 0..18u64 {
@@ -313,7 +297,7 @@ fn an_agent_may_be_killed_at_any_moment() {
             node.delete(&pod).unwrap();
             assert_eq!(eth0(&node, &pod), None);
         }
-        node.wait_for("nothing to be left", || state_of_host(&node) == before && kept(&node) == 1);
+        node.wait_for("nothing to be left", || state(&node) == before && kept(&node) == 1);
     }
     assert!(was_cut > 0, "it was never killed while it added a pod");
 }
@@ -322,7 +306,7 @@ fn an_agent_may_be_killed_at_any_moment() {
 fn a_pod_may_be_on_networks_beside() {
     let node = Node::primary(BLOCKS);
     node.make_network("backend", 77, &["10.32.0.0/16"]);
-    let before = state_of_host(&node);
+    let before = state(&node);
     let [one, two] = ["one", "two"].map(|name| node.pod(name, on_backend(), json!({})));
     for pod in [&one, &two] {
         node.add(pod).unwrap();
@@ -344,14 +328,14 @@ fn a_pod_may_be_on_networks_beside() {
         node.delete(pod).unwrap();
         assert!(eth0(&node, pod).is_none() && interface(&node, pod).is_none());
     }
-    node.wait_for("nothing to be left", || state_of_host(&node) == before);
+    node.wait_for("nothing to be left", || state(&node) == before);
 }
 
 #[test]
 fn ports_of_the_host_lead_to_a_pod_as_long_as_it_is_there() {
     let node = Node::primary(BLOCKS);
     let (pod, client) = (plain(&node, "pod"), added(&node, "client"));
-    let before = state_of_host(&node);
+    let before = state(&node);
     let ports = json!([
         {"hostPort": 8080, "containerPort": ECHO, "protocol": "UDP", "hostIP": ""},
         {"hostPort": 8081, "containerPort": ECHO, "protocol": "udp", "hostIP": "127.0.0.1"},
@@ -366,7 +350,7 @@ fn ports_of_the_host_lead_to_a_pod_as_long_as_it_is_there() {
     node.add_with_ports(&pod, &changed).unwrap();
     assert!(leads("client", 8082) && !leads("client", 8080));
     node.delete(&pod).unwrap();
-    assert_eq!(state_of_host(&node), before);
+    assert_eq!(state(&node), before);
     node.check(&client).unwrap();
 
     for wrong in [
@@ -422,7 +406,7 @@ fn what_the_kernel_lost_is_there_again_after_a_start() {
     let mut node = Node::primary(BLOCKS);
     let (bare, lost) = (added(&node, "bare"), plain(&node, "lost"));
     let result = node.add_with_ports(&lost, &json!([{"hostPort": 8080, "containerPort": 80}])).unwrap();
-    let before = state_of_host(&node);
+    let before = state(&node);
     node.stop();
     let link = |pod: &Pod| pod_link(&pod.container, "eth0");
     node.run_in("host", &format!("tc filter del dev {} ingress", link(&bare)));
@@ -435,7 +419,7 @@ fn what_the_kernel_lost_is_there_again_after_a_start() {
     let without_numbers = |state: &str| {
         state.lines().map(|line| line.split_once(": ").map_or(line, |(_, rest)| rest).to_owned()).collect::<Vec<_>>()
     };
-    let mut states = [before, state_of_host(&node)].map(|state| without_numbers(&state));
+    let mut states = [before, state(&node)].map(|state| without_numbers(&state));
     states.iter_mut().for_each(|state| state.sort_unstable());
     assert_eq!(states[0], states[1]);
     assert!(is_reached(&node, &lost, &["bare", "host"]));
@@ -465,7 +449,7 @@ fn pods_of_before_outlive_a_change_of_plugins() {
     node.wait_for("the pods to go", || kept(&node) == 0);
     node.stop();
     node.start();
-    node.wait_for("the network to go", || !state_of_host(&node).contains("portolan"));
+    node.wait_for("the network to go", || !state(&node).contains("portolan"));
 }
 
 /// A pod can't lie about itself, nor be somebody else's way in.

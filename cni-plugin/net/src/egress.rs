@@ -228,8 +228,8 @@ async fn connect(way: &Way, wanted: &Egress, inner: u32, outer: u32) -> Result<(
             .set_link(up, format!("bring the way between the network with VNI {} and the host up", wanted.vni))
             .await?;
     }
-    set_addresses(&way.host, outer, ends.iter().map(|(host, _)| *host)).await?;
-    set_addresses(&way.network, inner, ends.iter().map(|(_, network)| *network)).await?;
+    way.host.set_addresses(outer, ends.iter().map(|(host, _)| *host)).await?;
+    way.network.set_addresses(inner, ends.iter().map(|(_, network)| *network)).await?;
     for (host, _) in &ends {
         let everywhere =
             if host.addr().is_ipv4() { IpNet::V4(Ipv4Net::default()) } else { IpNet::V6(Ipv6Net::default()) };
@@ -258,21 +258,6 @@ async fn host_addresses(host: &Netlink, link: u32) -> Result<Vec<(IpAddr, bool)>
         message.attributes.iter().filter_map(of).map(move |address| (address, message.header.index == link))
     });
     Ok(addresses.collect())
-}
-
-/// A link has these addresses and no other.
-pub(crate) async fn set_addresses(
-    netlink: &Netlink,
-    index: u32,
-    wanted: impl Iterator<Item = IpNet> + Clone,
-) -> Result<()> {
-    for stale in netlink.addresses(index).await?.into_iter().filter(|have| !wanted.clone().any(|it| it == *have)) {
-        netlink.remove_address(index, stale).await?;
-    }
-    for address in wanted {
-        netlink.add_address(index, address).await?;
-    }
-    Ok(())
 }
 
 fn obstacles(host: &Namespace, wanted: &Egress) -> Result<Vec<Obstacle>> {

@@ -127,6 +127,17 @@ impl Netlink {
         }
     }
 
+    /// Makes a link have these addresses and no other.
+    pub async fn set_addresses(&self, index: u32, wanted: impl Iterator<Item = IpNet> + Clone) -> Result<()> {
+        for stale in self.addresses(index).await?.into_iter().filter(|have| !wanted.clone().any(|it| it == *have)) {
+            self.remove_address(index, stale).await?;
+        }
+        for address in wanted {
+            self.add_address(index, address).await?;
+        }
+        Ok(())
+    }
+
     /// Gives a link an address; it is right if it has it. An IPv6 address can be used at once: it was allocated, so nobody is
     /// asked whether he has it too (RFC 4862, section 5.4).
     pub async fn add_address(&self, index: u32, address: IpNet) -> Result<()> {

@@ -15,7 +15,6 @@ use rtnetlink::{
 use super::{DEVICE, PodNetwork, VNI};
 use crate::{
     Mac,
-    egress::set_addresses,
     error::Result,
     forwarding::{entry_facts, neighbour, neighbour_to_remove, tunnel_entry},
     mac::endpoint_mac,
@@ -38,7 +37,7 @@ fn itself(block: IpNet) -> IpAddr {
 pub(super) async fn ensure(host: &Namespace, wanted: &PodNetwork) -> Result<()> {
     let netlink = Netlink::open(host)?;
     let index = ensure_device(&netlink, host, wanted).await?;
-    set_addresses(&netlink, index, wanted.blocks.iter().map(|block| IpNet::from(itself(*block)))).await?;
+    netlink.set_addresses(index, wanted.blocks.iter().map(|block| IpNet::from(itself(*block)))).await?;
     for block in &wanted.blocks {
         // What is for a pod that isn't there goes nowhere, and not by the default route.
         netlink.add_unreachable(*block).await?;
