@@ -3,20 +3,20 @@
 use std::io;
 use std::net::SocketAddr;
 
-use portolan_zfs::{
-    DatasetName, ErrorKind, Guid, Property, ReceiveOptions, ReceiveProcess, Snapshot, SnapshotName, Zfs,
-};
-use tokio::io::{AsyncRead, AsyncWriteExt, BufReader};
+use portolan_zfs::{DatasetName, ErrorKind, Guid, Property, ReceiveOptions, Snapshot, SnapshotName, Zfs};
+use tokio::io::BufReader;
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
+use super::copy::copy;
+use super::digest::Digest;
 use super::error::TransferError;
 use super::identity::{Identity, node_name, server_name, version_of};
 use super::pace::{Brake, Pace};
-use super::protocol::{MAX_FRAME, OLDEST, Reply, Request};
+use super::protocol::{OLDEST, Reply, Request};
 use super::queue::Class;
 use super::turns::{Place, Turns};
-use super::wire::{Limits, prepare, read_frame, read_header, read_trailer, within, write_header};
+use super::wire::{Limits, prepare, read_header, within, write_header};
 
 /// What to fetch, from where to where.
 #[derive(Clone, Debug)]
@@ -59,7 +59,7 @@ pub struct SoFar {
     pub estimate: Option<u64>,
 }
 
-type Stream = BufReader<TlsStream<BufReader<TcpStream>>>;
+type Stream = TlsStream<BufReader<TcpStream>>;
 /// How much is taken from a socket at a time: rustls alone takes 4 KiB.
 const TAKEN: usize = 256 * 1024;
 
@@ -210,7 +210,7 @@ impl<'a, Z: Zfs> Fetching<'a, Z> {
             takes_compressed(self.zfs, &what.target, &mut self.compressed)
         );
         let mut stream = stream?;
-        request.version = version_of(stream.get_ref().get_ref().1.alpn_protocol());
+        request.version = version_of(stream.get_ref().1.alpn_protocol());
         request.compressed = compressed && request.version > OLDEST;
         request.token = there.part.clone().filter(|_| request.version > OLDEST);
         let told = |before| waits(Waits { at_source: true, before });
@@ -270,7 +270,7 @@ async fn one(
     let options = ReceiveOptions { properties: what.properties.clone(), resumable };
     let receive = zfs.receive(&what.target, &options).await?;
     let told = |bytes| progress(SoFar { bytes, estimate: reply.estimate });
-    let copied = copy(&mut stream, receive, limits, what, brake, &told).await;
+    let copied = copy(&mut stream, Digest::of_version(request.version), receive, limits, what, brake, &told).await;
 
     if let (true, Err(cause)) = (resumable, &copied) {
         keep_or_drop(zfs, &what.target, cause, request.token.as_ref()).await;
@@ -363,7 +363,7 @@ async fn connect(identity: &Identity, limits: Limits, what: &Fetch) -> Result<St
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let found = certificate.map(node_name).transpose().map_err(|error| TransferError::Protocol(error.to_string()))?;
     match found {
-        Some(found) if found == what.node => Ok(BufReader::with_capacity(64 * 1024, stream)),
+        Some(found) if found == what.node => Ok(stream),
         found => Err(TransferError::WrongPeer {
             address: what.address,
             expected: what.node.clone(),
@@ -421,75 +421,7 @@ fn base_of(what: &Fetch, there: &There, base: Option<Guid>) -> Result<Option<Sna
     }
 }
 
-/// Copies frames to `zfs recv`, one behind: the last is written when the trailer has been verified. On failure the receive is cut.
-async fn copy(
-    stream: &mut (impl AsyncRead + Unpin),
-    mut receive: ReceiveProcess,
-    limits: Limits,
-    what: &Fetch,
-    brake: &mut Brake,
-    progress: &(impl Fn(u64) + Send + Sync),
-) -> Result<u64, TransferError> {
-    match copy_frames(stream, &mut receive, limits, what, brake, progress).await {
-        Ok((bytes, last)) => {
-            // If this fails `zfs recv` has ended by itself, and says why.
-            let _ = within(limits.idle, "writing to zfs recv", receive.write_all(&last)).await;
-            receive.finish().await.map_err(|error| refused_by_zfs(what, error))?;
-            Ok(bytes)
-        }
-        Err(Cut::Stream(error)) => {
-            receive.abort().await;
-            Err(error)
-        }
-        // What it says of a stream that we have cut tells nothing.
-        Err(Cut::Receive(source)) if source.kind() == io::ErrorKind::TimedOut => {
-            receive.abort().await;
-            Err(connection_error(what, "receiving", source))
-        }
-        Err(Cut::Receive(source)) => Err(receive.abort().await.map_or_else(
-            || TransferError::Protocol(format!("zfs recv took no more: {source}")),
-            |error| refused_by_zfs(what, error),
-        )),
-    }
-}
-
-/// Which side a copy failed on.
-enum Cut {
-    Stream(TransferError),
-    Receive(io::Error),
-}
-
-async fn copy_frames(
-    stream: &mut (impl AsyncRead + Unpin),
-    receive: &mut ReceiveProcess,
-    limits: Limits,
-    what: &Fetch,
-    brake: &mut Brake,
-    progress: &(impl Fn(u64) + Send + Sync),
-) -> Result<(u64, Vec<u8>), Cut> {
-    let node = || what.node.clone();
-    let (mut hash, mut bytes) = (blake3::Hasher::new(), 0u64);
-    let (mut held, mut next) = (Vec::with_capacity(MAX_FRAME), Vec::with_capacity(MAX_FRAME));
-    let cut = |source: io::Error, bytes| match source.kind() {
-        io::ErrorKind::UnexpectedEof => Cut::Stream(TransferError::Truncated { node: node(), bytes }),
-        _ => Cut::Stream(connection_error(what, "receiving", source)),
-    };
-    while within(limits.idle, "receiving", read_frame(stream, &mut next)).await.map_err(|error| cut(error, bytes))? {
-        hash.update(&next);
-        bytes += next.len() as u64;
-        within(limits.idle, "writing to zfs recv", receive.write_all(&held)).await.map_err(Cut::Receive)?;
-        std::mem::swap(&mut held, &mut next);
-        progress(bytes);
-        brake.took(held.len()).await;
-    }
-    let trailer = within(limits.idle, "receiving", read_trailer(stream)).await.map_err(|error| cut(error, bytes))?;
-    if trailer.length != bytes || trailer.hash != *hash.finalize().as_bytes() {
-        return Err(Cut::Stream(TransferError::Damaged { node: node(), bytes }));
-    }
-    Ok((bytes, held))
-}
-
-fn connection_error(what: &Fetch, doing: &'static str, source: io::Error) -> TransferError {
+pub(super) fn connection_error(what: &Fetch, doing: &'static str, source: io::Error) -> TransferError {
     match source.kind() {
         io::ErrorKind::TimedOut => TransferError::Idle { node: what.node.clone(), why: source.to_string() },
         io::ErrorKind::InvalidData if source.get_ref().is_some_and(|inner| !inner.is::<rustls::Error>()) => {
@@ -500,7 +432,7 @@ fn connection_error(what: &Fetch, doing: &'static str, source: io::Error) -> Tra
 }
 
 /// What `zfs recv` says of a destination that was changed is the same as what we say of one before we start.
-fn refused_by_zfs(what: &Fetch, error: portolan_zfs::ZfsError) -> TransferError {
+pub(super) fn refused_by_zfs(what: &Fetch, error: portolan_zfs::ZfsError) -> TransferError {
     match error.kind {
         ErrorKind::Diverged | ErrorKind::AlreadyExists => {
             TransferError::Diverged { target: what.target.to_string(), why: error.to_string() }

@@ -9,15 +9,16 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, InvalidDnsNameError, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::version::TLS13;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{CipherSuite, ClientConfig, RootCertStore, ServerConfig};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::protocol::{OLDEST, VERSION};
+use super::protocol::{OLDEST, VERSION, WITH_BLAKE3};
 
 /// What stands before a node's name in the common name of its certificate.
 const PREFIX: &str = "node:";
 /// What both sides speak (ALPN, RFC 7301), the newest first: the server takes the first that the client has too.
-const PROTOCOLS: [(&[u8], u32); 2] = [(b"portolan-transfer/2", VERSION), (b"portolan-transfer/1", OLDEST)];
+const PROTOCOLS: [(&[u8], u32); 3] =
+    [(b"portolan-transfer/3", VERSION), (b"portolan-transfer/2", WITH_BLAKE3), (b"portolan-transfer/1", OLDEST)];
 
 /// A node's certificate and key and the authority it trusts. To rotate, make a new one.
 #[derive(Clone)]
@@ -62,7 +63,7 @@ impl Identity {
         for authority in certificates("authorities", ca_pem)? {
             roots.add(authority)?;
         }
-        let (roots, provider) = (Arc::new(roots), Arc::new(ring::default_provider()));
+        let (roots, provider) = (Arc::new(roots), Arc::new(provider()));
         let own = chain.first().ok_or(IdentityError::Empty("certificate chain"))?;
         Ok(Self {
             node: node_name(own)?,
@@ -125,6 +126,13 @@ fn certificates(what: &'static str, pem: &[u8]) -> Result<Vec<CertificateDer<'st
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     let found = found.map_err(|source| IdentityError::Pem { what, source })?;
     if found.is_empty() { Err(IdentityError::Empty(what)) } else { Ok(found) }
+}
+
+/// AES with keys of 128 bits first, which all of TLS 1.3 have (RFC 8446, 9.1): a quarter less work for each byte than with 256.
+fn provider() -> CryptoProvider {
+    let mut provider = ring::default_provider();
+    provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+    provider
 }
 
 fn client_config(

@@ -9,6 +9,8 @@
 //! only who has a place at the target takes one at a source, so that no two wait for each other.
 
 mod client;
+mod copy;
+mod digest;
 mod error;
 mod identity;
 mod pace;

@@ -5,11 +5,12 @@
 //! source -> target   u32 length, Reply as JSON that says who is before it   (again and again, while it waits for its turn)
 //! source -> target   u32 length, Reply as JSON
 //! source -> target   u32 length, payload    (again and again; at most 1 MiB each)
-//! source -> target   u32 0, u64 total length, 32 bytes BLAKE3 of the whole payload
+//! source -> target   u32 0, u64 total length, 32 bytes for the hash of the whole payload
 //! ```
 //!
-//! Version 1 has no replies that say who is before one, no compressed streams, and no token. The version is agreed on with the TLS handshake (ALPN), and
-//! stands in the request.
+//! The hash is XXH3 (128 bits, seed 0) and 16 bytes of zero; in versions 1 and 2 it is BLAKE3. It finds what went wrong within an agent: on the wire TLS has a code
+//! for each record that nobody can forge. Version 1 has no replies that say who is before one, no compressed streams, and no token. The version is agreed on with
+//! the TLS handshake (ALPN), and stands in the request.
 
 use std::fmt;
 
@@ -17,9 +18,11 @@ use portolan_zfs::{DatasetName, Guid};
 use serde::{Deserialize, Serialize};
 
 /// The newest version. A request's stands in it, so that a source of any other version can read it as far as this.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// The oldest version that is spoken still: the nodes' agents aren't upgraded all at once.
 pub const OLDEST: u32 = 1;
+/// The last version whose streams end with BLAKE3 of their payload.
+pub(super) const WITH_BLAKE3: u32 = 2;
 /// The longest header in bytes.
 pub const MAX_HEADER: usize = 64 * 1024;
 /// The longest payload of a frame in bytes.
@@ -88,7 +91,7 @@ impl Request {
         let malformed = |error: serde_json::Error| InvalidRequest {
             field: "request",
             given: error.to_string().chars().take(200).collect(),
-            allowed: "a request of version 1 or 2 as JSON",
+            allowed: "a request of version 1, 2 or 3 as JSON",
         };
         check_version(serde_json::from_slice::<Version>(header).map_err(malformed)?.version)?;
         let request: Self = serde_json::from_slice(header).map_err(malformed)?;
@@ -133,7 +136,7 @@ fn check_version(version: u32) -> Result<(), InvalidRequest> {
     if (OLDEST..=VERSION).contains(&version) {
         return Ok(());
     }
-    let allowed = "1 and 2: the agents of both nodes must be of releases that speak the same version";
+    let allowed = "1 to 3: the agents of both nodes must be of releases that speak the same version";
     Err(InvalidRequest { field: "version", given: version.to_string(), allowed })
 }
 
@@ -247,7 +250,7 @@ impl fmt::Display for RefusalCode {
 pub struct Trailer {
     /// Bytes of payload.
     pub length: u64,
-    /// BLAKE3 of the payload.
+    /// The payload's, as [`Digest`](super::digest::Digest) gives it.
     pub hash: [u8; 32],
 }
 
@@ -286,7 +289,7 @@ mod tests {
             change(&mut request);
             request.validate().unwrap_err().field
         };
-        assert_eq!((field(|r| r.version = 0), field(|r| r.version = 3)), ("version", "version"));
+        assert_eq!((field(|r| r.version = 0), field(|r| r.version = 4)), ("version", "version"));
         assert_eq!(field(|r| r.volume = "../etc".into()), "volume");
         assert_eq!(field(|r| r.volume = "a@b".into()), "volume");
         assert_eq!(field(|r| r.epoch = 0), "epoch");
@@ -302,7 +305,7 @@ mod tests {
     #[test]
     fn another_version_is_told_from_a_malformed_request() {
         let field = |text: &str| Request::parse(text.as_bytes()).unwrap_err().field;
-        assert_eq!(field(r#"{"version":3,"volumes":["a","b"]}"#), "version");
+        assert_eq!(field(r#"{"version":4,"volumes":["a","b"]}"#), "version");
         assert_eq!(field(r#"{"version":2,"volumes":["a","b"]}"#), "request");
         assert_eq!(field("{}"), "request");
         let good = serde_json::to_vec(&Request::new("v", 1, "s", Guid(7))).unwrap();

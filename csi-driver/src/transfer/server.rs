@@ -17,6 +17,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use super::digest::Digest;
 use super::identity::{Identity, node_name};
 use super::protocol::{OLDEST, Refusal, RefusalCode, Reply, Request, Trailer};
 use super::queue::Class;
@@ -150,7 +151,7 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
             Ok(opened) => {
                 let reply = Reply::stream(opened.guid, opened.base, opened.resumes, opened.estimate);
                 within(self.limits.idle, "replying", write_header(stream, &reply)).await?;
-                let bytes = self.pump(opened.source, stream).await?;
+                let bytes = self.pump(opened.source, request.version, stream).await?;
                 Ok(Some((request, bytes)))
             }
             Err(refusal) => {
@@ -252,23 +253,23 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
     }
 
     /// Copies a stream into frames. The trailer is written only if `zfs send` ended well.
-    async fn pump(&self, mut source: SendStream, stream: &mut TlsStream<TcpStream>) -> io::Result<u64> {
+    async fn pump(&self, mut source: SendStream, version: u32, stream: &mut TlsStream<TcpStream>) -> io::Result<u64> {
         let idle = self.limits.idle;
         // A frame with its length before it: they go by one call.
-        let (mut frame, mut hash, mut length) = (vec![0; FRAME_HEAD + CHUNK], blake3::Hasher::new(), 0u64);
+        let (mut frame, mut digest, mut length) = (vec![0; FRAME_HEAD + CHUNK], Digest::of_version(version), 0u64);
         loop {
             let (head, payload) = frame.split_at_mut(FRAME_HEAD);
             let count = within(idle, "reading from zfs send", source.read(payload)).await?;
             if count == 0 {
                 break;
             }
-            hash.update(&payload[..count]);
+            digest.update(&payload[..count]);
             length += count as u64;
             head.copy_from_slice(&u32::try_from(count).map_err(io::Error::other)?.to_be_bytes());
             within(idle, "sending", stream.write_all(&frame[..FRAME_HEAD + count])).await?;
         }
         source.finish().await.map_err(io::Error::other)?;
-        let trailer = Trailer { length, hash: *hash.finalize().as_bytes() };
+        let trailer = Trailer { length, hash: digest.finish() };
         within(idle, "sending the trailer", stream.write_all(&[0; 4])).await?;
         within(idle, "sending the trailer", stream.write_all(&trailer.to_bytes())).await?;
         within(idle, "sending the trailer", stream.flush()).await?;
