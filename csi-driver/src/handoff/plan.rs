@@ -45,11 +45,11 @@ pub enum Action {
     SetReadonly(bool),
     /// Mount the dataset, which is read-only, and unmount it: what a power cut has left in its log only is in it then.
     Replay,
-    /// Make sure that the dataset is read-only, by the node's mount table that nothing has it mounted, and that a zvol's device can't be written.
+    /// Make sure by the node's mount table that nothing has the dataset mounted, and that a zvol's device can't be written.
     CheckQuiet,
     /// Take the snapshot of a round of PreCopy under this name, and write it with its GUID.
     PublishRound(String),
-    /// Take the final snapshot under this name, and write it with its GUID; phase FinalSync.
+    /// Take the final snapshot under this name, and write it with its GUID if the dataset is read-only; phase FinalSync.
     PublishFinal(String),
     /// Receive what the source has up to this snapshot, and this snapshot.
     Fetch(Known),
@@ -147,8 +147,7 @@ pub fn wants_part(me: &str, volume: &PortableVolume, actions: &[Action]) -> bool
     let harmless = |action: &Action| {
         matches!(
             action,
-            Action::Fetch(_)
-                | Action::Restore
+            Action::Restore
                 | Action::ApplySpec
                 | Action::Own
                 | Action::Adopt
@@ -156,10 +155,9 @@ pub fn wants_part(me: &str, volume: &PortableVolume, actions: &[Action]) -> bool
                 | Action::RecordSnapshot(_)
         )
     };
-    volume.metadata.deletion_timestamp.is_none()
-        && (comes || is_made)
-        && !actions.is_empty()
-        && actions.iter().all(harmless)
+    // What comes after a fetch is done with all of the stream there.
+    let mut before = actions.iter().take_while(|action| !matches!(action, Action::Fetch(_)));
+    volume.metadata.deletion_timestamp.is_none() && (comes || is_made) && !actions.is_empty() && before.all(harmless)
 }
 
 /// Whether a dataset is a copy of the volume. One that has only begun to come, and not been marked yet, may have no snapshot but a person's.
@@ -444,8 +442,7 @@ fn target(
     let has = |guid: &String| local.is_some_and(|local| local.has(guid));
     match (handoff.phase, handoff.guid.clone().filter(has), local) {
         (HandoffPhase::FinalSync, Some(guid), Some(local)) => {
-            // What follows is decided by our own write: nobody else can change it between.
-            adopt.into_iter().chain([Action::TakeOver(guid)]).chain(activate(handoff, local)).collect()
+            adopt.into_iter().chain(take_over(guid, handoff, local)).collect()
         }
         (HandoffPhase::PreCopy, Some(guid), _) if entry.guid.as_ref() != Some(&guid) => {
             adopt.into_iter().chain([Action::RecordRound(guid)]).collect()
@@ -456,6 +453,10 @@ fn target(
         }
         (_, _, Some(local)) if local.mounted => {
             vec![Action::Wait(format!("the replica on node {} is mounted there", handoff.to))]
+        }
+        (HandoffPhase::Quiescing, _, Some(local)) if local.uid.is_some() && local.epoch != Some(handoff.epoch) => {
+            // The source's turn: what can be done before it is is not waited for later. The epoch is nobody's but this attempt's.
+            vec![Action::Stamp(handoff.epoch)]
         }
         (_, _, local) => match local.and_then(|local| snapshots::unsaid(me, status, &local.snapshots, asked)) {
             // The source lets go of it if nobody is known to have it.
@@ -472,7 +473,21 @@ fn fetch(status: &PortableVolumeStatus, handoff: &Handoff, entry: &Replica, loca
     let known = known_guids(status);
     let here = local.map(|local| local.snapshots.as_slice()).unwrap_or_default();
     let unpublished = snapshots::unpublished(&known, entry, here);
-    unpublished.map(Action::DestroySnapshot).chain([Action::Fetch(Known { name, guid })]).collect()
+    let fetch = Action::Fetch(Known { name, guid: guid.clone() });
+    let actions = unpublished.map(Action::DestroySnapshot).chain([fetch]);
+    // A fetch ends well only with that snapshot there, and nothing else of a copy that is ours changes with it: no need to look again.
+    match local.filter(|local| local.uid.is_some()) {
+        Some(local) if handoff.phase == HandoffPhase::FinalSync => {
+            actions.chain(take_over(guid, handoff, local)).collect()
+        }
+        Some(_) => actions.chain([Action::RecordRound(guid)]).collect(),
+        None => actions.collect(),
+    }
+}
+
+/// What follows the first step is decided by our own write: nobody else can change it between.
+fn take_over(guid: String, handoff: &Handoff, local: &Local) -> impl Iterator<Item = Action> {
+    [Action::TakeOver(guid)].into_iter().chain(activate(handoff, local))
 }
 
 fn activate(handoff: &Handoff, local: &Local) -> Vec<Action> {

@@ -241,10 +241,17 @@ fn a_target_is_recorded_receives_and_takes_over() {
     };
     assert_eq!(plan("b", &unrecorded, None, &[]), [Action::RecordReplica]);
     assert_eq!(plan("b", &moving(HandoffPhase::Quiescing), None, &[]), []);
+    // While the source has its turn the copy gets this attempt's epoch; one that isn't marked yet might be anybody's.
+    let quiescing = moving(HandoffPhase::Quiescing);
+    assert_eq!(plan("b", &quiescing, Some(&copy(2, &["portolan-2"])), &[]), [Action::Stamp(4)]);
+    assert_eq!(plan("b", &quiescing, Some(&copy(4, &["portolan-2"])), &[]), []);
+    assert_eq!(plan("b", &quiescing, Some(&Local { uid: None, ..copy(2, &["portolan-2"]) }), &[]), []);
     let volume = moving(HandoffPhase::FinalSync);
     let fetch = Action::Fetch(known("portolan-4"));
     assert_eq!(plan("b", &volume, None, &[]), std::slice::from_ref(&fetch));
-    assert_eq!(plan("b", &volume, Some(&copy(2, &["portolan-2"])), &[]), [fetch]);
+    let stamped = Local { readonly: true, ..copy(4, &["portolan-2"]) };
+    let activated = [Action::TakeOver("g-portolan-4".into()), Action::SetReadonly(false), Action::Finish];
+    assert_eq!(plan("b", &volume, Some(&stamped), &[]), [&[fetch][..], &activated].concat());
     let mounted = Local { mounted: true, ..copy(2, &["portolan-2"]) };
     assert!(waits(&plan("b", &volume, Some(&mounted), &[])));
     let unmarked = Local { uid: None, epoch: None, ..copy(0, &["portolan-4"]) };
@@ -254,7 +261,10 @@ fn a_target_is_recorded_receives_and_takes_over() {
     // The name alone is no proof: the GUID is.
     let impostor = Local { snapshots: vec![Known { name: "portolan-4".into(), guid: "other".into() }], ..copy(2, &[]) };
     let actions = plan("b", &volume, Some(&impostor), &[]);
-    assert!(!actions.iter().any(|action| matches!(action, Action::TakeOver(_) | Action::RecordSnapshot(_))));
+    let before = actions.iter().take_while(|action| !matches!(action, Action::Fetch(_)));
+    assert!(before.count() < actions.len(), "{actions:?}");
+    assert!(!actions.iter().any(|action| matches!(action, Action::RecordSnapshot(_))));
+    assert!(!matches!(actions[0], Action::TakeOver(_)), "{actions:?}");
     let received = Local { readonly: true, ..copy(2, &["portolan-2", "portolan-4"]) };
     assert_eq!(plan("b", &volume, Some(&received), &[]), activated);
 }
@@ -266,7 +276,8 @@ fn a_final_snapshot_whose_write_was_lost_parts_nobody() {
     let mut volume = moving(HandoffPhase::FinalSync);
     volume.status.as_mut().unwrap().replicas[1] = replica("b", Some("portolan-3"));
     let fetch = Action::Fetch(known("portolan-4"));
-    assert_eq!(plan("b", &volume, Some(&local), &[]), [Action::DestroySnapshot(known("portolan-3-2")), fetch]);
+    let actions = plan("b", &volume, Some(&local), &[]);
+    assert_eq!(actions[..2], [Action::DestroySnapshot(known("portolan-3-2")), fetch]);
     // It is never taken for what the copies share.
     let at_rest =
         owned(|status| status.replicas = vec![replica("a", Some("portolan-3")), replica("b", Some("portolan-3"))]);
@@ -447,7 +458,8 @@ fn a_target_records_each_round_that_has_come() {
     let here = copy(2, &["portolan-2", "portolan-4"]);
     assert_eq!(plan("b", &come, Some(&here), &[]), [Action::DestroySnapshot(known("portolan-2"))]);
     let next = copying(Some("portolan-4-2"), Some("portolan-4"), false);
-    assert_eq!(plan("b", &next, Some(&here), &[]), [Action::Fetch(known("portolan-4-2"))]);
+    let recorded = Action::RecordRound("g-portolan-4-2".into());
+    assert_eq!(plan("b", &next, Some(&here), &[]), [Action::Fetch(known("portolan-4-2")), recorded]);
 }
 
 #[test]

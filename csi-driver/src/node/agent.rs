@@ -153,13 +153,22 @@ async fn drive<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<Duration, StepError> 
     let node = steps.node;
     let mut fresh = false;
     for _ in 0..PLANS {
-        let found = disk::look(node.zfs.as_ref(), &node.mounts, &steps.dataset).await?;
+        // Of a volume that moves something is to be done nearly always: the object is asked for at once.
+        let moves = !fresh && volume::status(&steps.volume).handoff.is_some();
+        let (found, now) =
+            tokio::join!(disk::look(node.zfs.as_ref(), &node.mounts, &steps.dataset), newest(steps, moves));
+        let found = found?;
+        if moves {
+            let Some(now) = now? else { return Ok(RESYNC) };
+            steps.volume = now;
+            fresh = true;
+        }
         let (local, part) = (found.copy, found.there.part.is_some());
         let mut snapshots = asked(steps).await?;
         let mut actions = handoff::plan(&node.name, &steps.volume, local.as_ref(), &snapshots);
         if !fresh && (part || !actions.is_empty()) {
             // The watch may be behind: what is done is decided on the object as it is now.
-            let Some(now) = node.volumes.get_opt(&steps.volume.name_any()).await? else { return Ok(RESYNC) };
+            let Some(now) = newest(steps, true).await? else { return Ok(RESYNC) };
             steps.volume = now;
             fresh = true;
             snapshots = asked(steps).await?;
@@ -175,7 +184,7 @@ async fn drive<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<Duration, StepError> 
             return Ok(if owned { OWNED } else { RESYNC });
         }
         // What comes before a fetch may change what is there.
-        steps.there = matches!(actions[..], [Action::Fetch(_)]).then_some(found.there);
+        steps.there = matches!(actions.first(), Some(Action::Fetch(_))).then_some(found.there);
         for action in actions {
             match action {
                 Action::Wait(why) => return wait(steps, &why).await,
@@ -199,6 +208,14 @@ async fn drive<Z: Zfs>(steps: &mut Steps<'_, Z>) -> Result<Duration, StepError> 
         }
     }
     Ok(Duration::ZERO)
+}
+
+/// The volume's object as it is now, if that is wanted and there is one.
+async fn newest<Z: Zfs>(steps: &Steps<'_, Z>, wanted: bool) -> kube::Result<Option<PortableVolume>> {
+    match wanted {
+        true => steps.node.volumes.get_opt(&steps.volume.name_any()).await,
+        false => Ok(None),
+    }
 }
 
 /// The snapshots that are wanted of the volume. The watch may be behind, which matters only where the volume is destroyed: what is

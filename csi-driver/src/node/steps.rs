@@ -6,7 +6,7 @@ use std::time::Duration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::ResourceExt;
 use portolan_crds::PortableVolume;
-use portolan_zfs::{DatasetName, ErrorKind, InvalidName, Kind, Property, Zfs, ZfsError};
+use portolan_zfs::{Dataset, DatasetName, ErrorKind, InvalidName, Property, Zfs, ZfsError};
 use tokio::sync::OwnedMutexGuard;
 
 use super::disk::{self, ReadError};
@@ -287,23 +287,33 @@ impl<Z: Zfs> Steps<'_, Z> {
         Ok(())
     }
 
-    /// Makes sure that nothing can write to the dataset, which has been made read-only: it is so, nothing has it mounted, and a zvol's device
-    /// is open nowhere since before.
+    /// Makes sure that nothing can write to the dataset, which has been made read-only: nothing has it mounted, and a zvol's device is open
+    /// nowhere since before.
     async fn check_quiet(&self) -> Result<(), StepError> {
         let (node, dataset) = (self.node, &self.dataset);
-        let found = node.zfs.dataset(dataset).await?;
-        if !found.readonly {
-            return Err(StepError::Writable(dataset.clone()));
-        }
         let at = disk::mounts(&node.mounts, dataset)?;
-        if found.mounted || !at.is_empty() {
+        if !at.is_empty() {
             return Err(StepError::NotQuiet { dataset: dataset.clone(), at });
         }
-        match found.kind {
-            Kind::Filesystem => Ok(()),
+        // Of a filesystem's dataset that is all, but for what is looked at while its snapshot is taken.
+        if !self.volume.spec.is_zvol() {
+            return Ok(());
+        }
+        match self.check_readonly().await?.key_available {
             // Without its key it has no device, and a key that anybody still needs isn't taken away.
-            Kind::Volume { .. } if !found.key_available => Ok(()),
-            Kind::Volume { .. } => Ok(Device::check_unwritable(&node.mounts, &dataset.device(), QUIET_WITHIN).await?),
+            false => Ok(()),
+            true => Ok(Device::check_unwritable(&node.mounts, &dataset.device(), QUIET_WITHIN).await?),
+        }
+    }
+
+    /// ZFS has said that it made the dataset read-only: whether it is.
+    async fn check_readonly(&self) -> Result<Dataset, StepError> {
+        let dataset = &self.dataset;
+        let found = self.node.zfs.dataset(dataset).await?;
+        match (found.readonly, found.mounted) {
+            (true, false) => Ok(found),
+            (false, _) => Err(StepError::Writable(dataset.clone())),
+            (true, true) => Err(StepError::NotQuiet { dataset: dataset.clone(), at: Vec::new() }),
         }
     }
 
@@ -314,10 +324,13 @@ impl<Z: Zfs> Steps<'_, Z> {
         self.happen_still(Event::RoundTaken { node, epoch, snapshot: known, at: write::now() }).await
     }
 
-    /// Takes the final snapshot and writes it. Whoever else writes meanwhile doesn't cost another snapshot: the lock is held, so
-    /// the dataset stays as it is.
+    /// Takes the final snapshot and writes it, if the dataset is read-only indeed. Whoever else writes meanwhile doesn't cost another snapshot: the
+    /// lock is held, so the dataset stays as it is.
     async fn publish(&mut self, name: &str) -> Result<(), StepError> {
-        let (snapshot, volume) = (self.snapshot(name).await?, self.volume.name_any());
+        // At once: a pod waits for it. What isn't published counts for nothing.
+        let (snapshot, readonly) = tokio::join!(self.snapshot(name), self.check_readonly());
+        readonly?;
+        let (snapshot, volume) = (snapshot?, self.volume.name_any());
         let quiesced_at = self.node.unstaged_at(&volume).map_or_else(write::now, MicroTime);
         let (node, epoch) = (self.node.name.clone(), self.epoch());
         self.happen_still(Event::Published { node, epoch, snapshot, quiesced_at }).await

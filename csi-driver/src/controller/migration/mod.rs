@@ -33,6 +33,8 @@ use crate::write::{self, WriteError};
 
 /// How soon a migration is looked at again while its pod runs; the volumes' changes are events.
 const RUNNING: Duration = Duration::from_secs(2);
+/// How long its volumes' changes are gathered before it is looked at: a hand-over is several of them, and nothing of it is up to the migration.
+const GATHER: Duration = Duration::from_millis(100);
 /// How soon one is whose pod is away: pods are not watched.
 const AWAY: Duration = Duration::from_millis(500);
 /// How soon an eviction that was refused is tried again.
@@ -43,7 +45,7 @@ pub(super) async fn run(hub: Arc<Hub>) {
     let controller = Controller::new(migrations, watcher::Config::default());
     let known = controller.store();
     let stream = controller
-        .with_config(controller::Config::default().concurrency(1))
+        .with_config(controller::Config::default().concurrency(1).debounce(GATHER))
         .watches(hub.volumes.clone(), watcher::Config::default(), move |volume: PortableVolume| {
             let name = volume.name_any();
             let moves = |migration: &VolumeMigration| {
