@@ -63,8 +63,8 @@ pub fn play(lab: &Lab) -> Result<()> {
     lab.kubectl(&["delete", "ipclaim", CLAIM, "--timeout=60s"])?;
 
     lab.step("pods are seen outside as their node; who isn't asked for it goes by eth0, as ever");
-    // It has asked at which MAC the gateway is while that was the taker's, and the kernel believes an answer for up to 45 s, and asks there first.
-    outside.is_seen_within(75, &pods, "web-0", &addresses.0)?;
+    // It has asked at which MAC the gateway is while that was the taker's: the gateway has told it.
+    outside.is_seen(&pods, "web-0", &addresses.0)?;
     let by_eth0 = outside.sees(&pods, "far")?;
     ensure!(by_eth0.starts_with("10.244."), "far is seen as {by_eth0}");
     pods.annotate("pod", "far", r#"[{"name": "beside", "default-route": ["10.91.0.1"]}, {"name": "six"}]"#)?;
@@ -167,11 +167,7 @@ impl Outside {
     }
 
     fn is_seen(&self, pods: &Pods<'_>, pod: &str, node: &str) -> Result<()> {
-        self.is_seen_within(30, pods, pod, node)
-    }
-
-    fn is_seen_within(&self, seconds: u32, pods: &Pods<'_>, pod: &str, node: &str) -> Result<()> {
-        pods.lab.wait(&format!("{pod} is seen as {node}"), seconds, || same("it", &*self.sees(pods, pod)?, node))?;
+        pods.lab.wait(&format!("{pod} is seen as {node}"), 30, || same("it", &*self.sees(pods, pod)?, node))?;
         pods.lab.show(format!("{pod} is seen as {node}"));
         Ok(())
     }

@@ -332,6 +332,49 @@ async fn what_is_for_the_gateway_stays_on_its_node() {
     assert!(crossed.is_empty(), "{crossed:?}");
 }
 
+/// A pod had the gateway's address before: who knows its MAC is told at once where the gateway is, and the other node's pods hear nothing of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_says_that_it_is_there() {
+    let (a, b) = two_nodes();
+    let outside = Outside::of(&a);
+    for node in [&a, &b] {
+        node.dataplane.ensure_network(&NetworkSpec { gateway: false, ..spec(node, FRONT) }).await.unwrap();
+    }
+    let (pod, remote) = (plug(&a, FRONT, "pod", 5).await, plug(&b, FRONT, "remote", 21).await);
+    forward(&a, FRONT, &[&pod], &b, &[&remote], false).await;
+    forward(&b, FRONT, &[&remote], &a, &[&pod], false).await;
+    let gone = "02:00:00:00:00:99";
+    let gateways = [GATEWAY.to_string(), GATEWAY_IPV6.to_string()];
+    let from = |pod: &Pod<'_>| frame(BROADCAST, pod.port.mac, EXPERIMENTAL, b"honest");
+    let names_gateway = |frame: &[u8]| {
+        let has = |address: &[u8]| frame.windows(address.len()).any(|bytes| bytes == address);
+        has(&GATEWAY.octets()) || has(&GATEWAY_IPV6.octets())
+    };
+    for comes_back in [false, true] {
+        if comes_back {
+            a.dataplane.remove_egress(FRONT, &subnets(FRONT)).await.unwrap();
+        }
+        for gateway in &gateways {
+            ip(&pod, &["neighbour", "replace", gateway, "lladdr", gone, "dev", "eth1", "nud", "reachable"]);
+        }
+        let mut wires = [Wire::open(&remote), a.at("portolan-32").run(|| Wire::at("vx0")).unwrap()];
+        assert_eq!(ensure(&a, FRONT).await, []);
+        assert_eq!(outside.sees(&pod, PATIENCE), outside.node_has.map(Some), "comes back: {comes_back}");
+        Wire::open(&pod).send(&from(&pod));
+        for wire in &mut wires {
+            let seen = wire.until(&from(&pod)).expect("the honest frame");
+            let strays: Vec<_> = seen.iter().filter(|frame| names_gateway(frame)).collect();
+            assert!(strays.is_empty(), "{strays:?}");
+        }
+    }
+    // Who is there already doesn't say so every minute.
+    let mut wire = Wire::open(&pod);
+    ensure(&a, FRONT).await;
+    Wire::open(&remote).send(&from(&remote));
+    let seen = wire.until(&from(&remote)).expect("the honest frame");
+    assert!(!seen.iter().any(|frame| names_gateway(frame)));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn policies_hold_outside_too() {
     let (a, _b) = two_nodes();

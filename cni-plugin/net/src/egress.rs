@@ -24,7 +24,7 @@ use netlink_packet_route::{
 use rtnetlink::{LinkUnspec, LinkVeth};
 
 use crate::{
-    BRIDGE, Dataplane,
+    BRIDGE, BRIDGE_MAC, Dataplane, announcement,
     error::{Error, Result},
     ipam::gateway,
     multicast,
@@ -139,6 +139,7 @@ impl Dataplane {
         nft::run(self.programs(), way.inside.again()?, rules::of_network(wanted)).await?;
         nft::run(self.programs(), way.outside.again()?, rules::of_host(wanted.tunnel_port)).await?;
         connect(&way, wanted, inner, outer).await?;
+        tell_pods(&way, wanted, bridge).await?;
         for subnet in &wanted.subnets {
             way.network.add_address(bridge, IpNet::from(gateway(*subnet))).await?;
             if subnet.addr().is_ipv6() {
@@ -210,6 +211,21 @@ async fn ensure_pair(way: &Way, wanted: &Egress) -> Result<(u32, u32)> {
     let veth = LinkVeth::new(LINK, &name).mtu(wanted.mtu).set_info_data(InfoData::Veth(InfoVeth::Peer(peer))).build();
     way.network.add_link(veth, format!("make {LINK} with {name} on the host")).await?;
     Ok((way.network.index(LINK).await?, way.host.index(&name).await?))
+}
+
+/// Says that gateways which are to come are the bridge, to pods that may know another MAC for the address: that of a pod which had it. It comes
+/// after the rules, which keep it on this node and let nobody else say so any more; and before the addresses, so that whoever is killed in
+/// between says it again.
+async fn tell_pods(way: &Way, wanted: &Egress, bridge: u32) -> Result<()> {
+    let present = way.network.addresses(bridge).await?;
+    let gateways = wanted.subnets.iter().copied().map(gateway);
+    let new: Vec<IpAddr> = gateways.filter(|it| !present.contains(&IpNet::from(*it))).collect();
+    if !new.is_empty()
+        && let Err(error) = announcement::announce(&way.inside, bridge, BRIDGE_MAC, &new).await
+    {
+        tracing::warn!(vni = wanted.vni, %error, "pods that have asked for the gateway before find it when they ask again");
+    }
+    Ok(())
 }
 
 /// Gives both ends their addresses, and the network's namespace its routes.

@@ -8,6 +8,8 @@ use std::{
 
 use ipnet::IpNet;
 
+use crate::Mac;
+
 /// Result of this crate's operations.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -179,6 +181,16 @@ pub enum Error {
         address: IpAddr,
         /// The host's end of its link.
         link: String,
+    },
+    /// A link can't be told at which MAC an address is.
+    #[error("announce the addresses at {mac} (in {place}): {source}")]
+    Announcement {
+        /// The MAC.
+        mac: Mac,
+        /// The namespace.
+        place: String,
+        /// Why not.
+        source: io::Error,
     },
     /// No address is left between a network and the host.
     #[error("all of {range} is in use on this host: no network can get a gateway any more")]

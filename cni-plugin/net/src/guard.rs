@@ -50,7 +50,7 @@ impl Allowed {
 
 /// EtherTypes (IEEE 802 numbers, IANA).
 pub(crate) const IPV4: u32 = 0x0800;
-const ARP: u32 = 0x0806;
+pub(crate) const ARP: u32 = 0x0806;
 pub(crate) const IPV6: u32 = 0x86dd;
 /// Tags of VLANs. The kernel takes the first one off a frame before it is looked at: here it is a tag within a tag.
 const TAGS: [u32; 2] = [0x8100, 0x88a8];
@@ -65,11 +65,11 @@ pub(crate) const DROP: u32 = 2;
 /// than these is dropped.
 const EXTENSIONS: usize = 4;
 /// ICMPv6, and the headers that lead to it (RFC 8200, section 4): hop-by-hop options, routing, destination options; fragment.
-const ICMPV6: u32 = 58;
+pub(crate) const ICMPV6: u32 = 58;
 const OPTIONS: [u32; 3] = [0, 43, 60];
 const FRAGMENT: u32 = 44;
 /// A neighbour advertisement (RFC 4861, section 4.4).
-const ADVERTISEMENT: u32 = 136;
+pub(crate) const ADVERTISEMENT: u32 = 136;
 
 /// Attributes that the netlink library has no names for (`linux/pkt_cls.h`): actions, and a classic program's length and instructions.
 const ACTIONS: u16 = 1;

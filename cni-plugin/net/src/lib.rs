@@ -4,6 +4,7 @@
 //! cluster without another plugin is routed, in the host's own namespace. This crate knows
 //! nothing of Kubernetes. Every operation is idempotent: killed between any two of its steps and run again, it ends in the same state.
 
+mod announcement;
 mod bandwidth;
 mod bpf;
 mod dataplane;

@@ -168,7 +168,7 @@ fn word(bytes: &[u8], at: usize) -> Option<u16> {
 }
 
 /// The Internet checksum (RFC 1071) of a message of even length.
-fn checksum(message: &[u8]) -> u16 {
+pub(crate) fn checksum(message: &[u8]) -> u16 {
     let words = message.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
     let mut sum: u32 = words.sum();
     while sum > 0xffff {
