@@ -188,13 +188,17 @@ fn a_check_names_what_is_missing_and_an_add_mends_it() {
     let in_pod = |words: &str| node.run_in("pod", words);
     let in_network = |words: &str| node.run_in("portolan-77", words);
     let (guard, lock) = (format!("tc filter del dev {port} ingress"), format!("bridge link set dev {port} locked off"));
+    let option = |option: &str| format!("bridge link set dev {port} {option}");
+    let (learning, leaving) = (option("learning on"), option("fastleave off"));
     let (out, down) = (format!("ip link set {port} nomaster"), format!("ip link set {port} down"));
-    let cases: [(&dyn Fn(), &[&str]); 7] = [
+    let cases: [(&dyn Fn(), &[&str]); 9] = [
         (&|| drop(in_pod("ip address flush dev eth1")), &[&address, "eth1", "/run/netns/pod"]),
         (&|| drop(in_pod("ip link set eth1 down")), &["link eth1 is down", "/run/netns/pod"]),
         (&|| drop(in_pod("ip link del eth1")), &[&port, "is not there"]),
         (&|| drop(in_network(&guard)), &[&port, "not held to its pod's addresses"]),
         (&|| drop(in_network(&lock)), &[&port, "not locked to its MAC"]),
+        (&|| drop(in_network(&learning)), &[&port, "does not have learning off"]),
+        (&|| drop(in_network(&leaving)), &[&port, "does not have mcast_fast_leave on"]),
         (&|| drop(in_network(&out)), &[&port, "is not there"]),
         (&|| drop(in_network(&down)), &[&port, "is down"]),
     ];

@@ -140,6 +140,18 @@ pub enum Error {
         /// The network's namespace.
         place: String,
     },
+    /// A port has not what it was given beside its lock (bridge(8)).
+    #[error("port {port} does not have {option} {} (in {place})", if *.wanted { "on" } else { "off" })]
+    PortOption {
+        /// The port's name.
+        port: String,
+        /// The option.
+        option: &'static str,
+        /// Whether it is to be on.
+        wanted: bool,
+        /// The network's namespace.
+        place: String,
+    },
     /// A pod could send by any address, or not by those that it may use.
     #[error("port {port} is not held to its pod's addresses (in {place})")]
     NotGuarded {

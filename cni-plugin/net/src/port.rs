@@ -143,7 +143,7 @@ impl Dataplane {
         Ok(links.iter().filter_map(link_name).filter(|n| is_port_name(n)).map(str::to_owned).collect())
     }
 
-    /// Whether a pod's interface is there and up with its addresses, plugged in, locked, guarded and limited as the spec says: what CNI's CHECK asks.
+    /// Whether a pod's interface is there and up with its addresses, plugged in, locked, guarded and limited as the spec says, with the options of its port: what CNI's CHECK asks.
     ///
     /// # Errors
     /// What is missing, or what the kernel refuses.
@@ -156,6 +156,7 @@ impl Dataplane {
         let port = port.ok_or_else(|| missing(&spec.port, Path::new(network.place())))?;
         check_up(&port, &spec.port, Path::new(network.place()))?;
         check_lock(&network, &port, spec)?;
+        check_options(&network, &port, spec)?;
         let shaper = bandwidth::check(&network, port.header.index, spec).await?;
         guard::check(&network, port.header.index, spec, shaper).await?;
         let pod = Netlink::open(&Namespace::open(self.root(), &spec.netns)?)?;
@@ -253,10 +254,22 @@ async fn lock(network: &Netlink, index: u32, spec: &PortSpec) -> Result<()> {
 }
 
 fn check_lock(network: &Netlink, link: &LinkMessage, spec: &PortSpec) -> Result<()> {
-    if !spec.locked || has(link, InfoBridgePort::Locked(true)) {
+    if !spec.locked || has(link, &InfoBridgePort::Locked(true)) {
         return Ok(());
     }
     Err(Error::NotLocked { port: spec.port.clone(), place: network.place().to_owned() })
+}
+
+/// What else [`lock`] sets.
+fn check_options(network: &Netlink, link: &LinkMessage, spec: &PortSpec) -> Result<()> {
+    let wanted = [
+        ("learning", !spec.locked, InfoBridgePort::Learning(!spec.locked)),
+        ("mcast_fast_leave", spec.locked, InfoBridgePort::FastLeave(spec.locked)),
+    ];
+    let Some((option, wanted, _)) = wanted.into_iter().find(|(_, _, property)| !has(link, property)) else {
+        return Ok(());
+    };
+    Err(Error::PortOption { port: spec.port.clone(), option, wanted, place: network.place().to_owned() })
 }
 
 /// The addresses that the bridge has neighbours for: it speaks IPv4 only.
@@ -340,17 +353,17 @@ pub(crate) fn check_up(link: &LinkMessage, name: &str, place: &Path) -> Result<(
 }
 
 fn is_forwarding(link: &LinkMessage) -> bool {
-    has(link, InfoBridgePort::State(BridgePortState::Forwarding))
+    has(link, &InfoBridgePort::State(BridgePortState::Forwarding))
 }
 
 /// Whether a link is a bridge's port with this property.
-fn has(link: &LinkMessage, property: InfoBridgePort) -> bool {
+fn has(link: &LinkMessage, property: &InfoBridgePort) -> bool {
     let infos = link.attributes.iter().filter_map(|a| match a {
         LinkAttribute::LinkInfo(infos) => Some(infos),
         _ => None,
     });
     infos.flatten().any(|info| match info {
-        LinkInfo::PortData(InfoPortData::BridgePort(facts)) => facts.contains(&property),
+        LinkInfo::PortData(InfoPortData::BridgePort(facts)) => facts.contains(property),
         _ => false,
     })
 }
