@@ -33,7 +33,7 @@ fn network(node: &Node, others: &[&Node]) -> PodNetwork {
 async fn join(node: &Node, others: &[&Node], ports: &[HostPort]) {
     let network = network(node, others);
     node.dataplane.ensure_pod_network(&network).await.unwrap();
-    node.dataplane.set_pod_rules(&network, ports).await.unwrap();
+    node.dataplane.set_pod_rules(&network, ports, &[]).await.unwrap();
 }
 
 async fn two_joined() -> (Node, Node) {
@@ -255,6 +255,51 @@ async fn host_ports_lead_to_their_pods() {
     assert_eq!(reach((&b, "host"), (node, 8080)), None, "no more");
 }
 
+/// The kernel sends on what belongs to a flow as it sent the flow's first packet.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_goes_on_sending_to_a_host_port_is_led_to_whoever_has_it() {
+    let (a, b) = two_joined().await;
+    outside(&a);
+    let (one, two) = (plug(&a, "one", 5).await, plug(&a, "two", 6).await);
+    let port = |pod: &Pod<'_>| {
+        let pod = pod.spec.addresses.clone();
+        vec![HostPort { at: None, protocol: Protocol::Udp, port: 8082, pod, pod_port: WEB }]
+    };
+    let servers = [one.udp(WEB), two.udp(WEB)];
+    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 8082));
+    let clients = [
+        (bind(&b, "host", || udp((b.vtep, 0))), SocketAddr::from((a.vtep, 8082))),
+        (bind(&a, "host", || udp((Ipv4Addr::LOCALHOST, 0))), loopback),
+    ];
+    // Another flow to a port of the same number, which is seen to be the same by the port that it has outside.
+    let (far, near) = (bind(&a, "outside", || udp((SERVER, 8082))), two.udp(7));
+    let seen_outside = || {
+        near.send_to(b"hello", (SERVER, 8082)).unwrap();
+        far.recv_from(&mut [0; 10]).unwrap().1
+    };
+    let as_whom = seen_outside();
+    let mut before = Vec::new();
+    for leads_to in [Some(&one), None, Some(&two), Some(&one), None, None, Some(&one)] {
+        let ports = leads_to.map(port).unwrap_or_default();
+        a.dataplane.set_pod_rules(&network(&a, &[&b]), &ports, &before).await.unwrap();
+        for (client, to) in &clients {
+            client.send_to(b"hello", to).unwrap();
+            for (pod, server) in [&one, &two].into_iter().zip(&servers) {
+                let has_it = leads_to.is_some_and(|it| it.name == pod.name);
+                server.set_read_timeout(Some(if has_it { PATIENCE } else { SHORT })).unwrap();
+                let heard = server.recv_from(&mut [0; 10]);
+                assert_eq!(heard.is_ok(), has_it, "{} by {to} with {:?}", pod.name, leads_to.map(|it| &it.name));
+                if let Ok((_, from)) = heard {
+                    server.send_to(b"hello", from).unwrap();
+                    assert_eq!(client.recv_from(&mut [0; 10]).unwrap().1, *to);
+                }
+            }
+        }
+        before = ports;
+    }
+    assert_eq!(seen_outside(), as_whom);
+}
+
 /// Whether a datagram with such a source gets from a pod to another one.
 fn gets_through(from: &Pod<'_>, to: &Pod<'_>, source: Ipv4Addr) -> bool {
     let listener = to.udp(7);
@@ -320,7 +365,7 @@ async fn no_tunnel_begins_at_a_pod() {
     for (node, other) in [(&a, &b), (&b, &a)] {
         let network = network(node, &[other]);
         node.dataplane.ensure_pod_network(&network).await.unwrap();
-        node.dataplane.set_pod_rules(&PodNetwork { port: 7788, ..network }, &[]).await.unwrap();
+        node.dataplane.set_pod_rules(&PodNetwork { port: 7788, ..network }, &[], &[]).await.unwrap();
     }
     let pod = plug(&a, "pod", 5).await;
     let client = pod.udp(0);

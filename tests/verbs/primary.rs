@@ -15,6 +15,8 @@ use super::{ECHO, Interface, PATIENCE, files, interface, interface_called, names
 
 const BLOCKS: &[&str] = &["10.244.1.0/24", "fd44:0:0:1::/64"];
 const CONFLIST: &str = "/etc/cni/net.d/00-portolan.conflist";
+/// Where the agent keeps what it knows of pods on the pod network.
+const KEPT: &str = "/var/lib/portolan/network/pods";
 /// The node's own address.
 const HOST: &str = "192.0.2.1";
 const SHORT: Duration = Duration::from_millis(300);
@@ -39,7 +41,7 @@ fn added(node: &Node, name: &str) -> Pod {
 
 /// What the node keeps of its pods on the pod network.
 fn kept(node: &Node) -> usize {
-    files(node, "/var/lib/portolan/network/pods").len()
+    files(node, KEPT).len()
 }
 
 /// All that the host's kernel has of the pod network.
@@ -364,6 +366,42 @@ fn ports_of_the_host_lead_to_a_pod_as_long_as_it_is_there() {
         names(&node.add_with_ports(&pod, &wrong).unwrap_err(), 7, &["runtimeConfig.portMappings"]);
     }
     assert_eq!((eth0(&node, &pod), kept(&node)), (None, 1));
+}
+
+/// From one port of its own, to one of the host's, all the time.
+#[test]
+fn who_goes_on_sending_to_a_port_of_the_host_reaches_whoever_has_it_now() {
+    let mut node = Node::primary(BLOCKS);
+    added(&node, "client");
+    let ports = json!([{"hostPort": 8080, "containerPort": ECHO, "protocol": "UDP"}]);
+    let client = node.inside("client", || udp([0; 4].into(), 0));
+    let host = SocketAddr::new(HOST.parse().unwrap(), 8080);
+    for (round, name) in ["first", "second", "third", "fourth"].into_iter().enumerate() {
+        // The host's own, as long as no pod has it.
+        let itself = listen(&node, "host", host);
+        client.send_to(b"hello", host).unwrap();
+        itself.recv(&mut [0; 10]).unwrap();
+        let pod = plain(&node, name);
+        node.add_with_ports(&pod, &ports).unwrap();
+        let server = listen(&node, name, SocketAddr::new(own(&node, &pod)[0], ECHO));
+        client.send_to(b"hello", host).unwrap();
+        let (_, from) = server.recv_from(&mut [0; 10]).unwrap();
+        server.send_to(b"hello", from).unwrap();
+        assert_eq!(client.recv_from(&mut [0; 10]).unwrap().1, host);
+        if round == 1 {
+            // As by an agent that was killed right after it had noted that the pod leaves.
+            node.stop();
+            let file = node.on_host(Path::new(KEPT)).join(format!("{}.eth0.json", pod.container));
+            let mut record: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+            record["leaving"] = json!(true);
+            std::fs::write(&file, record.to_string()).unwrap();
+            node.remove_netns(&pod.netns);
+            node.start();
+            node.wait_for("it to be taken off", || kept(&node) == 1);
+        } else {
+            node.delete(&pod).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -152,10 +152,12 @@ impl Primary {
         set: &mut Option<Vec<HostPort>>,
     ) -> portolan_net::Result<()> {
         // Read under the lock: of two who change them the later one has both.
-        let wanted: Vec<HostPort> = self.pods.select(|_| true).iter().flat_map(PodRecord::host_ports).collect();
+        let pods = self.pods.select(|_| true);
+        let wanted: Vec<HostPort> = pods.iter().filter(|pod| !pod.leaving).flat_map(PodRecord::host_ports).collect();
         if set.as_ref() != Some(&wanted) {
-            *set = None;
-            dataplane.set_pod_rules(network, &wanted).await?;
+            let mut before = set.take().unwrap_or_default();
+            before.extend(pods.iter().filter(|pod| pod.leaving).flat_map(PodRecord::host_ports));
+            dataplane.set_pod_rules(network, &wanted, &before).await?;
             *set = Some(wanted);
         }
         Ok(())

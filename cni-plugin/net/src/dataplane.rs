@@ -88,7 +88,7 @@ impl Dataplane {
             let path = Path::new(NETNS_DIRECTORY).join(name);
             let Ok(namespace) = Namespace::open(&self.root, &path) else { continue };
             let Ok(netlink) = Netlink::open(&namespace) else { continue };
-            if netlink.has_address(address).await.unwrap_or(false) {
+            if netlink.all_addresses().await.is_ok_and(|all| all.contains(&address)) {
                 found.push(path);
             }
         }

@@ -7,6 +7,7 @@
 mod announcement;
 mod bandwidth;
 mod bpf;
+mod conntrack;
 mod dataplane;
 mod default_route;
 mod egress;

@@ -183,12 +183,15 @@ impl Netlink {
         Ok(listed.iter().filter(|message| message.header.index == index).filter_map(address).collect())
     }
 
-    /// Whether any interface has an address.
-    pub async fn has_address(&self, address: IpAddr) -> Result<bool> {
+    /// All interfaces' addresses.
+    pub async fn all_addresses(&self) -> Result<Vec<IpAddr>> {
         let listed = self.handle.address().get().execute().try_collect::<Vec<_>>().await;
         let listed = listed.map_err(|e| self.error("list addresses", e))?;
-        let is_it = |attribute: &AddressAttribute| matches!(attribute, AddressAttribute::Local(found) | AddressAttribute::Address(found) if *found == address);
-        Ok(listed.iter().any(|message| message.attributes.iter().any(is_it)))
+        let address = |attribute: &AddressAttribute| match attribute {
+            AddressAttribute::Local(address) | AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        };
+        Ok(listed.iter().flat_map(|message| message.attributes.iter().filter_map(address)).collect())
     }
 
     /// The IPv6 addresses that the namespace takes for its own, by its routes.

@@ -4,6 +4,7 @@
 //! routes to each of its pods, and to the blocks of other nodes by one VXLAN device. Nothing is learnt: each node's tunnel has a MAC that
 //! derives from its address, so that to know a node's address and blocks is enough.
 
+mod flows;
 mod pod;
 mod rules;
 mod tunnel;
@@ -105,12 +106,16 @@ impl Dataplane {
     }
 
     /// Makes the host's rules for the pod network what they are to be, in one step: what leaves it is masqueraded, and these ports lead to
-    /// pods. Needs the host's `nft`.
+    /// pods. So do datagrams of who has been sending to such a port all the time, or to one that led somewhere `before`. Needs the host's `nft`.
     ///
     /// # Errors
     /// What `nft` refuses; then all stays as it was.
-    pub async fn set_pod_rules(&self, network: &PodNetwork, ports: &[HostPort]) -> Result<()> {
-        nft::run(self.programs(), self.underlay()?, rules::of_host(network, ports)).await
+    pub async fn set_pod_rules(&self, network: &PodNetwork, ports: &[HostPort], before: &[HostPort]) -> Result<()> {
+        nft::run(self.programs(), self.underlay()?, rules::of_host(network, ports)).await?;
+        if let Err(error) = flows::follow(self.underlay()?, before, ports).await {
+            tracing::warn!(%error, "who has been sending datagrams to a port of this host may still be led to a pod that is gone");
+        }
+        Ok(())
     }
 
     /// Removes all of the pod network from this host but its pods; it is right if there is nothing.

@@ -70,9 +70,9 @@ impl PodRecord {
         }
     }
 
-    /// The ports of the host that lead to it.
+    /// The ports of the host that lead to it, or did so if it is leaving.
     pub fn host_ports(&self) -> impl Iterator<Item = HostPort> {
-        self.ports.iter().filter(|_| !self.leaving).map(|mapping| HostPort {
+        self.ports.iter().map(|mapping| HostPort {
             at: mapping.host_ip,
             protocol: match mapping.protocol {
                 Transport::Tcp => Protocol::Tcp,
