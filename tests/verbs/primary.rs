@@ -2,7 +2,7 @@
 
 use std::{
     io::ErrorKind,
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
     path::Path,
     time::{Duration, Instant},
 };
@@ -221,6 +221,34 @@ fn other_nodes_are_followed() {
     node.wait_for("the other to be forgotten", || state(&node) == before);
 }
 
+/// By mistake: what is this node's goes to no other, and of two others with the same the first has it.
+#[test]
+fn nodes_with_the_same_addresses_take_nothing_away() {
+    let node = Node::primary(BLOCKS);
+    let pods = ["one", "two"].map(|name| added(&node, name));
+    let before = state(&node);
+    join(&node, "larger", "192.0.2.7", &["10.244.0.0/16"]);
+    join(&node, "same", "192.0.2.8", BLOCKS);
+    join(&node, "within", "192.0.2.9", &["10.244.1.128/25"]);
+    for (name, address) in [("first", "192.0.2.2"), ("second", "192.0.2.3")] {
+        join(&node, name, address, &["10.245.0.0/24"]);
+    }
+    join(&node, "last", "192.0.2.4", &["10.246.0.0/24"]);
+    node.wait_for("the last one", || state(&node).contains("10.246.0.0/24 via"));
+    assert!(state(&node).contains("10.245.0.0/24 via") && state(&node).contains("192.0.2.2"));
+    for absent in ["192.0.2.3 ", "192.0.2.7", "192.0.2.8", "192.0.2.9", "10.244.0.0/16", "10.244.1.128"] {
+        assert!(!state(&node).contains(absent), "{absent} in {}", state(&node));
+    }
+    assert!(is_reached(&node, &pods[0], &["two", "host"]) && is_reached(&node, &pods[1], &["one", "host"]));
+    let gone = SocketAddr::from(([10, 244, 1, 200], 80));
+    let refused = node.inside("one", || Ok(TcpStream::connect_timeout(&gone, PATIENCE))).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::HostUnreachable, "a pod that isn't there is on no other node");
+    for name in ["larger", "same", "within", "first", "second", "last"] {
+        node.api.remove(&format!("/api/v1/nodes/{name}"));
+    }
+    node.wait_for("them to be forgotten", || state(&node) == before);
+}
+
 /// An agent that doesn't know the Nodes yet takes none for gone.
 #[test]
 fn what_goes_on_without_the_agent_goes_on_with_a_new_one() {
@@ -241,7 +269,10 @@ fn what_goes_on_without_the_agent_goes_on_with_a_new_one() {
     names(&node.add(&one).unwrap_err(), 11, &["agent"]);
     node.api.hold("/nodes");
     node.start();
-    names(&node.add(&one).unwrap_err(), 11, &["not made on this node yet"]);
+    // Nothing is said of a Node that wasn't seen.
+    names(&node.add(&one).unwrap_err(), 11, &["not made on this node yet: the cluster's Nodes are not known"]);
+    std::thread::sleep(SHORT);
+    names(&node.status().unwrap_err(), 50, &["the cluster's Nodes are not known"]);
     goes_on(&node);
     node.api.release("/nodes");
     node.wait_for("the agent to be ready", || node.status().is_ok());

@@ -38,6 +38,9 @@ const INTERVAL: Duration = Duration::from_secs(60);
 /// How soon something that failed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 
+/// Why there is no pod network before the API server has answered.
+const UNKNOWN: &str = "the cluster's Nodes are not known yet";
+
 /// This node's part of the pod network.
 pub(crate) struct Primary {
     /// All Nodes; none where another plugin makes the pod network.
@@ -80,7 +83,7 @@ impl Primary {
             underlay,
             pods: Store::open(settings.pods())?,
             last: Mutex::new(Last::read(settings.last_pod())),
-            applied: Mutex::default(),
+            applied: Mutex::new(Applied { problem: UNKNOWN.to_owned(), ..Applied::default() }),
             changed,
             served: watch::Sender::new(!settings.primary),
         })
