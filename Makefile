@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(PORTOLAN_CACHE)/target
 CARGO := env RUSTFLAGS='-C target-feature=+crt-static' CARGO_BUILD_TARGET=x86_64-unknown-linux-gnu cargo
 TIMED := e2e/timed
 
-.PHONY: help demo test test-code test-scene scene e2e-storage e2e-network bench bench-network bench-names bench-cni bench-scale generate tools lab-build lab-up lab-down lab-shell lab-status images
+.PHONY: help demo test test-code test-scene test-primary scene e2e-storage e2e-network bench bench-network bench-names bench-cni bench-scale generate tools lab-build lab-up lab-down lab-shell lab-status images
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -18,11 +18,12 @@ help:
 demo: tools
 	$(TIMED) "the demo" env KEEP=1 LANE=$(LANE) e2e/on-lane $(CARGO) run --release --locked -q -p portolan-e2e --bin demo
 
-## test         everything that is tested, both lanes' scenes included
+## test         everything that is tested, both lanes' scenes and a cluster without another CNI plugin included
 test: tools
 	$(TIMED) "the lab's Kubernetes" e2e/lab/lab build csi e2e
 	$(MAKE) test-code
 	$(MAKE) test-scene LANE=native
+	$(MAKE) test-primary
 	$(MAKE) test-scene LANE=openzfs
 
 ## test-code    formatting, lints, and all tests that need no cluster
@@ -37,6 +38,11 @@ TIMES ?= 1
 test-scene: tools
 	$(TIMED) "the scene on lane $(LANE)" env LANE=$(LANE) e2e/on-lane $(MAKE) scene TIMES=$(TIMES)
 
+## test-primary  Portolan as the only CNI plugin: what nodes and pods see of it, in a cluster of its own on lane native
+test-primary: tools
+	$(TIMED) "Portolan as the only plugin" env LANE=native LAB_CNI=none PARTS=primary e2e/on-lane \
+	  $(CARGO) run --release --locked -q -p portolan-e2e --bin e2e-network
+
 ## scene        the scene's test in the lab that is up; PARTS="install snapshots" plays only these parts of it
 scene:
 	for i in $$(seq $(TIMES)); do LANE=$(LANE) $(CARGO) test --release --locked -p portolan-e2e -- --nocapture || exit 1; done
@@ -46,9 +52,9 @@ e2e-storage: tools
 	$(TIMED) "the storage suite on lane $(LANE)" env LANE=$(LANE) e2e/on-lane \
 	  $(CARGO) run --release --locked -q -p portolan-e2e --bin e2e-storage
 
-## e2e-network  Portolan as the only CNI plugin: what pods see of it, and a selection of Kubernetes' suite for networks, in a cluster of its own on lane native
+## e2e-network  the same, and a selection of Kubernetes' suite for networks
 e2e-network: tools
-	$(TIMED) "Portolan as the only plugin" env LANE=native LAB_CNI=none e2e/on-lane \
+	$(TIMED) "Portolan as the only plugin, and the suite for networks" env LANE=native LAB_CNI=none e2e/on-lane \
 	  $(CARGO) run --release --locked -q -p portolan-e2e --bin e2e-network
 
 ## bench        Portolan beside what it is built on, in one run: networks, names and pods' starts, then volumes on LANE (PARTS="forgetting volumes moves load"); ends with tables (docs/benchmarks.md)

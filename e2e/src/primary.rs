@@ -90,11 +90,11 @@ impl Scene<'_> {
         }
         for pod in ["here", "there"] {
             for node in [here, there] {
-                self.pods.exec(pod, &["ping", "-c", "2", "-W", "2", &node_address(lab, node)?])?;
+                self.pods.exec(pod, &["ping", "-c", "2", "-i", "0.2", "-W", "2", &node_address(lab, node)?])?;
             }
             // Large packets, too.
-            self.pods.exec(pod, &["ping", "-c", "2", "-W", "2", "-s", "8000", a])?;
-            self.pods.exec(pod, &["ping", "-c", "2", "-W", "2", "-s", "8000", b])?;
+            self.pods.exec(pod, &["ping", "-c", "2", "-i", "0.2", "-W", "2", "-s", "8000", a])?;
+            self.pods.exec(pod, &["ping", "-c", "2", "-i", "0.2", "-W", "2", "-s", "8000", b])?;
         }
         Ok(())
     }
@@ -135,7 +135,7 @@ impl Scene<'_> {
     fn a_network_beside(&self) -> Result<()> {
         let other = self.pods.exec("both-there", &["ip", "-4", "-o", "address", "show", "dev", "eth1"])?;
         let other = other.split_whitespace().find_map(|word| word.strip_suffix("/24")).context("no eth1")?.to_owned();
-        self.pods.exec("both", &["ping", "-c", "2", "-W", "2", "-I", "eth1", &other])?;
+        self.pods.exec("both", &["ping", "-c", "2", "-i", "0.2", "-W", "2", "-I", "eth1", &other])?;
         self.asked_by("both", &self.address[1]).map(drop)
     }
 
