@@ -23,6 +23,9 @@ use tokio::sync::watch::Sender;
 pub use path::Path;
 use watch::Change;
 
+/// What is held back when the server is away.
+const EVERYTHING: &str = "*";
+
 /// All the objects. Clones are the same.
 #[derive(Clone, Debug, Default)]
 pub struct FakeApi {
@@ -139,6 +142,16 @@ impl FakeApi {
         self.lock().held.insert(kind.to_owned());
     }
 
+    /// From now on nothing is answered at all. Watches that are open bring no news.
+    pub fn go_away(&self) {
+        self.hold(EVERYTHING);
+    }
+
+    /// All that was asked is answered.
+    pub fn come_back(&self) {
+        self.release(EVERYTHING);
+    }
+
     /// What was asked about it is answered.
     pub fn release(&self, kind: &str) {
         self.lock().held.remove(kind);
@@ -171,7 +184,7 @@ impl FakeApi {
     async fn wait_while_held(&self, path: &str) {
         let Some(Path { kind, .. }) = Path::parse(path) else { return };
         let mut news = self.news.subscribe();
-        while self.lock().held.contains(&kind) {
+        while self.lock().holds(&kind) {
             let _ = news.changed().await;
         }
     }
@@ -222,6 +235,10 @@ impl FakeApi {
 }
 
 impl State {
+    fn holds(&self, kind: &str) -> bool {
+        self.held.contains(kind) || self.held.contains(EVERYTHING)
+    }
+
     fn find(&self, path: &Path) -> Result<&Value, Refused> {
         let missing = || Refused(404, "NotFound", format!("{} {:?} not found", path.kind, path.name));
         self.objects.get(&path.key()).ok_or_else(missing)

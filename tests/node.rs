@@ -205,6 +205,13 @@ impl Node {
         }
     }
 
+    /// Another sandbox of the same pod, with a namespace of its own.
+    pub fn another_sandbox(&self, pod: &Pod, netns: &str) -> Pod {
+        self.make_netns(netns);
+        let container = format!("{}-in-{netns}", pod.container);
+        Pod { container, netns: Path::new("/run/netns").join(netns), ..pod.clone() }
+    }
+
     /// Makes a namespace with its loopback up.
     pub fn make_netns(&self, name: &str) {
         let file = self.root.path().join("run/netns").join(name);

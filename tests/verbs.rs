@@ -13,6 +13,7 @@ use portolan_net::port_name;
 use portolan_tests::node::{Node, Pod};
 use serde_json::{Value, json};
 
+mod alone;
 mod asked_at_once;
 mod egress;
 mod encrypted;

@@ -19,7 +19,7 @@ const KIND: &str = "networking.k8s.io/networkpolicies";
 const POLICIES: &str = "/apis/networking.k8s.io/v1/namespaces/shop/networkpolicies";
 const ROUNDS: u8 = 10;
 /// How long a pod that is closed is sent to after it was added.
-const WHILE: Duration = Duration::from_millis(100);
+pub const WHILE: Duration = Duration::from_millis(100);
 
 /// Nothing comes in to pods with this label `app`.
 pub fn isolate(node: &Node, app: &str) {
@@ -30,11 +30,11 @@ pub fn isolate(node: &Node, app: &str) {
 }
 
 /// The socket of a pod that isn't plugged in yet: it hears from the first frame on.
-fn listen(node: &Node, pod: &str) -> UdpSocket {
+pub fn listen(node: &Node, pod: &str) -> UdpSocket {
     node.inside(pod, || udp(Ipv4Addr::UNSPECIFIED.into(), ECHO))
 }
 
-fn hears(listener: &UdpSocket) -> bool {
+pub fn hears(listener: &UdpSocket) -> bool {
     match listener.recv_from(&mut [0; 10]) {
         Ok(_) => true,
         Err(e) => {
@@ -45,7 +45,7 @@ fn hears(listener: &UdpSocket) -> bool {
 }
 
 /// Somebody who sends to an address all the time, whether it is there or not. Returns how often meanwhile, and what `work` does.
-fn while_sent_to<T>(node: &Node, from: &str, to: Ipv4Addr, work: impl FnOnce() -> T) -> (usize, T) {
+pub fn while_sent_to<T>(node: &Node, from: &str, to: Ipv4Addr, work: impl FnOnce() -> T) -> (usize, T) {
     let mac = endpoint_mac("backend", to.into());
     node.run_in(from, &format!("ip neighbour replace {to} lladdr {mac} dev eth1 nud permanent"));
     let socket = node.inside(from, || udp(Ipv4Addr::UNSPECIFIED.into(), 0));

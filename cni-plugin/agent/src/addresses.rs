@@ -16,10 +16,12 @@ use crate::{
     cluster::Cluster,
     error::{ApiError, PlugError},
     journal::{Endpoint, Journal},
+    known::Known,
     network::Network,
     pod::Owner,
 };
 
+mod again;
 mod registry;
 
 use registry::{Registry, is_refusal};
@@ -31,6 +33,7 @@ const BLOCK_TRIES: usize = 8;
 pub(crate) struct Holder<'a> {
     pub namespace: &'a str,
     pub pod: &'a str,
+    pub uid: &'a str,
     pub stateful_set: Option<&'a Owner>,
     /// Whether it asks the DNS server over this network.
     pub resolver: bool,
@@ -70,6 +73,7 @@ impl Drop for Reservation {
 pub(crate) struct Addresses<R = Cluster> {
     registry: Arc<R>,
     journal: Arc<Journal>,
+    known: Arc<Known>,
     reserved: Arc<Mutex<BTreeSet<Key>>>,
     state: tokio::sync::Mutex<State>,
 }
@@ -83,8 +87,8 @@ struct State {
 }
 
 impl<R: Registry> Addresses<R> {
-    pub fn new(registry: Arc<R>, journal: Arc<Journal>) -> Self {
-        Self { registry, journal, reserved: Arc::default(), state: tokio::sync::Mutex::default() }
+    pub fn new(registry: Arc<R>, journal: Arc<Journal>, known: Arc<Known>) -> Self {
+        Self { registry, journal, known, reserved: Arc::default(), state: tokio::sync::Mutex::default() }
     }
 
     /// Addresses for a pod: its claim's if it has or may have one, else free ones.
@@ -94,22 +98,39 @@ impl<R: Registry> Addresses<R> {
             Some(owner) => self.sticky(network, holder, owner).await?,
             None => self.allocate(network, holder, &[]).await?,
         };
+        let mut state = self.state.lock().await;
+        self.add_resolvers(&mut state, network, holder, &mut reservation)?;
+        Ok(reservation)
+    }
+
+    /// What the pod asks the DNS server from, if it needs that.
+    fn add_resolvers(
+        &self,
+        state: &mut State,
+        network: &Network,
+        holder: &Holder<'_>,
+        reservation: &mut Reservation,
+    ) -> Result<(), PlugError> {
         if holder.resolver && !network.has_ipv4() {
-            let mut state = self.state.lock().await;
-            let used = self.used(&mut state, &network.name);
+            let used = self.used(state, &network.name);
             let free = RESOLVER_RANGE.hosts().find(|address| !used.contains(&IpAddr::from(*address)));
             let free = free.ok_or_else(|| PlugError::ResolverRangeFull { network: network.name.clone() })?;
             reservation.keep(free.into());
             reservation.asks_from = Some(free);
         }
-        Ok(reservation)
+        Ok(())
     }
 
     /// The addresses of a StatefulSet's pod: those of its claim, which is made if there is none.
     async fn sticky(&self, network: &Network, holder: &Holder<'_>, owner: &Owner) -> Result<Reservation, PlugError> {
         let name = claim_name(&network.name, holder.namespace, holder.pod);
         let ended = self.ended_tries(&name).await;
-        if let Some(claim) = self.registry.claim(&name).await? {
+        let claim = match self.registry.claim(&name).await {
+            // Another sandbox of a pod that has its claim.
+            Err(error) if !is_refusal(&error) => return self.had(network, holder).await.map_err(|_| error.into()),
+            found => found?,
+        };
+        if let Some(claim) = claim {
             return self.claimed(network, holder, claim, owner).await;
         }
         // They have come to nothing.
@@ -231,6 +252,8 @@ impl<R: Registry> Addresses<R> {
                 (None, Some(asked)) => self.asked(&mut state, network, *subnet, asked, holder).await?,
                 (None, None) => self.free(&mut state, network, *subnet).await?,
             };
+            // First on disk: who had it before is not to have it again.
+            self.known.give(&network.name, address, holder.uid)?;
             reservation.keep(address);
             reservation.addresses.push(address);
         }
@@ -331,7 +354,7 @@ impl<R: Registry> Addresses<R> {
     }
 
     /// Asks which blocks of a network are this node's. Returns whether they are others than were known, and everybody's.
-    async fn learn_blocks(&self, state: &mut State, network: &Network) -> Result<(bool, BTreeSet<IpNet>), ApiError> {
+    async fn learn_blocks(&self, state: &mut State, network: &Network) -> Result<(bool, BTreeSet<IpNet>), PlugError> {
         let (mut own, mut taken) = (Vec::new(), BTreeSet::new());
         let known = state.blocks.get(&network.name).cloned().unwrap_or_default();
         for block in self.registry.blocks().await?.iter().filter(|block| block.spec.network == network.name) {
@@ -350,12 +373,13 @@ impl<R: Registry> Addresses<R> {
         let news: Vec<IpNet> = own.iter().filter(|block| !known.contains(block)).copied().collect();
         self.learn_claims(state, network, &news).await?;
         let is_news = known != own;
+        self.known.set_blocks(&network.name, &own)?;
         state.blocks.insert(network.name.clone(), own);
         Ok((is_news, taken))
     }
 
     /// Claims a block, unless another node was faster: then nothing is said, as the next look shows it.
-    async fn create_block(&self, state: &mut State, network: &Network, block: IpNet) -> Result<bool, ApiError> {
+    async fn create_block(&self, state: &mut State, network: &Network, block: IpNet) -> Result<bool, PlugError> {
         let name = block_name(&network.name, block);
         let spec = IPBlockSpec {
             network: network.name.clone(),
@@ -366,7 +390,9 @@ impl<R: Registry> Addresses<R> {
             return Ok(false);
         }
         self.learn_claims(state, network, &[block]).await?;
-        state.blocks.entry(network.name.clone()).or_default().push(block);
+        let own = state.blocks.entry(network.name.clone()).or_default();
+        own.push(block);
+        self.known.set_blocks(&network.name, own)?;
         Ok(true)
     }
 
@@ -397,7 +423,7 @@ impl<R: Registry> Addresses<R> {
 
     /// Gives a network's blocks back that nothing needs any more. A block with a claimed address stays this node's: returns
     /// whether none is left.
-    pub async fn release(&self, network: &str) -> Result<bool, ApiError> {
+    pub async fn release(&self, network: &str) -> Result<bool, PlugError> {
         let mut state = self.state.lock().await;
         let is_reserved =
             self.reserved.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|(n, _)| n == network);
@@ -407,6 +433,8 @@ impl<R: Registry> Addresses<R> {
         let mut none_left = true;
         let claimed = self.claimed_addresses(&mut state, network);
         state.blocks.remove(network);
+        // First of all: an agent that starts would take them for its own.
+        self.known.set_blocks(network, &[])?;
         for block in self.registry.blocks().await? {
             let is_ours = block.spec.network == network && block.spec.node == self.registry.node();
             let holds_claim = block.spec.cidr.parse::<IpNet>().is_ok_and(|net| claimed.iter().any(|a| net.contains(a)));

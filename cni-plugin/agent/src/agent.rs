@@ -8,7 +8,7 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use portolan_net::Dataplane;
@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     addresses::Addresses,
+    alone,
     cluster::Cluster,
     collect,
     conflist::{self, ConflistError},
@@ -28,6 +29,7 @@ use crate::{
     hotplug::{self, Busy},
     journal::{Journal, JournalError},
     keys::KeyFile,
+    known::Known,
     metrics::Metrics,
     network::Underlay,
     paths::SmallPaths,
@@ -109,6 +111,9 @@ pub(crate) struct Agent {
     /// Where pods ask that should ask our DNS server and don't, if they are to reach it there.
     pub redirect: OnceLock<Ipv4Addr>,
     synced: AtomicBool,
+    /// What was known before this agent started.
+    pub known: Arc<Known>,
+    pub started: Instant,
 }
 
 impl Agent {
@@ -180,6 +185,7 @@ pub async fn run_with(
     agent.small_paths.resume(&agent.cluster.node, &agent.cluster.slices.state());
     let keeper = Keeper::new(settings.names());
     tasks.push(tokio::spawn(peers::run(Arc::clone(&agent), shutdown.clone())));
+    tasks.push(tokio::spawn(alone::run(Arc::clone(&agent), shutdown.clone())));
     tasks.push(tokio::spawn(hotplug::run(Arc::clone(&agent), shutdown.clone())));
     let everyone = everyone(&settings, &agent.metrics, &shutdown);
     tasks.push(tokio::spawn(sync::run(agent, resolvers, everyone, keeper, shutdown.clone())));
@@ -203,12 +209,13 @@ async fn prepare(
     let mtu = dataplane.underlay_mtu(settings.host_ip).await?;
     let underlay = Underlay { vtep: settings.host_ip, port: settings.vxlan_port, mtu };
     let journal = Arc::new(Journal::open(settings.journal())?);
+    let known = Arc::new(Known::open(&settings.known())?);
     conflist::install_plugin(&settings.cni_plugin, &settings.on_host(&settings.cni_bin_dir))?;
-    let primary = Primary::open(settings, underlay, client.clone(), shutdown)?;
+    let primary = Primary::open(settings, underlay, client.clone(), Arc::clone(&known), shutdown)?;
     let changed = Arc::new(Notify::new());
     let cluster = Arc::new(Cluster::watch(client.clone(), &settings.node_name, &changed, shutdown));
     Ok(Agent {
-        addresses: Addresses::new(Arc::clone(&cluster), Arc::clone(&journal)),
+        addresses: Addresses::new(Arc::clone(&cluster), Arc::clone(&journal), Arc::clone(&known)),
         cluster,
         primary,
         namespace: portolan_runtime::namespace(),
@@ -228,6 +235,8 @@ async fn prepare(
         macs: Mutex::default(),
         redirect: OnceLock::new(),
         synced: AtomicBool::new(false),
+        known,
+        started: Instant::now(),
     })
 }
 

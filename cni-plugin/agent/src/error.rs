@@ -78,6 +78,8 @@ pub(crate) enum PlugError {
     NoPod(String),
     #[error("the agent has not heard from the API server yet")]
     NotSynced,
+    #[error("ContainerNetwork {network}: the agent has not heard from the API server since it started, and {reason}")]
+    Alone { network: String, reason: &'static str },
     #[error("the pod network is not made on this node yet: {reason}")]
     NoPodNetwork { reason: String },
     #[error("each pod's address of {block}, which Node's spec.podCIDRs gives this node, is in use")]
@@ -127,6 +129,7 @@ impl PlugError {
             | Self::AddressInUse { .. }
             | Self::NoPod(_)
             | Self::NotSynced
+            | Self::Alone { .. }
             | Self::NoPodNetwork { .. }
             | Self::Busy
             | Self::NoNamespace(_)

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::{core::v1::Namespace, networking::v1::NetworkPolicy};
 use kube::ResourceExt;
-use portolan_net::{Filter, Generation, port_name};
+use portolan_net::{Filter, Generation, PortFilter, port_name};
 use tokio::sync::RwLockReadGuard;
 
 use crate::{
@@ -25,6 +25,12 @@ pub(crate) struct Filtering {
 }
 
 impl Applied {
+    /// What was set to pass at a port; none if nothing was set of its network.
+    pub fn filter_at(&self, vni: u32, port: &str) -> Option<PortFilter> {
+        let filtering = self.filters.get(&vni)?;
+        Some(filtering.wanted.ports.get(port).cloned().unwrap_or_default())
+    }
+
     /// Notes that changes of our own beside the filter were made to rules which the kernel had as they were set.
     pub fn rules_are_at(&mut self, vni: u32, generation: Generation) {
         if let Some(at) = self.filters.get_mut(&vni).and_then(|filtering| filtering.at.as_mut()) {
@@ -51,6 +57,9 @@ impl Agent {
     /// Waits until a network is what it is to be, for all endpoints that the journal has: a port's first frame meets its rules. Returns the right
     /// to change the network's ports, before anybody may change the network again.
     pub(crate) async fn prepare(&self, network: &Network) -> Result<RwLockReadGuard<'_, Applied>, PlugError> {
+        if self.is_alone() {
+            return self.prepare_alone(network).await;
+        }
         let spec = self.spec(network);
         let applied = self.applied.read().await;
         let is_routed = !spec.gateway || applied.ways.contains_key(&spec.vni);

@@ -16,6 +16,7 @@ pub mod view;
 
 mod addresses;
 mod agent;
+mod alone;
 mod cluster;
 mod egress;
 mod encryption;
@@ -25,6 +26,7 @@ mod everyone;
 mod filtering;
 mod hotplug;
 mod keys;
+mod known;
 mod metrics;
 mod missed;
 mod names;

@@ -6,11 +6,12 @@ use ipnet::IpNet;
 use kube::ResourceExt;
 use portolan_crds::{ContainerNetwork, RESOLVER_RANGE, condition};
 use portolan_net::{Multicast, NetworkSpec, VXLAN_OVERHEAD, WIREGUARD_OVERHEAD, encrypted_size};
+use serde::{Deserialize, Serialize};
 
 use crate::error::PlugError;
 
 /// A network that pods can be plugged into.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub(crate) struct Network {
     pub name: String,
     pub vni: u32,

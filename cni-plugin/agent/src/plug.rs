@@ -55,7 +55,8 @@ impl Agent {
             let msg = "the request names no pod or no network namespace";
             return Err(Failure::new(Failure::INVALID_ENVIRONMENT, msg, ""));
         };
-        let pod = self.cluster.pod(name).await.map_err(|e| e.failure())?;
+        self.wait_for_news().await;
+        let pod = self.pod_named(name).await.map_err(|e| e.failure())?;
         if !request.primary {
             return self.add_to_networks(&request.container, netns, &pod).await.map(|()| None);
         }
@@ -86,21 +87,23 @@ impl Agent {
 
     /// Tells the pod's Events why it can't be plugged in, and returns what the runtime is told.
     async fn refuse(&self, pod: &Pod, error: &PlugError) -> Failure {
-        self.events.warning(&pod.object_ref(&()), "NotPlugged", "Plug", &error.to_string()).await;
+        if self.is_synced() {
+            self.events.warning(&pod.object_ref(&()), "NotPlugged", "Plug", &error.to_string()).await;
+        }
         error.failure()
     }
 
     /// Plugs a pod into the networks that its annotation names.
     async fn add_to_networks(&self, container: &str, netns: &str, pod: &Arc<Pod>) -> Result<(), Failure> {
         let Some(text) = pod.annotations().get(NETWORKS_ANNOTATION) else { return Ok(()) };
-        for error in names::errors(pod) {
+        for error in names::errors(pod).iter().filter(|_| self.is_synced()) {
             self.events.warning(&pod.object_ref(&()), "NameLeftOut", "Plug", &error.to_string()).await;
         }
         let Some(_busy) = self.busy.enter(&pod.uid().unwrap_or_default()) else {
             return Err(PlugError::Busy.failure());
         };
         match self.plug(container, netns.into(), pod, text).await {
-            Ok(()) if missed::is_missed(pod, &self.namespace) && self.redirect.get().is_none() => {
+            Ok(()) if self.is_synced() && missed::is_missed(pod, &self.namespace) && self.redirect.get().is_none() => {
                 self.events.warning(&pod.object_ref(&()), missed::REASON, "Plug", &missed::message(pod)).await;
                 Ok(())
             }
@@ -110,7 +113,7 @@ impl Agent {
     }
 
     async fn plug(&self, container: &str, netns: PathBuf, pod: &Pod, text: &str) -> Result<(), PlugError> {
-        if !self.is_synced() {
+        if !self.is_synced() && !self.is_alone() {
             return Err(PlugError::NotSynced);
         }
         let wishes = annotation::parse(text)?;
@@ -130,7 +133,7 @@ impl Agent {
         // All networks and addresses first: the frequent mistakes cost nothing.
         let mut networks = Vec::new();
         for name in wishes.iter().map(|wish| &wish.network).chain(present.iter().map(|there| &there.network)) {
-            networks.push(self.cluster.network(name).await?);
+            networks.push(self.network_named(name).await?);
         }
         refuse_overlaps(&networks)?;
         let mut plans = Vec::new();
@@ -181,14 +184,19 @@ impl Agent {
                 let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
                 self.check_mac(network, wish, (&namespace, &name))?;
                 let set = pod::stateful_set(pod);
+                let uid = pod.uid().unwrap_or_default();
                 let holder = Holder {
                     namespace: &namespace,
                     pod: &name,
+                    uid: &uid,
                     stateful_set: set.as_ref(),
                     resolver,
                     asked: &wish.addresses,
                 };
-                let reservation = self.addresses.acquire(network, &holder).await?;
+                let reservation = match self.is_alone() {
+                    true => self.addresses.again(network, &holder).await?,
+                    false => self.addresses.acquire(network, &holder).await?,
+                };
                 let missed = resolver && missed::is_missed(pod, &self.namespace);
                 let redirected = self.redirect.get().copied().filter(|_| missed);
                 let addresses = reservation.addresses.clone();
@@ -342,7 +350,8 @@ impl Agent {
     }
 
     async fn status(&self) -> Result<(), Failure> {
-        let serving = if self.is_synced() { self.check_serving().await } else { Err(PlugError::NotSynced) };
+        let can_serve = self.is_synced() || self.is_alone();
+        let serving = if can_serve { self.check_serving().await } else { Err(PlugError::NotSynced) };
         serving.map_err(|error| Failure::new(Failure::NOT_AVAILABLE, error.to_string(), ""))
     }
 }

@@ -26,6 +26,7 @@ use crate::{
     cluster,
     collect::UnplugError,
     error::PlugError,
+    known::Known,
     network::Underlay,
     settings::Settings,
     store::{JournalError, Kept, Store},
@@ -52,6 +53,7 @@ pub(crate) struct Primary {
     applied: Mutex<Applied>,
     changed: Arc<Notify>,
     served: watch::Sender<bool>,
+    known: Arc<Known>,
 }
 
 /// What the kernel was made since the start.
@@ -72,6 +74,7 @@ impl Primary {
         settings: &Settings,
         underlay: Underlay,
         client: Client,
+        known: Arc<Known>,
         shutdown: &CancellationToken,
     ) -> Result<Self, JournalError> {
         let changed = Arc::new(Notify::new());
@@ -86,6 +89,7 @@ impl Primary {
             applied: Mutex::new(Applied { problem: UNKNOWN.to_owned(), ..Applied::default() }),
             changed,
             served: watch::Sender::new(!settings.primary),
+            known,
         })
     }
 
@@ -135,10 +139,24 @@ impl Primary {
         dataplane.ensure_pod_network(&wanted).await.map_err(|e| e.to_string())?;
         applied.ports = None;
         self.set_rules(dataplane, &wanted, &mut applied.ports).await.map_err(|e| e.to_string())?;
+        self.known.set_pod_network(&wanted).map_err(|e| e.to_string())?;
         applied.network = Some(Arc::new(wanted));
         applied.at = Some(Instant::now());
         self.served.send_replace(true);
         Ok(())
+    }
+
+    /// Goes on with the pod network that the former agent made, as long as nothing is heard of the Nodes.
+    async fn resume(&self, dataplane: &Dataplane) {
+        let mut applied = self.applied.lock().await;
+        let Some(network) = self.known.pod_network() else { return };
+        match self.set_rules(dataplane, &network, &mut applied.ports).await {
+            Ok(()) => {
+                applied.network = Some(Arc::new(network));
+                self.served.send_replace(true);
+            }
+            Err(error) => applied.problem = error.to_string(),
+        }
     }
 
     /// Makes the host's ports lead where the journal says. Before the network was made there is nothing to do: that does it.
@@ -207,6 +225,13 @@ impl Primary {
     }
 }
 
+/// Goes on without the Nodes, if nothing is heard of them; never ends.
+async fn resume_alone(agent: &Agent) {
+    agent.wait_until_alone().await;
+    agent.primary.resume(&agent.dataplane).await;
+    std::future::pending().await
+}
+
 /// Follows the Nodes until the agent ends.
 pub(crate) async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
     let primary = &agent.primary;
@@ -214,6 +239,7 @@ pub(crate) async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
         // Before that none may be taken for gone.
         let synced = tokio::select! {
             synced = nodes.wait_until_ready() => synced.is_ok(),
+            () = resume_alone(&agent) => false,
             () = shutdown.cancelled() => false,
         };
         if !synced {

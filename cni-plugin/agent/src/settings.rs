@@ -19,6 +19,8 @@ const PODS: &str = "/var/lib/portolan/network/pods";
 const LAST_POD: &str = "/var/lib/portolan/network/last-pod.json";
 /// Where the names that were known last are, as the host sees it.
 const NAMES: &str = "/var/lib/portolan/network/names.json";
+/// Where it is what this node knew when it last heard from the API server, as the host sees it: it is to go with the boot.
+const KNOWN: &str = "/run/portolan/known";
 /// Where this node's private keys are, as the host sees it.
 const KEYS: &str = "/var/lib/portolan/network/keys.json";
 
@@ -94,6 +96,10 @@ impl Settings {
 
     pub(crate) fn keys(&self) -> PathBuf {
         self.on_host(KEYS)
+    }
+
+    pub(crate) fn known(&self) -> PathBuf {
+        self.on_host(KNOWN)
     }
 
     pub(crate) fn socket(&self) -> PathBuf {

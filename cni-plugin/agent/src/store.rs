@@ -84,6 +84,11 @@ impl<T: Kept> Store<T> {
         }
     }
 
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
     /// All of them, or those that are chosen.
     pub fn select(&self, chosen: impl Fn(&T) -> bool) -> Vec<T> {
         self.lock().values().filter(|thing| chosen(thing)).cloned().collect()

@@ -6,6 +6,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use crate::{Dataplane, error::Result, nft};
 
@@ -17,7 +18,7 @@ pub struct Filter {
 }
 
 /// What may pass at one port; `None` is all, an empty list nothing. Answers to what passed always pass.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct PortFilter {
     /// Which new traffic its pod gets.
     pub ingress: Option<Vec<Rule>>,
@@ -26,7 +27,7 @@ pub struct PortFilter {
 }
 
 /// Lets pass what is from (or to) one of the peers and to one of the services.
-#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct Rule {
     /// The other side's addresses; `None` is whoever it is.
     pub peers: Option<Vec<IpNet>>,
@@ -35,7 +36,7 @@ pub struct Rule {
 }
 
 /// Destination ports of a protocol, from the first to the last.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct Service {
     /// The protocol.
     pub protocol: Protocol,
@@ -46,7 +47,7 @@ pub struct Service {
 }
 
 /// A protocol that has ports.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Protocol {
     /// RFC 9293.
     Tcp,

@@ -13,6 +13,7 @@ use rtnetlink::{
     LinkBridgePort,
     packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE},
 };
+use serde::{Deserialize, Serialize};
 
 use crate::{
     BRIDGE_MAC, TUNNEL,
@@ -23,7 +24,7 @@ use crate::{
 };
 
 /// Where a network's IP multicast goes.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub enum Multicast {
     /// To all pods.
     #[default]

@@ -12,6 +12,7 @@ mod tunnel;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     Dataplane, Mac, Protocol,
@@ -37,7 +38,7 @@ pub const POD_GATEWAY_IPV6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1
 pub const POD_GATEWAY_MAC: Mac = Mac([0x02, 0x50, 0xa9, 0xfe, 0x01, 0x01]);
 
 /// The pod network as one node has it.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct PodNetwork {
     /// This node's address on the underlay.
     pub vtep: Ipv4Addr,
@@ -52,7 +53,7 @@ pub struct PodNetwork {
 }
 
 /// Another node.
-#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct OtherNode {
     /// Its address on the underlay.
     pub vtep: Ipv4Addr,

@@ -1,6 +1,6 @@
 //! Where the nodes agree on addresses: IPBlocks and IPClaims, whose names are locks.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use k8s_openapi::api::core::v1::Node;
 use kube::{
@@ -14,6 +14,9 @@ use crate::{cluster::Cluster, error::ApiError};
 
 /// The annotation of a block or a claim that says which version a node last took up: that makes it another version, whatever else is in it.
 const RENEWED: &str = "portolan.dev/renewed";
+
+/// How long the API server may take to tell of a claim: a pod that had its addresses before can have them again without.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a node sees and does of blocks and claims. A request that fails may have been carried out all the same, unless the error says otherwise
 /// ([`is_refusal`]).
@@ -101,7 +104,9 @@ impl Registry for Cluster {
     }
 
     async fn claim(&self, name: &str) -> Result<Option<IPClaim>, ApiError> {
-        let found = Api::<IPClaim>::all(self.client.clone()).get_opt(name).await;
+        let api = Api::<IPClaim>::all(self.client.clone());
+        let found = tokio::time::timeout(CLAIM_PATIENCE, api.get_opt(name)).await;
+        let found = found.unwrap_or_else(|late| Err(kube::Error::Service(Box::new(late))));
         found.map_err(|e| ApiError::new(format!("get IPClaim {name}"), e))
     }
 

@@ -50,7 +50,7 @@ fn it_is_seen_when_something_is_missing() {
     use Without::{AtomicCreate, FormerNodes, NodesEnd, PodsEnd, Quarantine, Versions};
     // Each with a seed that shows it, as long as nothing else is changed.
     for (without, seed) in
-        [(AtomicCreate, 0), (Versions, 12), (Quarantine, 0), (PodsEnd, 0), (NodesEnd, 0), (FormerNodes, 9)]
+        [(AtomicCreate, 0), (Versions, 13), (Quarantine, 0), (PodsEnd, 0), (NodesEnd, 0), (FormerNodes, 20)]
     {
         let found = (seed..seed + 100).find_map(|seed| play(CROWDED, seed, without).err());
         println!("without {without:?}: {found:?}");

@@ -48,7 +48,9 @@ impl World {
     fn start(&self, node: usize) -> Node {
         let (cluster, claims) = Cluster::with_claims(self.api.client(), &format!("node-{node}"));
         let journal = Journal::open(self.directory(node)).unwrap();
-        let mut node = Node { addresses: Addresses::new(Arc::new(cluster), Arc::new(journal)), claims };
+        let known = crate::known::Known::open(&self.directory(node).with_extension("known")).unwrap();
+        let mut node =
+            Node { addresses: Addresses::new(Arc::new(cluster), Arc::new(journal), Arc::new(known)), claims };
         self.see(&mut node);
         node
     }
@@ -84,7 +86,7 @@ impl World {
         // A name with a number at its end is a StatefulSet's pod's.
         let set = Owner { kind: "StatefulSet".into(), name: "db".into(), uid: "uid".into() };
         let stateful_set = pod.starts_with("db-").then_some(&set);
-        let holder = Holder { namespace: "shop", pod, stateful_set, resolver: true, asked };
+        let holder = Holder { namespace: "shop", pod, uid: pod, stateful_set, resolver: true, asked };
         self.nodes[node].addresses.acquire(&self.network, &holder).await
     }
 

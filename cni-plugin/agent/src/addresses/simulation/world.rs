@@ -1,5 +1,6 @@
 //! Nodes, pods and what happens to them.
 
+mod alone;
 mod machines;
 
 use std::{
@@ -26,6 +27,7 @@ use crate::{
     addresses::{Addresses, Holder, Reservation},
     error::PlugError,
     journal::{Endpoint, Journal, tests::endpoint},
+    known::Known,
     network::Network,
     pod::Owner,
 };
@@ -46,6 +48,11 @@ struct Node {
     name: String,
     view: Arc<View>,
     journal: Arc<Journal>,
+    known: Arc<Known>,
+    /// Whether its agent has heard nothing since it started.
+    is_alone: bool,
+    /// The pods that its kubelet knows, by UID: until it hears that they are gone, it may make another sandbox for each.
+    kubelet: BTreeMap<String, Pod>,
     /// None while the agent, or the machine, is down.
     agent: Option<Arc<Addresses<View>>>,
     is_on: bool,
@@ -57,6 +64,7 @@ struct Node {
 #[derive(Clone)]
 struct Pod {
     name: String,
+    uid: String,
     node: usize,
     set: Option<Owner>,
     asked: Vec<IpAddr>,
@@ -84,6 +92,7 @@ struct Counts {
     refused: usize,
     moved: usize,
     crashes: usize,
+    again: usize,
     nodes_deleted: usize,
     rounds: usize,
 }
@@ -150,17 +159,28 @@ impl World {
             world.server.lock().unwrap().nodes.insert(name.clone());
             let view = Arc::new(View::new(name.clone(), Arc::clone(&world.server)));
             let journal = Arc::new(Journal::open(world.root.path().join(&name)).unwrap());
-            let agent = Some(Arc::new(Addresses::new(Arc::clone(&view), Arc::clone(&journal))));
-            world.nodes.push(Node { name, view, journal, agent, is_on: true, is_there: true });
+            let known = Arc::new(Known::open(&world.known_of(&name)).unwrap());
+            let agent = Some(Arc::new(Addresses::new(Arc::clone(&view), Arc::clone(&journal), Arc::clone(&known))));
+            world.nodes.push(Node {
+                name,
+                view,
+                journal,
+                known,
+                is_alone: false,
+                kubelet: BTreeMap::new(),
+                agent,
+                is_on: true,
+                is_there: true,
+            });
         }
         (0..sizes.sets).for_each(|set| world.make_set(set));
         world
     }
 
     pub fn told(&self) -> String {
-        let Counts { started, refused, moved, crashes, nodes_deleted, rounds } = &self.counts;
+        let Counts { started, refused, moved, again, crashes, nodes_deleted, rounds } = &self.counts;
         format!(
-            "{started} starts of pods ({moved} of a StatefulSet's on another node), {refused} that failed, {crashes} crashes, {nodes_deleted} nodes \
+            "{started} starts of pods ({moved} of a StatefulSet's on another node, {again} by agents that are alone), {refused} that failed, {crashes} crashes, {nodes_deleted} nodes \
              deleted, {rounds} rounds of the operator, {} blocks, {} pods in the end, {} hours",
             self.server.lock().unwrap().blocks.len(),
             self.sandboxes.len(),
@@ -255,6 +275,8 @@ impl World {
         let id = format!("c{}", self.number);
         journal.put(self.endpoint(pod, &id, reservation)).unwrap();
         self.counts.started += 1;
+        self.counts.again += usize::from(self.nodes[pod.node].is_alone);
+        self.nodes[pod.node].kubelet.insert(pod.uid.clone(), pod.clone());
         let addresses = reservation.addresses.clone();
         for address in &addresses {
             let holders = self.holders.entry(*address).or_default();
@@ -277,6 +299,7 @@ impl World {
             prefix: first.prefix_len(),
             second: addresses.next(),
             pod: pod.name.clone(),
+            uid: pod.uid.clone(),
             ..endpoint(container)
         }
     }
@@ -301,9 +324,10 @@ impl World {
             250..400 => self.make_sets_pod(node),
             400..600 => self.start_some(),
             600..800 => self.end_some(),
-            800..860 if !self.nodes[node].view.is_cut() => self.nodes[node].view.see(),
+            800..860 if !self.nodes[node].view.is_cut() => self.see(node),
             860..866 => self.crash_agent(node),
-            866..920 => self.start_agent(node),
+            866..915 => self.start_agent(node),
+            915..920 => (0..20).for_each(|_| self.add_again()),
             920..923 => self.crash_machine(node),
             923..927 => self.cut(node, true),
             927..957 => self.cut(node, false),
@@ -359,7 +383,8 @@ impl World {
                 *address = std::net::Ipv4Addr::from_bits(address.to_bits() ^ 1);
             }
         }
-        self.add(Pod { name: format!("web-{}", self.number), node, set: None, asked, is_starting: false });
+        let name = format!("web-{}", self.number);
+        self.add(Pod { uid: name.clone(), name, node, set: None, asked, is_starting: false });
     }
 
     /// A StatefulSet's pod, which may have been elsewhere before. There is one of a name at a time.
@@ -374,20 +399,23 @@ impl World {
         }
         self.counts.moved += 1;
         let owner = Owner { kind: "StatefulSet".into(), name: set, uid: there.metadata.uid.unwrap_or_default() };
-        self.add(Pod { name, node, set: Some(owner), asked: Vec::new(), is_starting: false });
+        self.number += 1;
+        let uid = format!("{name}-{}", self.number);
+        self.add(Pod { name, uid, node, set: Some(owner), asked: Vec::new(), is_starting: false });
     }
 
     /// The kubelet tries, if there is an agent and the API may have told it of the pod.
     fn start(&mut self, name: &str, mut pod: Pod) {
         let node = &self.nodes[pod.node];
-        let agent = node.agent.clone().filter(|_| node.is_on && !node.view.is_cut() && node.is_there);
+        let can_hear = node.is_on && !node.view.is_cut() && node.is_there && !node.is_alone;
+        let agent = node.agent.clone().filter(|_| can_hear);
         pod.is_starting = agent.is_some();
         self.pods.insert(name.to_owned(), pod.clone());
         let Some(agent) = agent else { return };
         let (network, of) = (Arc::clone(&self.network), pod.clone());
         let job = Box::pin(async move {
             let (stateful_set, asked) = (of.set.as_ref(), &of.asked[..]);
-            let holder = Holder { namespace: "shop", pod: &of.name, stateful_set, resolver: true, asked };
+            let holder = Holder { namespace: "shop", pod: &of.name, uid: &of.uid, stateful_set, resolver: true, asked };
             agent.acquire(&network, &holder).await
         });
         self.starts.push(Start { pod, job });
@@ -411,10 +439,11 @@ impl World {
     fn end_some(&mut self) {
         let Some(pod) = self.some_pod().filter(|pod| !pod.is_starting) else { return };
         let node = &self.nodes[pod.node];
-        if !node.is_on || node.view.is_cut() || node.agent.is_none() {
+        if !node.is_on || node.view.is_cut() || node.is_alone || node.agent.is_none() {
             return;
         }
         node.journal.select(|e| e.pod == pod.name).iter().for_each(|e| self.end_sandbox(&e.container));
+        self.nodes[pod.node].kubelet.remove(&pod.uid);
         self.remove_object(&pod.name);
     }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, atomic::Ordering};
 use portolan_operator::garbage::QUARANTINE;
 
 use super::{Start, World};
-use crate::{addresses::Addresses, journal::Journal};
+use crate::{addresses::Addresses, journal::Journal, known::Known};
 
 impl World {
     pub(super) fn crash_agent(&mut self, node: usize) {
@@ -24,13 +24,19 @@ impl World {
 
     /// It has heard everything once, and knows of its journal what is on disk.
     pub(super) fn start_agent(&mut self, node: usize) {
+        let known = self.known_of(&self.nodes[node].name);
         let it = &mut self.nodes[node];
-        if it.agent.is_some() || !it.is_on || it.view.is_cut() {
+        if it.agent.is_some() || !it.is_on {
             return;
         }
-        it.view.see();
+        // Then it knows what the last one wrote down.
+        it.is_alone = it.view.is_cut();
+        if !it.is_alone {
+            it.view.see();
+        }
+        it.known = Arc::new(Known::open(&known).unwrap());
         it.journal = Arc::new(Journal::open(self.root.path().join(&it.name)).unwrap());
-        it.agent = Some(Arc::new(Addresses::new(Arc::clone(&it.view), Arc::clone(&it.journal))));
+        it.agent = Some(Arc::new(Addresses::new(Arc::clone(&it.view), Arc::clone(&it.journal), Arc::clone(&it.known))));
     }
 
     /// It is on again at once, without what ran on it.
@@ -38,6 +44,9 @@ impl World {
         if self.nodes[node].is_on {
             self.crash_agent(node);
             self.nodes[node].journal.select(|_| true).iter().for_each(|e| self.end_sandbox(&e.container));
+            self.nodes[node].kubelet.clear();
+            // As the next agent does that finds what is of another boot.
+            let _ = std::fs::remove_dir_all(self.known_of(&self.nodes[node].name));
         }
     }
 

@@ -1,0 +1,221 @@
+//! An agent that starts while the API server is away: pods that were here before are plugged out, looked at, and plugged in again.
+
+use std::{collections::BTreeSet, net::IpAddr, path::Path};
+
+use portolan_tests::node::{Node, Pod};
+use serde_json::json;
+
+use super::{DUAL, IPV4, addresses, interface, journal, names, on_backend, on_backend_with, policies, reaches, told};
+
+const KNOWN: &str = "/run/portolan/known";
+
+/// What the next agent will know of a pod.
+fn known(node: &Node, pod: &Pod) -> String {
+    let file = Path::new(KNOWN).join("pods").join(format!("{}.json", pod.uid));
+    std::fs::read_to_string(node.on_host(&file)).unwrap_or_default()
+}
+
+/// Adds a pod, and waits until its addresses are known to the next agent.
+fn added(node: &Node, pod: &Pod) -> Vec<IpAddr> {
+    node.add(pod).unwrap();
+    let given = addresses(node, pod);
+    node.wait_for("the pod to be known", || given.iter().all(|it| known(node, pod).contains(&format!("\"{it}\""))));
+    given
+}
+
+/// Kills the agent, and starts another one that hears nothing of the API server.
+fn start_alone(node: &mut Node) {
+    node.kill();
+    node.api.go_away();
+    node.start();
+}
+
+fn come_back(node: &Node) {
+    node.api.come_back();
+    node.wait_for("the agent to have heard from the API", || {
+        let pod = node.pod_in("host", "probe", json!({}), json!({}));
+        let is_heard = node.add(&pod).is_ok();
+        node.api.remove("/api/v1/namespaces/shop/pods/probe");
+        is_heard
+    });
+}
+
+/// A pod whose addresses are kept for it.
+fn of_a_set(node: &Node, name: &str) -> Pod {
+    let pod = node.pod(name, on_backend(), json!({}));
+    let owner = json!({"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "db", "uid": "u", "controller": true});
+    node.api.edit(&format!("/api/v1/namespaces/shop/pods/{name}"), json!({"metadata": {"ownerReferences": [owner]}}));
+    pod
+}
+
+#[test]
+fn pods_that_were_here_are_plugged_in_again_and_no_others() {
+    let mut node = Node::with_network(DUAL);
+    let (resident, web, db) = (
+        node.pod("resident", on_backend(), json!({})),
+        node.pod("web", on_backend(), json!({})),
+        of_a_set(&node, "db-0"),
+    );
+    let plain = node.pod("plain", json!({}), json!({}));
+    node.add(&plain).unwrap();
+    added(&node, &resident);
+    let given = [added(&node, &web), added(&node, &db)];
+    start_alone(&mut node);
+    node.wait_for("the agent to serve", || node.status().is_ok());
+
+    node.check(&resident).unwrap();
+    let (web_again, db_again) = (node.another_sandbox(&web, "web-again"), node.another_sandbox(&db, "db-again"));
+    // A runtime asks for either first.
+    node.delete(&web).unwrap();
+    assert_eq!(interface(&node, &web), None);
+    for (again, given) in [&web_again, &db_again].into_iter().zip(&given) {
+        for _ in 0..2 {
+            node.add(again).unwrap();
+            assert_eq!(addresses(&node, again), *given, "{}", again.name);
+        }
+        node.check(again).unwrap();
+        assert!(reaches(&node, again, &resident) && reaches(&node, &resident, again));
+    }
+    assert_eq!(interface(&node, &db), None, "the earlier sandbox has given it up");
+    node.delete(&db).unwrap();
+    node.add(&node.another_sandbox(&plain, "plain-again")).unwrap();
+    let stranger = node.pod("stranger", on_backend(), json!({}));
+    names(&node.add(&stranger).unwrap_err(), 11, &["has not heard from the API server yet"]);
+    assert_eq!(journal(&node).len(), 3);
+
+    come_back(&node);
+    node.add(&stranger).unwrap();
+    let all = [&resident, &web_again, &db_again, &stranger].map(|pod| addresses(&node, pod)[0]);
+    assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), 4, "{all:?}");
+    node.wait_for("all to be told of", || told(&node).len() == 4);
+    assert!(reaches(&node, &web_again, &stranger) && reaches(&node, &db_again, &web_again));
+}
+
+/// An agent that goes on running asks for a claim, which nobody tells.
+#[test]
+fn a_stateful_sets_pod_gets_another_sandbox_while_the_api_is_away() {
+    let node = Node::with_network(IPV4);
+    let db = of_a_set(&node, "db-0");
+    let given = added(&node, &db);
+    node.api.go_away();
+    node.delete(&db).unwrap();
+    let again = node.another_sandbox(&db, "again");
+    node.add(&again).unwrap();
+    assert_eq!(addresses(&node, &again), given);
+}
+
+#[test]
+fn what_was_given_to_another_pod_is_not_given_again() {
+    let mut node = Node::with_network(IPV4);
+    let wishes = || on_backend_with(json!({"ips": ["10.32.0.9"]}));
+    let (resident, first) = (node.pod("resident", on_backend(), json!({})), node.pod("first", wishes(), json!({})));
+    added(&node, &resident);
+    added(&node, &first);
+    // Its sandbox has ended, and another pod was faster.
+    node.delete(&first).unwrap();
+    let second = node.pod("second", wishes(), json!({}));
+    added(&node, &second);
+    start_alone(&mut node);
+    node.wait_for("the agent to serve", || node.status().is_ok());
+    let again = node.another_sandbox(&first, "again");
+    names(&node.add(&again).unwrap_err(), 11, &["backend", "address isn't known"]);
+    // That one may be a pod's elsewhere by now which keeps it.
+    node.delete(&second).unwrap();
+    names(&node.add(&again).unwrap_err(), 11, &["backend", "address isn't known"]);
+    assert_eq!(interface(&node, &again), None);
+}
+
+#[test]
+fn addresses_of_blocks_that_were_given_back_are_not_given_again() {
+    let mut node = Node::with_network(IPV4);
+    let pod = node.pod("pod", on_backend(), json!({}));
+    added(&node, &pod);
+    node.delete(&pod).unwrap();
+    node.wait_for("the block to be given back", || node.api.all::<portolan_crds::IPBlock>().is_empty());
+    start_alone(&mut node);
+    node.wait_for("the agent to serve", || node.status().is_ok());
+    let error = node.add(&node.another_sandbox(&pod, "again")).unwrap_err();
+    names(&error, 11, &["backend", "block that was given back"]);
+}
+
+/// While a machine is off, its blocks may become others'.
+#[test]
+fn nothing_is_known_after_a_start_of_the_machine() {
+    let mut node = Node::with_network(IPV4);
+    let pod = node.pod("pod", on_backend(), json!({}));
+    added(&node, &pod);
+    node.kill();
+    std::fs::write(node.on_host(&Path::new(KNOWN).join("boot")), "another").unwrap();
+    start_alone(&mut node);
+    let error = node.add(&node.another_sandbox(&pod, "again"));
+    names(&node.status().unwrap_err(), 50, &["has not heard"]);
+    node.check(&pod).unwrap();
+    node.delete(&pod).unwrap();
+    assert_eq!((interface(&node, &pod), journal(&node).len()), (None, 0));
+    assert!(error.is_err());
+}
+
+#[test]
+fn a_closed_pod_is_closed_in_another_sandbox() {
+    let mut node = Node::with_network(IPV4);
+    let sender = node.pod("sender", on_backend(), json!({}));
+    let wishes = on_backend_with(json!({"ips": ["10.32.1.1"]}));
+    let pod = node.pod("pod", wishes, json!({"app": "db"}));
+    policies::isolate(&node, "db");
+    for pod in [&sender, &pod] {
+        added(&node, pod);
+    }
+    node.wait_for("its policy to be known", || known(&node, &pod).contains("ingress"));
+    start_alone(&mut node);
+    node.wait_for("the agent to serve", || node.status().is_ok());
+    node.delete(&pod).unwrap();
+    let again = node.another_sandbox(&pod, "again");
+    let listener = policies::listen(&node, "again");
+    listener.set_read_timeout(Some(policies::WHILE)).unwrap();
+    let (_, heard) = policies::while_sent_to(&node, "sender", [10, 32, 1, 1].into(), || {
+        node.add(&again).unwrap();
+        policies::hears(&listener)
+    });
+    assert!(!heard, "it is closed");
+    assert!(reaches_back(&node, &again, &sender));
+    // A policy that has changed meanwhile is followed.
+    node.api.remove("/apis/networking.k8s.io/v1/namespaces/shop/networkpolicies/deny");
+    come_back(&node);
+    node.wait_for("it to be open", || {
+        policies::while_sent_to(&node, "sender", [10, 32, 1, 1].into(), || policies::hears(&listener)).1
+    });
+}
+
+/// Whether an answer to what a pod sends reaches it.
+fn reaches_back(node: &Node, from: &Pod, to: &Pod) -> bool {
+    let at = addresses(node, to)[0];
+    let listener = node.inside(super::netns(to), || super::udp(at, super::ECHO));
+    let asking = node.inside(super::netns(from), || super::udp(addresses(node, from)[0], 0));
+    asking.send_to(b"hello", (at, super::ECHO)).unwrap();
+    let (_, sender) = listener.recv_from(&mut [0; 10]).unwrap();
+    listener.send_to(b"hello", sender).unwrap();
+    asking.recv_from(&mut [0; 10]).is_ok()
+}
+
+#[test]
+fn a_node_without_another_plugin_goes_on() {
+    let mut node = Node::primary(&["10.244.1.0/24"]);
+    node.make_network("backend", 77, IPV4);
+    let (resident, pod) = (node.pod("resident", on_backend(), json!({})), node.pod("pod", on_backend(), json!({})));
+    let ports = json!([{"hostPort": 8080, "containerPort": 80}]);
+    added(&node, &resident);
+    node.add_with_ports(&pod, &ports).unwrap();
+    let given = added(&node, &pod);
+    start_alone(&mut node);
+    node.wait_for("the agent to serve", || node.status().is_ok());
+    node.wait_for("the pod network to be served", || node.check(&resident).is_ok());
+    node.delete(&pod).unwrap();
+    let rules = || node.run_in("host", "nft list ruleset");
+    assert!(!rules().contains("8080"));
+    let again = node.another_sandbox(&pod, "again");
+    let result = node.add_with_ports(&again, &ports).unwrap();
+    assert!(result["ips"][0]["address"].as_str().unwrap().starts_with("10.244.1."), "{result}");
+    assert_eq!(addresses(&node, &again), given);
+    assert!(rules().contains("8080") && reaches(&node, &again, &resident));
+    node.check(&again).unwrap();
+}
