@@ -86,17 +86,21 @@ impl Agent {
         let which = self.applied.read().await.which(vni);
         let begun = Instant::now();
         let before = entries.take(vni, which);
-        let (known, asked, before) = match before {
+        let (known, asked, before, done) = match before {
             Some(before) if before.done.as_ref() == Some(&wanted) => {
                 entries.0.insert(vni, before);
                 return Ok(());
             }
-            Some(before) => (before.known, Some(before.asked), before.told),
+            Some(before) => (before.known, Some(before.asked), before.told, before.done),
             None => Default::default(),
         };
         let mut forwarder = self.dataplane.forwarder(vni, known).await?;
         let asked = asked.unwrap_or_else(|| (begun, begun.elapsed()));
-        let (mut changes, mut made, mut left) = (forwarder.changes(&wanted), 0, 0);
+        let changes = match &done {
+            Some(done) => forwarder.changes_since(done, &wanted),
+            None => forwarder.changes(&wanted),
+        };
+        let (mut changes, mut made, mut left) = (changes, 0, 0);
         while !changes.is_empty() {
             left = 0;
             for part in changes.chunks(PART) {

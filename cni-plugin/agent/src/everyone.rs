@@ -5,7 +5,7 @@ use std::{
     net::{SocketAddr, TcpListener, UdpSocket},
 };
 
-use portolan_dns::{Domain, Metrics, Zone, ZoneHandle};
+use portolan_dns::{Domain, Metrics, NetworkNames, Zone, ZoneHandle};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -22,15 +22,16 @@ pub struct Everyone {
 impl Everyone {
     /// A server that will listen at `at` until `shutdown`.
     pub fn new(at: SocketAddr, domain: Domain, metrics: Metrics, shutdown: CancellationToken) -> Self {
-        Self { at, domain, zone: ZoneHandle::new(Zone::default()), metrics, shutdown, running: None }
+        let zone = ZoneHandle::new(Zone::default().within(Some(domain.clone())));
+        Self { at, domain, zone, metrics, shutdown, running: None }
     }
 
     /// What is answered from now on. Sees to it that the server runs.
     ///
     /// # Errors
     /// When it can't listen at its address; the next call tries again.
-    pub fn set_zone(&mut self, zone: Zone) -> io::Result<()> {
-        self.zone.replace(zone.within(Some(self.domain.clone())));
+    pub fn follow(&mut self, networks: Vec<NetworkNames>) -> io::Result<()> {
+        self.zone.follow(networks);
         if self.running.as_ref().is_some_and(|task| !task.is_finished()) {
             return Ok(());
         }
@@ -55,7 +56,7 @@ mod tests {
 
     use super::*;
 
-    fn zone(last: u8) -> Zone {
+    fn names(last: u8) -> Vec<NetworkNames> {
         let host = Host {
             namespace: "shop".into(),
             pod: "db".into(),
@@ -63,7 +64,7 @@ mod tests {
             ready: true,
             ..Host::default()
         };
-        Zone::new(vec![NetworkZone { name: "backend".into(), hosts: vec![host], ..NetworkZone::default() }])
+        vec![NetworkZone { name: "backend".into(), hosts: vec![host], ..NetworkZone::default() }.into()]
     }
 
     /// The last bytes of the answer for db.shop.backend.example.
@@ -83,11 +84,11 @@ mod tests {
         let at = taken.local_addr().unwrap();
         let stop = CancellationToken::new();
         let mut server = Everyone::new(at, "example".parse().unwrap(), Metrics::default(), stop.clone());
-        assert!(server.set_zone(zone(5)).is_err(), "somebody else has the port");
+        assert!(server.follow(names(5)).is_err(), "somebody else has the port");
         drop(taken);
-        server.set_zone(zone(5)).unwrap();
+        server.follow(names(5)).unwrap();
         assert_eq!(ask(at).await, [10, 32, 0, 5]);
-        server.set_zone(zone(6)).unwrap();
+        server.follow(names(6)).unwrap();
         assert_eq!(ask(at).await, [10, 32, 0, 6], "the same server, the new names");
         stop.cancel();
         server.running.take().unwrap().await.unwrap();

@@ -6,7 +6,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
 };
 
-use portolan_dns::{Domain, Metrics, Upstream, Zone, ZoneHandle};
+use portolan_dns::{Domain, Metrics, NetworkNames, Upstream, Zone, ZoneHandle};
 use portolan_net::Dataplane;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -19,7 +19,6 @@ const PORT: u16 = 53;
 /// This node's DNS servers.
 pub struct Resolvers {
     zone: ZoneHandle,
-    domain: Option<Domain>,
     upstream: Vec<SocketAddr>,
     metrics: Metrics,
     /// By network and address.
@@ -41,8 +40,8 @@ impl Resolvers {
         domain: Option<Domain>,
         metrics: Metrics,
     ) -> Self {
-        let zone = ZoneHandle::new(Zone::new(snapshot.zones).within(domain.clone()));
-        let mut resolvers = Self { zone, domain, upstream: snapshot.upstream, metrics, running: BTreeMap::new() };
+        let zone = ZoneHandle::new(Zone::new(snapshot.zones).within(domain));
+        let mut resolvers = Self { zone, upstream: snapshot.upstream, metrics, running: BTreeMap::new() };
         for endpoint in journal.select(|_| true) {
             for at in endpoint.resolvers() {
                 // After the node has started anew there is no such namespace yet.
@@ -72,8 +71,8 @@ impl Resolvers {
     }
 
     /// What all servers answer from.
-    pub fn set_zone(&self, zone: Zone) {
-        self.zone.replace(zone.within(self.domain.clone()));
+    pub fn follow(&self, networks: Vec<NetworkNames>) {
+        self.zone.follow(networks);
     }
 
     /// Sees to it that a network's server runs at an address.

@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod};
 use kube::{Resource, ResourceExt, runtime::reflector::ObjectRef};
 use portolan_crds::{NetworkNodeSlice, NetworkNodeSliceSpec};
-use portolan_dns::{Member, Zone};
+use portolan_dns::{Member, NetworkNames, NetworkZone};
 use portolan_net::{BRIDGE_ADDRESS, NetworkSpec};
 use tokio_util::sync::CancellationToken;
 
@@ -30,7 +30,7 @@ use crate::{
     resolver::Resolvers,
     slices::Slices,
     snapshot::{Keeper, Snapshot},
-    view::{Local, View, zones_for_everyone},
+    view::{Following, Local, names_for_everyone},
 };
 
 /// How often everything is looked at without a cause, and the kernel is asked what it really has.
@@ -127,6 +127,9 @@ struct Sync<'a> {
     keeper: Keeper,
     slices: Slices,
     entries: Entries,
+    /// The networks that have pods here, by name; and the others, as the server for everyone knows them.
+    views: BTreeMap<String, Following>,
+    others: BTreeMap<String, Following>,
     /// What the journal had when the agent started, as far as the kernel wasn't asked about it yet.
     unchecked: BTreeSet<String>,
     /// Running pods, by UID, whose allowed addresses can't be read.
@@ -169,6 +172,8 @@ pub(crate) async fn run(
         keeper,
         slices: Slices::default(),
         entries: Entries::default(),
+        views: BTreeMap::new(),
+        others: BTreeMap::new(),
         unchecked: agent.journal.select(|_| true).iter().map(Endpoint::id).collect(),
         refused: BTreeMap::new(),
         blocked: BTreeMap::new(),
@@ -224,20 +229,32 @@ impl Sync<'_> {
         drop(applied);
 
         let locals: Vec<Vec<Local>> = by_network.values().map(|endpoints| self.agent.local(endpoints)).collect();
-        let (mut zones, mut views) = (Vec::new(), BTreeMap::new());
+        let of_networks = of_networks(&slices);
+        self.views.retain(|network, _| by_network.contains_key(network));
+        let mut zones = Vec::new();
         for ((network, endpoints), local) in by_network.iter().zip(&locals) {
-            let view = View::new(&self.agent.cluster.node, local, of_network(&slices, network));
-            zones.push(view.zone(network, self.subnets(network), self.members(endpoints), &silent));
-            views.insert(network.as_str(), view);
+            let view = self.views.entry(network.clone()).or_default();
+            let slices = of_networks.get(network.as_str()).into_iter().flatten().copied();
+            view.follow(&self.agent.cluster.node, local, slices, &silent);
+            let groups = view.groups();
+            zones.push(NetworkNames {
+                name: network.clone(),
+                node: self.agent.cluster.node.clone(),
+                subnets: self.subnets(network),
+                groups,
+                members: self.members(endpoints),
+            });
         }
-        self.agent.metrics.set_names(zones.iter().map(|z| (z.name.clone(), z.hosts.len())));
-        let snapshot = self.keeper.due_in().is_zero().then(|| zones.clone());
-        self.resolvers.set_zone(Zone::new(zones));
+        let names = |zone: &NetworkNames| (zone.name.clone(), zone.groups.iter().map(|group| group.len()).sum());
+        self.agent.metrics.set_names(zones.iter().map(names));
+        let is_due = self.keeper.due_in().is_zero();
+        let snapshot = is_due.then(|| zones.iter().map(NetworkZone::from).collect::<Vec<_>>());
+        self.resolvers.follow(zones);
         for (network, endpoints) in &by_network {
             note("names not answered", network, self.ensure_resolvers(network, endpoints));
         }
         self.tell_refused().await;
-        note("full names not answered to everyone", "", self.tell_everyone(&views, &slices, &silent));
+        note("full names not answered to everyone", "", self.tell_everyone(&of_networks, &silent));
         let names_due_in = if snapshot.is_some() { INTERVAL } else { self.keeper.due_in() };
         let kept = snapshot.map(|zones| Snapshot { upstream: self.resolvers.upstream().to_vec(), zones });
         let kept = kept.map_or(Ok(()), |snapshot| self.keeper.keep(&snapshot));
@@ -262,7 +279,7 @@ impl Sync<'_> {
         note("slices not removed", "", result.map_err(|e| e.to_string()));
         // After all that others wait for: the first entries of a large network take seconds.
         for (network, endpoints) in &by_network {
-            let (Some(view), Some(vni)) = (views.get(network.as_str()), endpoints.first().map(|e| e.vni)) else {
+            let (Some(view), Some(vni)) = (self.views.get(network), endpoints.first().map(|e| e.vni)) else {
                 continue;
             };
             let is_suppressed = self.network(network, vni).is_some_and(|network| network.suppression);
@@ -299,15 +316,13 @@ impl Sync<'_> {
     /// All networks' names, whether there are pods of theirs on this node or not.
     fn tell_everyone(
         &mut self,
-        views: &BTreeMap<&str, View<'_>>,
-        slices: &[Arc<NetworkNodeSlice>],
+        slices: &BTreeMap<&str, Vec<&Arc<NetworkNodeSlice>>>,
         silent: &BTreeSet<Ipv4Addr>,
     ) -> Result<(), String> {
         let Some(everyone) = &mut self.everyone else { return Ok(()) };
         let known = self.agent.cluster.networks.state().into_iter().map(|network| network.name_any());
-        let present = slices.iter().map(AsRef::as_ref).filter(|s| s.metadata.deletion_timestamp.is_none());
-        let zones = zones_for_everyone(known, views, present, silent);
-        everyone.set_zone(Zone::new(zones)).map_err(|e| e.to_string())
+        let names = names_for_everyone(known, &self.views, &mut self.others, slices, silent);
+        everyone.follow(names).map_err(|e| e.to_string())
     }
 
     fn by_network(&self) -> BTreeMap<String, Vec<Endpoint>> {
@@ -468,6 +483,15 @@ impl Sync<'_> {
         self.leaving.extend(present.iter().map(|network| (network.clone(), None)));
         Ok(())
     }
+}
+
+/// The slices of each network that aren't being deleted.
+fn of_networks(slices: &[Arc<NetworkNodeSlice>]) -> BTreeMap<&str, Vec<&Arc<NetworkNodeSlice>>> {
+    let mut all: BTreeMap<&str, Vec<&Arc<NetworkNodeSlice>>> = BTreeMap::new();
+    for slice in slices.iter().filter(|slice| slice.metadata.deletion_timestamp.is_none()) {
+        all.entry(&slice.spec.network).or_default().push(slice);
+    }
+    all
 }
 
 pub(crate) fn of_network<'a>(

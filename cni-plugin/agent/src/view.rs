@@ -1,4 +1,6 @@
 //! From what the nodes say to what this node does: who is where, and who has which name. Pure.
+//!
+//! Large networks are followed from pass to pass ([`following`]), which comes to the same.
 
 use std::{
     cmp::Reverse,
@@ -10,6 +12,10 @@ use ipnet::IpNet;
 use portolan_crds::{Endpoint, NamedPort, NetworkNodeSlice};
 use portolan_dns::{Host, Member, NetworkZone, Port};
 use portolan_net::{Forwarding, Mac, Peer};
+
+mod following;
+
+pub(crate) use following::{Following, names_for_everyone};
 
 /// An endpoint of this node, as the API knows its pod.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,10 +32,9 @@ pub struct Local {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct View<'a> {
     local: Vec<&'a Local>,
-    remote: BTreeMap<Ipv4Addr, Vec<&'a Endpoint>>,
+    /// By tunnel endpoint, each with its node's name.
+    remote: BTreeMap<Ipv4Addr, Vec<(&'a Endpoint, &'a str)>>,
     node: String,
-    /// The other nodes by tunnel endpoint.
-    nodes: BTreeMap<Ipv4Addr, &'a str>,
 }
 
 /// Which of two endpoints with an address in common is the right one; the greater wins. A pod that is wanted here is: its address
@@ -51,8 +56,8 @@ struct Offer<'a> {
 enum Place<'a> {
     /// On this node.
     Here(&'a Local),
-    /// On the node with this tunnel endpoint.
-    Behind(Ipv4Addr),
+    /// On the node with this tunnel endpoint and name.
+    Behind(Ipv4Addr, &'a str),
 }
 
 /// Those of which no better one has an address, in the order of their addresses. An endpoint is there with all of its addresses or not at
@@ -89,17 +94,19 @@ impl<'a> View<'a> {
             let Ok(vtep) = slice.spec.vtep.parse::<Ipv4Addr>() else { continue };
             // Even a node whose endpoints all lost takes part in broadcasts.
             view.remote.entry(vtep).or_default();
-            view.nodes.insert(vtep, &slice.spec.node);
-            // Versions order the writes of one API server; they are compared for no other purpose.
-            let written = slice.metadata.resource_version.as_deref().and_then(|v| v.parse().ok()).unwrap_or(0);
+            let written = written(slice);
             for endpoint in &slice.spec.endpoints {
-                offer(endpoint, Place::Behind(vtep), Rank { wanted_here: false, ready: endpoint.ready, written });
+                offer(
+                    endpoint,
+                    Place::Behind(vtep, &slice.spec.node),
+                    Rank { wanted_here: false, ready: endpoint.ready, written },
+                );
             }
         }
         for Offer { place, endpoint, .. } in winners(offers) {
             match place {
                 Place::Here(local) => view.local.push(local),
-                Place::Behind(vtep) => view.remote.entry(vtep).or_default().push(endpoint),
+                Place::Behind(vtep, node) => view.remote.entry(vtep).or_default().push((endpoint, node)),
             }
         }
         view
@@ -107,14 +114,17 @@ impl<'a> View<'a> {
 
     /// Who is there, on whatever node.
     pub fn endpoints(&self) -> impl Iterator<Item = &'a Endpoint> {
-        self.local.iter().map(|local| &local.endpoint).chain(self.remote.values().flatten().copied())
+        self.local
+            .iter()
+            .map(|local| &local.endpoint)
+            .chain(self.remote.values().flatten().map(|(endpoint, _)| *endpoint))
     }
 
     /// Where frames go.
     pub fn forwarding(&self, suppression: bool) -> Forwarding {
-        let peer = |(vtep, endpoints): (&Ipv4Addr, &Vec<&Endpoint>)| Peer {
+        let peer = |(vtep, endpoints): (&Ipv4Addr, &Vec<(&Endpoint, &str)>)| Peer {
             vtep: *vtep,
-            endpoints: endpoints.iter().flat_map(|endpoint| identities(endpoint)).collect(),
+            endpoints: endpoints.iter().flat_map(|(endpoint, _)| identities(endpoint)).collect(),
         };
         let asking = |local: &Local| Some((local.asks_from?.into(), local.endpoint.mac.parse().ok()?));
         let local = self.local.iter().flat_map(|local| identities(&local.endpoint).chain(asking(local)));
@@ -131,36 +141,17 @@ impl<'a> View<'a> {
     ) -> NetworkZone {
         let local = self.local.iter().map(|local| host(&local.endpoint, &self.node));
         let remote = self.remote.iter().flat_map(|(vtep, endpoints)| {
-            let node = self.nodes.get(vtep).copied().unwrap_or_default();
             let is_silent = silent.contains(vtep);
-            endpoints.iter().map(move |endpoint| Host { node_is_silent: is_silent, ..host(endpoint, node) })
+            endpoints.iter().map(move |(endpoint, node)| Host { node_is_silent: is_silent, ..host(endpoint, node) })
         });
         let hosts = local.chain(remote).collect();
         NetworkZone { name: network.to_owned(), node: self.node.clone(), subnets, hosts, members }
     }
 }
 
-/// All networks as a server for everyone knows them: `known` by name, those in `views` as this node sees them, the others from
-/// their slices. No pod is preferred for its node: it isn't known where the asking one is.
-pub fn zones_for_everyone<'a>(
-    known: impl IntoIterator<Item = String>,
-    views: &BTreeMap<&str, View<'_>>,
-    slices: impl IntoIterator<Item = &'a NetworkNodeSlice>,
-    silent: &BTreeSet<Ipv4Addr>,
-) -> Vec<NetworkZone> {
-    let mut by_network: BTreeMap<String, Vec<&NetworkNodeSlice>> =
-        known.into_iter().map(|network| (network, Vec::new())).collect();
-    for slice in slices {
-        by_network.entry(slice.spec.network.clone()).or_default().push(slice);
-    }
-    let zone = |(network, slices): (String, Vec<&'a NetworkNodeSlice>)| {
-        let zone = match views.get(network.as_str()) {
-            Some(view) => view.zone(&network, Vec::new(), Vec::new(), silent),
-            None => View::new("", &[], slices).zone(&network, Vec::new(), Vec::new(), silent),
-        };
-        NetworkZone { node: String::new(), ..zone }
-    };
-    by_network.into_iter().map(zone).collect()
+/// Versions order the writes of one API server; they are compared for no other purpose.
+fn written(slice: &NetworkNodeSlice) -> u64 {
+    slice.metadata.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or(0)
 }
 
 /// An endpoint as the DNS server knows it.
@@ -273,37 +264,6 @@ mod tests {
         assert_eq!((&*host.aliases, host.owner.as_deref()), (&["cache".to_owned()][..], Some("db")));
         assert!(host.prefer_same_node);
         assert_eq!(host.ports, [Port { name: "http".into(), protocol: "tcp".into(), number: 80 }]);
-    }
-
-    #[test]
-    fn everyone_is_told_of_all_networks() {
-        let local = [Local { endpoint: endpoint("shop", "db-0", None, 5, true), asks_from: None, current: true }];
-        let of = |network: &str, node: &str, vtep, endpoints| {
-            let mut slice = slice(node, vtep, "9", endpoints);
-            slice.spec.network = network.into();
-            slice
-        };
-        let slices = [
-            // Older than what this node itself knows.
-            of("backend", "a", 1, vec![endpoint("shop", "gone", None, 9, true)]),
-            of("backend", "b", 2, vec![endpoint("shop", "db-1", None, 6, true)]),
-            of("frontend", "b", 2, vec![endpoint("shop", "web", None, 5, true)]),
-        ];
-        let own = View::new("a", &local, slices.iter().filter(|slice| slice.spec.network == "backend"));
-        let views = BTreeMap::from([("backend", own)]);
-        let silent = BTreeSet::from([Ipv4Addr::new(192, 0, 2, 2)]);
-        let zones = zones_for_everyone(["empty".to_owned(), "backend".to_owned()], &views, &slices, &silent);
-        let told: Vec<_> = zones
-            .iter()
-            .map(|zone| {
-                let pods: Vec<_> = zone.hosts.iter().map(|it| (it.pod.as_str(), it.node_is_silent)).collect();
-                (zone.name.as_str(), pods)
-            })
-            .collect();
-        let expected =
-            [("backend", vec![("db-0", false), ("db-1", true)]), ("empty", vec![]), ("frontend", vec![("web", true)])];
-        assert_eq!(told, expected);
-        assert!(zones.iter().all(|zone| zone.node.is_empty() && zone.members.is_empty()));
     }
 
     #[test]

@@ -72,7 +72,10 @@ impl Zone {
                 Explanation::Services { network, pods }
             }
             Data::Address(host) => Explanation::Address { network, pod: Box::new(host.clone()) },
-            Data::Ambiguous(namespaces) => Explanation::Ambiguous { network, namespaces: namespaces.to_vec() },
+            Data::Ambiguous(namespaces) => {
+                let namespaces = namespaces.into_iter().map(str::to_owned).collect();
+                Explanation::Ambiguous { network, namespaces }
+            }
         }
     }
 }

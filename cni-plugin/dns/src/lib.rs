@@ -13,6 +13,7 @@ mod flight;
 mod forward;
 mod limit;
 mod metrics;
+mod names;
 mod plain;
 mod records;
 mod reverse;
@@ -27,7 +28,7 @@ pub use explain::Explanation;
 pub use forward::Upstream;
 pub use metrics::Metrics;
 pub use server::{ServeError, run, run_for_everyone};
-pub use zone::{Host, Member, NetworkZone, Port, Zone, ZoneHandle};
+pub use zone::{Group, Host, Member, NetworkNames, NetworkZone, Port, Zone, ZoneHandle};
 
 #[cfg(test)]
 mod fuzz;

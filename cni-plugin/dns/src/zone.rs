@@ -10,6 +10,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::Domain;
+use crate::names::Names;
 use crate::reverse;
 
 /// The names of all networks that a node takes part in. Built once, then only read.
@@ -32,6 +33,38 @@ pub struct NetworkZone {
     pub hosts: Vec<Host>,
     /// The pods of this node that may ask.
     pub members: Vec<Member>,
+}
+
+/// Pods that are as they were as long as this is the same allocation: one node's, as a rule.
+pub type Group = Arc<[Arc<Host>]>;
+
+/// One network, as given to [`ZoneHandle::follow`].
+#[derive(Clone, Debug, Default)]
+pub struct NetworkNames {
+    /// As in [`NetworkZone`].
+    pub name: String,
+    /// As in [`NetworkZone`].
+    pub node: String,
+    /// As in [`NetworkZone`].
+    pub subnets: Vec<IpNet>,
+    /// The pods that are plugged in, on all nodes. No two of them have an address in common, and each is in one group.
+    pub groups: Vec<Group>,
+    /// As in [`NetworkZone`].
+    pub members: Vec<Member>,
+}
+
+impl From<NetworkZone> for NetworkNames {
+    fn from(NetworkZone { name, node, subnets, hosts, members }: NetworkZone) -> Self {
+        Self { name, node, subnets, groups: vec![hosts.into_iter().map(Arc::new).collect()], members }
+    }
+}
+
+impl From<&NetworkNames> for NetworkZone {
+    fn from(names: &NetworkNames) -> Self {
+        let NetworkNames { name, node, subnets, groups, members } = names.clone();
+        let hosts = groups.iter().flat_map(|group| group.iter()).map(|host| Host::clone(host)).collect();
+        Self { name, node, subnets, hosts, members }
+    }
 }
 
 /// A pod on a network, and what it is called.
@@ -84,20 +117,6 @@ pub struct Member {
     pub networks: Vec<String>,
 }
 
-#[derive(Debug, Default)]
-struct Names {
-    node: String,
-    subnets: Vec<IpNet>,
-    hosts: Vec<Host>,
-    /// Positions in `hosts` by namespace and name (lower case), those of pods that aren't Ready among them. None for a name that
-    /// only has names below it (an empty non-terminal, RFC 8020).
-    namespaces: HashMap<String, HashMap<String, Vec<usize>>>,
-    /// The namespaces that have a short name.
-    holders: HashMap<String, Vec<String>>,
-    addresses: HashMap<IpAddr, usize>,
-    members: HashMap<IpAddr, Member>,
-}
-
 /// What a zone says of a name in one of the asker's networks.
 #[derive(Debug, Eq, PartialEq)]
 pub(crate) struct Found<'a> {
@@ -112,7 +131,7 @@ pub(crate) struct Found<'a> {
 
 /// Who asks for a name.
 #[derive(Clone, Copy, Debug)]
-enum Asker<'a> {
+pub(crate) enum Asker<'a> {
     /// A pod of this namespace.
     Of(&'a str),
     /// Somebody on the network, of no namespace that is known.
@@ -134,12 +153,12 @@ pub(crate) enum Data<'a> {
     /// It is the address of this pod.
     Address(&'a Host),
     /// It is the short name of pods in these namespaces and nobody's without a namespace.
-    Ambiguous(&'a [String]),
+    Ambiguous(Vec<&'a str>),
 }
 
 impl Data<'_> {
     /// A name that only has names below it.
-    fn empty() -> Self {
+    pub(crate) fn empty() -> Self {
         Self::Hosts { all: Vec::new(), answered: Vec::new() }
     }
 }
@@ -154,7 +173,7 @@ struct Match<'a, 'n> {
 }
 
 /// What stands before a name: `_http._tcp.` or, with nothing at it, `_tcp.` (RFC 2782).
-enum Prefix<'a> {
+pub(crate) enum Prefix<'a> {
     None,
     Protocol(&'a str),
     Service { port: &'a str, protocol: &'a str },
@@ -166,7 +185,7 @@ impl Host {
         self.ready || self.publish_not_ready
     }
 
-    fn names(&self) -> impl Iterator<Item = String> {
+    pub(crate) fn names(&self) -> impl Iterator<Item = String> {
         let all = [Some(&self.pod), self.owner.as_ref()].into_iter().flatten().chain(&self.aliases);
         all.map(|name| name.to_ascii_lowercase()).filter(|name| !name.is_empty())
     }
@@ -180,8 +199,17 @@ impl Zone {
     /// have is nobody's: no namespace can take another's name by being the first. A name with dots has no short form, as it
     /// would look like a name with a namespace.
     pub fn new(networks: Vec<NetworkZone>) -> Self {
-        let networks = networks.into_iter().map(|network| (network.name.to_ascii_lowercase(), Names::new(network)));
-        Self { domain: None, networks: networks.collect() }
+        Self::default().following(networks.into_iter().map(NetworkNames::from).collect())
+    }
+
+    /// The snapshot that comes after this one. It is as much work as the groups in which they differ.
+    fn following(&self, networks: Vec<NetworkNames>) -> Self {
+        let following = |network: NetworkNames| {
+            let name = network.name.to_ascii_lowercase();
+            let names = Names::following(self.networks.get(&name), network);
+            (name, names)
+        };
+        Self { domain: self.domain.clone(), networks: networks.into_iter().map(following).collect() }
     }
 
     /// The same with full names: what is `<name>.<network>` is `<name>.<network>.<domain>`, too.
@@ -270,115 +298,20 @@ impl Zone {
     fn find_address<'a>(&'a self, network: &'a str, address: IpAddr) -> Option<Found<'a>> {
         let names = self.networks.get(network)?;
         let subnet = names.subnets.iter().find(|subnet| subnet.contains(&address))?;
-        let host = names.addresses.get(&address).and_then(|position| names.hosts.get(*position));
-        let data = host.map_or(Data::Missing, Data::Address);
+        let data = names.host_at(address).map_or(Data::Missing, Data::Address);
         Some(Found { network, apex: reverse::apex(subnet).into(), data, is_explained: true })
     }
 }
 
-impl Names {
-    fn new(network: NetworkZone) -> Self {
-        let mut names = Self { node: network.node, subnets: network.subnets, ..Self::default() };
-        // A namespace is one label, which is what makes a name with one unambiguous.
-        names.hosts = network.hosts.into_iter().filter(|host| is_label(&host.namespace)).collect();
-        for (position, host) in names.hosts.iter().enumerate() {
-            let namespace = host.namespace.to_ascii_lowercase();
-            let of_namespace = names.namespaces.entry(namespace.clone()).or_default();
-            for name in host.names() {
-                if !name.contains('.') {
-                    let holders = names.holders.entry(name.clone()).or_default();
-                    if !holders.contains(&namespace) {
-                        holders.push(namespace.clone());
-                    }
-                }
-                let mut above = name.as_str();
-                while let Some((_, rest)) = above.split_once('.') {
-                    of_namespace.entry(rest.to_owned()).or_default();
-                    above = rest;
-                }
-                let positions = of_namespace.entry(name).or_default();
-                if positions.last() != Some(&position) {
-                    positions.push(position);
-                }
-            }
-            names.addresses.extend(host.addresses.iter().map(|address| (*address, position)));
-        }
-        names.members = network.members.into_iter().map(|member| (member.address, member.in_lower_case())).collect();
-        names
-    }
-
-    /// What `rest`, the name without the network's, is to that asker.
-    fn find(&self, rest: &str, asker: Asker<'_>) -> Data<'_> {
-        let (prefix, rest) = prefix(rest);
-        let data = self.find_hosts(rest, asker);
-        let Data::Hosts { all: hosts, .. } = &data else {
-            return if matches!(prefix, Prefix::None) { data } else { Data::Missing };
-        };
-        let ports = || hosts.iter().flat_map(|host| host.ports.iter().map(move |port| (*host, port)));
-        match prefix {
-            Prefix::None => data,
-            Prefix::Protocol(protocol) if ports().any(|(_, port)| port.protocol == protocol) => Data::empty(),
-            Prefix::Service { port: name, protocol } => {
-                let is_it = |port: &Port| port.protocol == protocol && port.name.eq_ignore_ascii_case(name);
-                if !ports().any(|(_, port)| is_it(port)) {
-                    return Data::Missing;
-                }
-                let offered = ports().filter(|(_, port)| is_it(port));
-                Data::Services(self.answered(offered.map(|(host, port)| (host, port.number)), |(host, _)| host))
-            }
-            Prefix::Protocol(_) => Data::Missing,
-        }
-    }
-
-    /// Those that are in answers: of the published ones those of this node that want to be preferred, if there are any; else those
-    /// on nodes that answer; else all, since silence proves nothing.
-    fn answered<'a, T>(&self, all: impl Iterator<Item = T>, host: impl Fn(&T) -> &'a Host) -> Vec<T> {
-        let mut answered: Vec<T> = all.filter(|one| host(one).is_published()).collect();
-        let better =
-            [&|host: &Host| host.prefer_same_node && host.node == self.node, &|host: &Host| !host.node_is_silent]
-                as [&dyn Fn(&Host) -> bool; 2];
-        if let Some(better) = better.into_iter().find(|better| answered.iter().any(|one| better(host(one)))) {
-            answered.retain(|one| better(host(one)));
-        }
-        answered
-    }
-
-    fn find_hosts(&self, rest: &str, asker: Asker<'_>) -> Data<'_> {
-        let holders = match asker {
-            Asker::Outsider => None,
-            Asker::Of(_) | Asker::Stranger => self.holders.get(rest).map(Vec::as_slice),
-        };
-        let (name, namespace) = match rest.rsplit_once('.') {
-            Some(both) => both,
-            None => match (holders, asker) {
-                (Some(holders), Asker::Of(asker)) if holders.iter().any(|holder| holder == asker) => (rest, asker),
-                (Some([only]), _) => (rest, only.as_str()),
-                (Some(several), _) => return Data::Ambiguous(several),
-                (None, _) if self.namespaces.contains_key(rest) => return Data::empty(),
-                (None, _) => return Data::Missing,
-            },
-        };
-        let positions = self.namespaces.get(namespace).and_then(|names| names.get(name));
-        positions.map_or(Data::Missing, |positions| {
-            let all: Vec<_> = positions.iter().filter_map(|position| self.hosts.get(*position)).collect();
-            Data::Hosts { answered: self.answered(all.iter().copied(), |host| host), all }
-        })
-    }
-}
-
 impl Member {
-    fn in_lower_case(mut self) -> Self {
+    pub(crate) fn in_lower_case(mut self) -> Self {
         self.namespace.make_ascii_lowercase();
         self.networks.iter_mut().for_each(|network| network.make_ascii_lowercase());
         self
     }
 }
 
-fn is_label(text: &str) -> bool {
-    !text.is_empty() && !text.contains('.')
-}
-
-fn prefix(rest: &str) -> (Prefix<'_>, &str) {
+pub(crate) fn prefix(rest: &str) -> (Prefix<'_>, &str) {
     match rest.strip_prefix('_').and_then(|text| text.split_once('.')) {
         None => (Prefix::None, rest),
         Some((first, below)) => match below.strip_prefix('_').and_then(|text| text.split_once('.')) {
@@ -414,6 +347,11 @@ impl ZoneHandle {
         let before = self.0.swap(Arc::new(zone));
         // Without a thread the closure is dropped here, and the zone with it.
         let _ = std::thread::Builder::new().name("dns old zone".into()).spawn(move || drop(before));
+    }
+
+    /// Serves the names of these networks from now on, in the same domain.
+    pub fn follow(&self, networks: Vec<NetworkNames>) {
+        self.replace(self.current().following(networks));
     }
 
     pub(crate) fn current(&self) -> Arc<Zone> {

@@ -11,6 +11,7 @@ use std::{
 use crate::Mac;
 
 mod batch;
+mod difference;
 mod following;
 mod kernel;
 
@@ -143,12 +144,19 @@ impl Table {
 
 impl Forwarding {
     fn wanted(&self) -> Table {
+        self.wanted_of(|_| true, |_| true)
+    }
+
+    /// The entries of those MACs and addresses alone, and all floods.
+    fn wanted_of(&self, is_mac: impl Fn(&Mac) -> bool, is_address: impl Fn(&IpAddr) -> bool) -> Table {
         let local: BTreeSet<Mac> = self.local.iter().map(|(_, mac)| *mac).collect();
         // The bridge itself speaks IPv4 only: it needs no other neighbours than those it answers for.
-        let spoken_to = self.local.iter().filter(|(address, _)| address.is_ipv4());
+        let spoken_to = self.local.iter().filter(|(address, _)| address.is_ipv4() && is_address(address));
         let remote = self.peers.iter().flat_map(|peer| peer.endpoints.iter().map(|it| (peer.vtep, it)));
         let remote = remote.filter(|(_, (_, mac))| !local.contains(mac));
-        let answered_for = remote.clone().filter(|_| self.suppression).map(|(_, endpoint)| endpoint);
+        let answered_for = remote.clone().filter(|(_, (address, _))| self.suppression && is_address(address));
+        let answered_for = answered_for.map(|(_, endpoint)| endpoint);
+        let remote = remote.filter(|(_, (_, mac))| is_mac(mac));
         Table {
             tunnels: remote.clone().map(|(vtep, (_, mac))| (*mac, vtep)).collect(),
             floods: self.peers.iter().map(|peer| peer.vtep).collect(),

@@ -2,6 +2,7 @@
 
 mod everyone;
 mod explanation;
+mod following;
 mod forwarding;
 mod full;
 mod merging;

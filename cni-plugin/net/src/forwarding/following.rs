@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, io, net::IpAddr};
 
-use super::{Change, Forwarding, Table, batch::BATCH, kernel::Kernel, plan};
+use super::{Change, Forwarding, Table, batch::BATCH, difference, kernel::Kernel, plan};
 use crate::{
     Dataplane, Mac,
     error::{Error, Result},
@@ -75,6 +75,12 @@ impl Forwarder {
     /// What takes the entries from what they are to what is wanted.
     pub fn changes(&self, wanted: &Forwarding) -> Vec<Change> {
         self.following.as_ref().map(|following| plan(&following.known, &wanted.wanted())).unwrap_or_default()
+    }
+
+    /// The same where `before` is what was wanted last, and all of it is so: as much work as what has changed.
+    pub fn changes_since(&self, before: &Forwarding, wanted: &Forwarding) -> Vec<Change> {
+        let following = self.following.as_ref();
+        following.map(|following| difference::changes(&following.known, before, wanted)).unwrap_or_default()
     }
 
     /// What was refused, if there may be room for it by now: entries are added first and removed last.
