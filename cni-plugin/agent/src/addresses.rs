@@ -432,10 +432,12 @@ impl<R: Registry> Addresses<R> {
         }
         let mut none_left = true;
         let claimed = self.claimed_addresses(&mut state, network);
+        // While nobody tells, they stay: other pods may need them.
+        let all = self.registry.blocks().await?;
         state.blocks.remove(network);
-        // First of all: an agent that starts would take them for its own.
+        // Before they are: an agent that starts would take them for its own.
         self.known.set_blocks(network, &[])?;
-        for block in self.registry.blocks().await? {
+        for block in all {
             let is_ours = block.spec.network == network && block.spec.node == self.registry.node();
             let holds_claim = block.spec.cidr.parse::<IpNet>().is_ok_and(|net| claimed.iter().any(|a| net.contains(a)));
             none_left &= !(is_ours && holds_claim);

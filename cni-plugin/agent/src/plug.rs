@@ -4,7 +4,7 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use ipnet::IpNet;
@@ -26,6 +26,9 @@ use crate::{
     network::Network,
     pod,
 };
+
+/// How long the API server may take to hear of a pod that can't be plugged in.
+const EVENT_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Agent {
     /// Answers one request of the CNI plugin.
@@ -88,7 +91,10 @@ impl Agent {
     /// Tells the pod's Events why it can't be plugged in, and returns what the runtime is told.
     async fn refuse(&self, pod: &Pod, error: &PlugError) -> Failure {
         if self.is_synced() {
-            self.events.warning(&pod.object_ref(&()), "NotPlugged", "Plug", &error.to_string()).await;
+            let (about, message) = (pod.object_ref(&()), error.to_string());
+            let told = self.events.warning(&about, "NotPlugged", "Plug", &message);
+            // The runtime is told in any case.
+            let _ = tokio::time::timeout(EVENT_PATIENCE, told).await;
         }
         error.failure()
     }

@@ -15,8 +15,8 @@ use crate::{cluster::Cluster, error::ApiError};
 /// The annotation of a block or a claim that says which version a node last took up: that makes it another version, whatever else is in it.
 const RENEWED: &str = "portolan.dev/renewed";
 
-/// How long the API server may take to tell of a claim: a pod that had its addresses before can have them again without.
-const CLAIM_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the API server may take to tell of what is there: others wait meanwhile who may not need it.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a node sees and does of blocks and claims. A request that fails may have been carried out all the same, unless the error says otherwise
 /// ([`is_refusal`]).
@@ -69,7 +69,8 @@ impl Registry for Cluster {
     }
 
     async fn blocks(&self) -> Result<Vec<Arc<IPBlock>>, ApiError> {
-        let listed = Api::<IPBlock>::all(self.client.clone()).list(&ListParams::default()).await;
+        let (api, params) = (Api::<IPBlock>::all(self.client.clone()), ListParams::default());
+        let listed = in_time(api.list(&params)).await;
         listed.map(|l| l.items.into_iter().map(Arc::new).collect()).map_err(|e| ApiError::new("list IPBlocks", e))
     }
 
@@ -105,8 +106,7 @@ impl Registry for Cluster {
 
     async fn claim(&self, name: &str) -> Result<Option<IPClaim>, ApiError> {
         let api = Api::<IPClaim>::all(self.client.clone());
-        let found = tokio::time::timeout(CLAIM_PATIENCE, api.get_opt(name)).await;
-        let found = found.unwrap_or_else(|late| Err(kube::Error::Service(Box::new(late))));
+        let found = in_time(api.get_opt(name)).await;
         found.map_err(|e| ApiError::new(format!("get IPClaim {name}"), e))
     }
 
@@ -135,6 +135,12 @@ impl Registry for Cluster {
     fn seen_claim(&self, name: &str) -> Option<Arc<IPClaim>> {
         self.claims.get(&ObjectRef::new(name))
     }
+}
+
+/// The answer to a question; an error if it doesn't come.
+async fn in_time<T>(asked: impl Future<Output = kube::Result<T>>) -> kube::Result<T> {
+    let answer = tokio::time::timeout(PATIENCE, asked).await;
+    answer.unwrap_or_else(|late| Err(kube::Error::Service(Box::new(late))))
 }
 
 fn is_new<T>(created: kube::Result<T>, action: impl FnOnce() -> String) -> Result<bool, ApiError> {
