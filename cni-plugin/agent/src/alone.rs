@@ -83,7 +83,7 @@ impl Agent {
         if self.dataplane.namespace(network.vni).is_err() {
             return Err(unknown(name, "there is no pod on this network here, and so no way to other nodes"));
         }
-        if !self.known.network(name).is_some_and(|known| !known.policies.is_empty()) {
+        if self.known.network(name).is_none_or(|known| known.policies.is_empty()) {
             return Ok(self.applied.read().await);
         }
         let mut applied = self.applied.write().await;
