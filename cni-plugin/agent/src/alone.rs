@@ -137,7 +137,7 @@ pub(crate) fn unknown(network: &str, reason: &'static str) -> PlugError {
     PlugError::Alone { network: network.to_owned(), reason }
 }
 
-/// Follows this node's pods until the agent ends.
+/// Follows this node's pods until the agent ends. For an agent that has heard of all of them: who isn't heard of is forgotten.
 pub(crate) async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
     loop {
         if let Err(error) = agent.remember().await {
