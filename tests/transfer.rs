@@ -367,7 +367,7 @@ async fn another_version_is_refused_by_name() {
     let later = refusal(r#"{"version":7,"volumes":["pvc-1"],"resume":true}"#).await;
     assert_eq!(later["code"], "invalid");
     let message = later["message"].as_str().unwrap();
-    assert!(message.contains("version is \"7\"") && message.contains("allowed is 1 and 2"), "{message}");
+    assert!(message.contains("version is \"7\"") && message.contains("allowed is 1 to 3"), "{message}");
     let malformed = refusal("{}").await;
     assert_eq!(malformed["code"], "invalid", "{malformed}");
     assert_eq!(server.asked(), 0);

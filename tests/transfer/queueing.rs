@@ -255,8 +255,10 @@ async fn agents_of_the_release_before_are_understood() {
     // It would take a word that it has to wait for an answer.
     assert_eq!((&reply["error"]["code"], &reply["before"]), (&"failed".into(), &serde_json::Value::Null), "{reply}");
 
-    let b = memory().with_capabilities(Capabilities::all());
-    let old = Rogue::start(&ca.identity("node-a"), &a, &one.name, Lie::FirstVersion).await;
-    fetch(&identity, &b, ONE, fetching(old.address, "node-a", &one, &b), |_| {}).await.unwrap();
-    assert_eq!(b.snapshots(&b.pool().child("pvc-1").unwrap()).await.unwrap()[0].guid, one.guid);
+    for lie in [Lie::FirstVersion, Lie::SecondVersion] {
+        let b = memory().with_capabilities(Capabilities::all());
+        let old = Rogue::start(&ca.identity("node-a"), &a, &one.name, lie).await;
+        fetch(&identity, &b, ONE, fetching(old.address, "node-a", &one, &b), |_| {}).await.unwrap();
+        assert_eq!(b.snapshots(&b.pool().child("pvc-1").unwrap()).await.unwrap()[0].guid, one.guid, "{lie:?}");
+    }
 }

@@ -11,6 +11,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::server::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client};
+use xxhash_rust::xxh3::xxh3_128;
 
 use super::setup::read_all;
 
@@ -21,6 +22,8 @@ pub enum Lie {
     None,
     /// Nothing, but it is of the first release: it speaks version 1, and refuses what that doesn't have.
     FirstVersion,
+    /// Nothing, but it speaks version 2.
+    SecondVersion,
     /// Another hash than the payload's.
     WrongHash,
     /// Another length than the payload's.
@@ -46,8 +49,10 @@ impl Rogue {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let mut config = ServerConfig::clone(&identity.server());
-        if lie == Lie::FirstVersion {
-            config.alpn_protocols = vec![b"portolan-transfer/1".to_vec()];
+        match lie {
+            Lie::FirstVersion => config.alpn_protocols = vec![b"portolan-transfer/1".to_vec()],
+            Lie::SecondVersion => config.alpn_protocols = vec![b"portolan-transfer/2".to_vec()],
+            _ => {}
         }
         let acceptor = TlsAcceptor::from(Arc::new(config));
         tokio::spawn(async move {
@@ -77,11 +82,15 @@ async fn answer(stream: &mut TlsStream<TcpStream>, payload: &[u8], lie: Lie) -> 
         stream.write_u32(frame.len() as u32).await?;
         stream.write_all(frame).await?;
     }
-    let mut hash = *blake3::hash(payload).as_bytes();
+    let mut hash = [0; 32];
+    match lie {
+        Lie::FirstVersion | Lie::SecondVersion => hash = *blake3::hash(payload).as_bytes(),
+        _ => hash[..16].copy_from_slice(&xxh3_128(payload).to_be_bytes()),
+    }
     let mut length = payload.len() as u64;
     match lie {
-        Lie::None | Lie::FirstVersion => {}
-        Lie::WrongHash => hash[31] ^= 1,
+        Lie::None | Lie::FirstVersion | Lie::SecondVersion => {}
+        Lie::WrongHash => hash[15] ^= 1,
         Lie::WrongLength => length += 1,
         Lie::NoTrailer => {
             stream.write_u32(0).await?;
