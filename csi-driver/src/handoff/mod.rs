@@ -12,6 +12,7 @@ mod diagram;
 mod event;
 #[cfg(test)]
 mod model;
+mod part;
 mod plan;
 mod reading;
 mod snapshots;
@@ -25,7 +26,8 @@ use portolan_crds::PortableVolume;
 
 pub use copy::{Local, concerns, is_copy, known_guids, shared_guids};
 pub use event::{Ask, Event, Refused, Round};
-pub use plan::{Action, wants_part};
+pub use part::wants_part;
+pub use plan::Action;
 pub use reading::{check_whole, copying, is_complete, plan};
 pub use snapshots::{Asked, Known, is_final_name, retired_name, travels};
 pub use transition::{DIVERGED, applied, ready, transition};
