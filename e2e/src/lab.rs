@@ -259,12 +259,11 @@ impl Lab {
     }
 }
 
-/// The repository's root: of the tree that cargo runs us for. The one that we were compiled in may be another, since trees share
-/// what is compiled, and may be gone.
+/// The repository's root: that of the tree which make or cargo runs us for. The one that we were compiled in may be another, since trees
+/// share what is compiled, and may be gone.
 pub fn repository() -> PathBuf {
-    let package =
-        std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
-    package.join("..")
+    let package = || std::env::var_os("CARGO_MANIFEST_DIR").map(|package| Path::new(&package).join(".."));
+    std::env::var_os("PORTOLAN_REPOSITORY").map(PathBuf::from).or_else(package).unwrap_or_else(|| ".".into())
 }
 
 /// A string in a JSON object, by pointer.

@@ -27,7 +27,6 @@ pub mod sanity;
 pub mod scene;
 pub mod shared_reading;
 pub mod snapshots;
-pub mod stats;
 pub mod storage_suite;
 pub mod trouble;
 pub mod uninstall;

@@ -3,10 +3,8 @@
 use std::{fmt::Write, time::Instant};
 
 use anyhow::{Context, Result};
-use portolan_e2e::{
-    lab::{Lab, text},
-    stats::{Pairs, Table},
-};
+use portolan_bench::stats::{Pairs, Table};
+use portolan_e2e::lab::{Lab, text};
 
 use crate::{
     Sizes,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use portolan_e2e::stats::Series;
+use portolan_bench::stats::Series;
 
 use crate::{nodes::End, ways::Way};
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use portolan_e2e::stats::Series;
+use portolan_bench::stats::Series;
 
 use crate::servers::{ASKERS, asker};
 

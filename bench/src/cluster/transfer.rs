@@ -1,10 +1,8 @@
 //! Volumes sent from node to node: by a move, and beside it by `zfs send` into a bare TCP connection to `zfs recv`, both ways.
 
 use anyhow::{Context, Result};
-use portolan_e2e::{
-    lab::{Lab, text},
-    stats::{Pairs, Table},
-};
+use portolan_bench::stats::{Pairs, Table};
+use portolan_e2e::lab::{Lab, text};
 
 use crate::{
     Sizes,

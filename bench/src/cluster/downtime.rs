@@ -4,10 +4,8 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use portolan_e2e::{
-    lab::{Lab, text},
-    stats::{Pairs, Series, Table},
-};
+use portolan_bench::stats::{Pairs, Series, Table};
+use portolan_e2e::lab::{Lab, text};
 
 use crate::{
     Sizes,

@@ -1,10 +1,8 @@
 //! Snapshots of a database's volume, and clones of them.
 
 use anyhow::Result;
-use portolan_e2e::{
-    lab::{Lab, text},
-    stats::{Pairs, Table},
-};
+use portolan_bench::stats::{Pairs, Table};
+use portolan_e2e::lab::{Lab, text};
 
 use crate::{
     Sizes,

@@ -8,7 +8,7 @@ mod ways;
 use std::{process::ExitCode, time::Duration};
 
 use anyhow::Result;
-use portolan_e2e::stats::{Pairs, Table};
+use portolan_bench::stats::{Pairs, Table};
 
 use crate::{load::Server, nodes::Node, ways::Way};
 

@@ -6,10 +6,10 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use portolan_bench::stats::{Pairs, Table};
 use portolan_e2e::{
     asking::{Answer, Asking, Milliseconds, addresses},
     lab::{Lab, text},
-    stats::{Pairs, Table},
 };
 
 use crate::{

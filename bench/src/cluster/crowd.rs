@@ -3,10 +3,8 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use portolan_e2e::{
-    lab::Lab,
-    stats::{Pairs, Table},
-};
+use portolan_bench::stats::{Pairs, Table};
+use portolan_e2e::lab::Lab;
 
 use crate::{
     Sizes,

@@ -12,8 +12,8 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
+use portolan_bench::stats::{Pairs, Table};
 use portolan_dns::Zone;
-use portolan_e2e::stats::{Pairs, Table};
 
 use crate::{
     client::{Ask, rate, wait_for},

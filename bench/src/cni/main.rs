@@ -6,7 +6,7 @@ mod plugins;
 use std::{process::ExitCode, thread, time::Instant};
 
 use anyhow::{Result, anyhow};
-use portolan_e2e::stats::{Pairs, Table};
+use portolan_bench::stats::{Pairs, Table};
 use portolan_tests::node::{Node, Pod};
 use serde_json::json;
 

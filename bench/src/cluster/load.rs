@@ -1,10 +1,8 @@
 //! Programs on a volume: fio and pgbench, in one pod that has a volume of Portolan's and a bare dataset of the same pool.
 
 use anyhow::{Context, Result};
-use portolan_e2e::{
-    lab::Lab,
-    stats::{Pairs, Table},
-};
+use portolan_bench::stats::{Pairs, Table};
+use portolan_e2e::lab::Lab;
 use serde_json::Value;
 
 use crate::{

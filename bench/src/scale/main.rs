@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use portolan_e2e::stats::Series;
+use portolan_bench::stats::Series;
 use portolan_net::{Dataplane, Forwarding, Multicast, NetworkSpec, Peer};
 use portolan_tests::node::{Node, Pod};
 use serde_json::json;
