@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use portolan_bench::stats::{Pairs, Table};
+use portolan_bench::stats::Pairs;
 use portolan_e2e::lab::Lab;
 
 use crate::{
@@ -14,12 +14,21 @@ use crate::{
 };
 
 const MANY: usize = 10;
+/// The rows' unit.
+pub const UNIT: &str = "MiB/s, more is better";
 
-/// So many pairs of one volume and of ten that are as large each.
+/// So many pairs of one volume and of ten that are as large each, whose claims' names begin with `prefix`.
 ///
 /// # Errors
 /// When something does not move.
-pub fn measure(lab: &Lab, watches: &Watches, from: &mut End<'_>, to: &str, sizes: &Sizes) -> Result<Table> {
+pub fn measure(
+    lab: &Lab,
+    watches: &Watches,
+    prefix: &str,
+    from: &mut End<'_>,
+    to: &str,
+    sizes: &Sizes,
+) -> Result<Pairs> {
     // Ten must fit into the lab's pools.
     let each = sizes.transfer / 2;
     from.bare.time(&format!("mkdir -p {FOLDER} && head -c {each} /dev/urandom > {FOLDER}/random"))?;
@@ -27,12 +36,12 @@ pub fn measure(lab: &Lab, watches: &Watches, from: &mut End<'_>, to: &str, sizes
         format!("{MANY} volumes of {} MiB: all of it, from the first's publishing to the last's end", each >> 20);
     let mut row = Pairs::new(what, "one of them alone");
     for i in 0..sizes.pairs {
-        let alone = together(lab, watches, from, to, &[format!("alone-{i}")], each)?;
-        let names: Vec<String> = (0..MANY).map(|n| format!("ten-{i}-{n}")).collect();
+        let alone = together(lab, watches, from, to, &[format!("{prefix}-alone-{i}")], each)?;
+        let names: Vec<String> = (0..MANY).map(|n| format!("{prefix}-{i}-{n}")).collect();
         let ten = together(lab, watches, from, to, &names, each)?;
         row.push(ten, alone);
     }
-    Ok(Table::new("Many volumes from node to node at once", "MiB/s, more is better", [row]))
+    Ok(row)
 }
 
 /// Makes the claims with so much in each, moves all of them, and takes them away. MiB a second that their transfers brought together.

@@ -11,17 +11,24 @@ mod syncoid;
 mod transfer;
 mod volumes;
 mod watch;
+mod wire;
 
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use portolan_bench::stats::Table;
 use portolan_e2e::{
     lab::{Lab, text},
     parts::Parts,
     scene,
 };
 
-use crate::{bare::Bare, transfer::End, volumes::Watches};
+use crate::{
+    bare::Bare,
+    transfer::End,
+    volumes::Watches,
+    wire::{MEGABITS, Wire},
+};
 
 /// How much is measured.
 struct Sizes {
@@ -134,7 +141,16 @@ fn moves(
     lab.step("a volume from node to node");
     add(&transfer::measure(lab, watches, &mut a, &mut b, sizes)?.markdown());
     lab.step("ten volumes from node to node at once");
-    add(&crowd::measure(lab, watches, &mut a, &b.node, sizes)?.markdown());
+    let title = "Many volumes from node to node at once";
+    add(&Table::new(title, crowd::UNIT, [crowd::measure(lab, watches, "ten", &mut a, &b.node, sizes)?]).markdown());
+    lab.step("the same by a wire that is slower than the processors");
+    let wire = Wire::limit(lab, [a.node.clone(), b.node.clone()])?;
+    let by_wire = format!("by a wire of {MEGABITS} Mbit/s");
+    add(&Table::new(format!("A volume {by_wire}"), "ms", transfer::whole(lab, watches, &mut a, &mut b, sizes)?)
+        .markdown());
+    let crowd = crowd::measure(lab, watches, "wire", &mut a, &b.node, sizes)?;
+    add(&Table::new(format!("Many volumes {by_wire}"), crowd::UNIT, [crowd]).markdown());
+    drop(wire);
     lab.step("a pod that writes, from node to node");
     add(&downtime::measure(lab, watches, &mut a, &mut b, sizes)?);
     there.clean_up()

@@ -12,6 +12,7 @@ use crate::{
     watch::Event,
 };
 
+const BARE: &str = "`zfs send`, TCP, `zfs recv`";
 /// Seconds after which something has gone wrong.
 pub const PATIENCE: u64 = 300;
 /// The bare receiver's, on the nodes' own addresses.
@@ -85,21 +86,15 @@ impl Rows {
 pub fn measure(lab: &Lab, watches: &Watches, a: &mut End<'_>, b: &mut End<'_>, sizes: &Sizes) -> Result<Table> {
     let (node, other) = (a.node.clone(), b.node.clone());
     let mebibytes = sizes.transfer >> 20;
-    a.bare.time(&format!("mkdir -p {FOLDER} && head -c {} /dev/urandom > {FOLDER}/random", sizes.transfer))?;
-    let mut full = Rows::new(&format!("all of {mebibytes} MiB"), "`zfs send`, TCP, `zfs recv`");
+    make_random(a, sizes.transfer)?;
+    let mut full = Rows::new(&format!("all of {mebibytes} MiB"), BARE);
     let mut beside_syncoid = Pairs::new(full.transfer.what(), "`syncoid` by SSH");
     let syncoid = Syncoid::start(lab, a, b)?;
     let mut delta = Rows::new(&format!("a delta of 1 MiB of {mebibytes}"), "`zfs send -i`, TCP, `zfs recv`");
     for i in 0..sizes.pairs {
         let name = format!("transfer-{i}");
-        let copy = dataset(&name);
-        let volume = new_volume(lab, watches, &name, &node, sizes.transfer)?;
-        a.bare.time(&change(&format!("portolan/{volume}"), &whole_file()))?;
-        a.bare.time(&format!("zfs create {} {copy}", options(&name, 2 * sizes.transfer)))?;
-        a.bare.time(&change(&copy, &whole_file()))?;
-        a.bare.time(&format!("zfs snapshot {copy}@one"))?;
-
-        let all = Sent { arguments: format!("{copy}@one"), dataset: copy.clone() };
+        let (volume, all) = filled(lab, watches, a, &name, sizes.transfer)?;
+        let copy = all.dataset.clone();
         let (ours, bare) = pair(i, || moved(lab, watches, &name, &volume, &other), || send(a, b, &all))?;
         full.push(ours, bare);
         if let Some(syncoid) = &syncoid {
@@ -117,9 +112,7 @@ pub fn measure(lab: &Lab, watches: &Watches, a: &mut End<'_>, b: &mut End<'_>, s
         let (ours, bare) = pair(i, || moved(lab, watches, &name, &volume, &node), || send(b, a, &some))?;
         delta.push(ours, bare);
 
-        lab.kubectl(&["-n", NAMESPACE, "delete", "pvc", &name, "--timeout=2m"])?;
-        a.destroy(&copy)?;
-        b.destroy(&copy)?;
+        take_away(lab, a, b, &name, &copy)?;
     }
     let mut rows = vec![full.transfer, full.whole, delta.transfer, delta.whole];
     if let Some(syncoid) = syncoid {
@@ -127,6 +120,46 @@ pub fn measure(lab: &Lab, watches: &Watches, a: &mut End<'_>, b: &mut End<'_>, s
         rows.insert(1, beside_syncoid);
     }
     Ok(Table::new("A volume from node to node", "ms", rows))
+}
+
+/// All of a volume, and nothing else of it, from one node to the other; so often as there are pairs.
+///
+/// # Errors
+/// When something does not move.
+pub fn whole(lab: &Lab, watches: &Watches, a: &mut End<'_>, b: &mut End<'_>, sizes: &Sizes) -> Result<Vec<Pairs>> {
+    make_random(a, sizes.transfer)?;
+    let mut rows = Rows::new(&format!("all of {} MiB", sizes.transfer >> 20), BARE);
+    for i in 0..sizes.pairs {
+        let name = format!("whole-{i}");
+        let (volume, all) = filled(lab, watches, a, &name, sizes.transfer)?;
+        let to = b.node.clone();
+        let (ours, bare) = pair(i, || moved(lab, watches, &name, &volume, &to), || send(a, b, &all))?;
+        rows.push(ours, bare);
+        take_away(lab, a, b, &name, &all.dataset)?;
+    }
+    Ok(vec![rows.transfer, rows.whole])
+}
+
+/// Bytes that no compression makes fewer, for [`filled`].
+fn make_random(at: &mut End<'_>, bytes: u64) -> Result<()> {
+    at.bare.time(&format!("mkdir -p {FOLDER} && head -c {bytes} /dev/urandom > {FOLDER}/random")).map(drop)
+}
+
+/// A claim with these bytes in its volume, and a bare dataset with the same, ready to be sent.
+fn filled(lab: &Lab, watches: &Watches, at: &mut End<'_>, name: &str, bytes: u64) -> Result<(String, Sent)> {
+    let copy = dataset(name);
+    let volume = new_volume(lab, watches, name, &at.node, bytes)?;
+    at.bare.time(&change(&format!("portolan/{volume}"), &whole_file()))?;
+    at.bare.time(&format!("zfs create {} {copy}", options(name, 2 * bytes)))?;
+    at.bare.time(&change(&copy, &whole_file()))?;
+    at.bare.time(&format!("zfs snapshot {copy}@one"))?;
+    Ok((volume, Sent { arguments: format!("{copy}@one"), dataset: copy }))
+}
+
+fn take_away(lab: &Lab, a: &mut End<'_>, b: &mut End<'_>, name: &str, copy: &str) -> Result<()> {
+    lab.kubectl(&["-n", NAMESPACE, "delete", "pvc", name, "--timeout=2m"])?;
+    a.destroy(copy)?;
+    b.destroy(copy)
 }
 
 /// A pair of samples; who is first changes from pair to pair.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use kube::ResourceExt;
 use kube::api::{DeleteParams, PostParams};
@@ -21,7 +21,7 @@ use crate::volume;
 const WAITING: Duration = Duration::from_secs(10);
 /// How long a snapshot is kept for a volume that isn't there and that no claim is known to want: a call of CSI's is making it, or has
 /// given up.
-const UNCLAIMED: Duration = Duration::from_secs(3600);
+const UNCLAIMED: SignedDuration = SignedDuration::from_hours(1);
 
 pub(super) async fn run(hub: Arc<Hub>) {
     let stream = Controller::new(hub.snapshots.clone(), watcher::Config::default()).run(reconcile, retry, hub.clone());
@@ -76,7 +76,8 @@ async fn collect_clone(hub: &Hub, snapshot: &PortableSnapshot, new: &str) -> kub
         (None, Some((namespace, name))) => !wants(hub.claims(namespace).get_opt(name).await?.as_ref(), new),
         (None, None) => {
             let since = snapshot.metadata.creation_timestamp.as_ref().map_or(Timestamp::UNIX_EPOCH, |since| since.0);
-            Timestamp::now().duration_since(since).unsigned_abs() > UNCLAIMED
+            // Negative after a clock has gone back: then it waits.
+            Timestamp::now().duration_since(since) > UNCLAIMED
         }
     };
     if is_done {
