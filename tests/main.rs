@@ -14,6 +14,7 @@ mod events;
 mod house;
 mod mounts;
 mod net;
+mod patience;
 mod transfer;
 mod verbs;
 mod zfs;

@@ -21,6 +21,8 @@ use crate::api::FakeApi;
 pub const NODE: &str = "node1";
 /// Its address on the underlay.
 const VTEP: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+/// The address of the cluster's DNS. Nobody is there.
+pub const CLUSTER_DNS: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 53);
 /// Where pods ask for names that admission has told to: to the agent, the others are pods that it has to warn of.
 const RESOLVER: &str = "169.254.53.53";
 /// How long is waited for what comes by itself.
@@ -32,7 +34,14 @@ pub struct Node {
     pub api: FakeApi,
     runtime: Runtime,
     agent: Option<Running>,
-    is_primary: bool,
+    options: Options,
+}
+
+/// How its agent is started.
+#[derive(Clone, Copy, Default)]
+struct Options {
+    primary: bool,
+    redirect: bool,
 }
 
 struct Running {
@@ -69,7 +78,8 @@ impl Node {
             std::fs::create_dir_all(root.path().join(directory)).unwrap();
         }
         std::fs::write(root.path().join("plugin"), "").unwrap();
-        let node = Self { root, api: FakeApi::default(), runtime: new_runtime(), agent: None, is_primary: false };
+        let node =
+            Self { root, api: FakeApi::default(), runtime: new_runtime(), agent: None, options: Options::default() };
         node.make_netns("host");
         node.run_in("host", "ip link add u0 type veth peer name u1");
         node.run_in("host", &format!("ip address add {VTEP}/24 dev u0"));
@@ -90,7 +100,7 @@ impl Node {
     /// A node without another plugin, whose agent isn't started.
     pub fn without_plugin() -> Self {
         let mut node = Self::new();
-        node.is_primary = true;
+        node.options.primary = true;
         node
     }
 
@@ -111,7 +121,7 @@ impl Node {
 
     /// Whether another plugin makes the pod network from the agent's next start on.
     pub fn set_primary(&mut self, is_primary: bool) {
-        self.is_primary = is_primary;
+        self.options.primary = is_primary;
     }
 
     /// A ContainerNetwork as the operator leaves it.
@@ -131,22 +141,22 @@ impl Node {
         assert!(self.agent.is_none(), "the agent runs");
         let shutdown = CancellationToken::new();
         let _context = self.runtime.enter();
-        let task = self.runtime.spawn(run_as(
-            self.is_primary,
-            self.root.path().to_owned(),
-            self.api.client(),
-            shutdown.clone(),
-        ));
+        let task =
+            self.runtime.spawn(run_as(self.options, self.root.path().to_owned(), self.api.client(), shutdown.clone()));
         self.agent = Some(Running { shutdown, task });
         let socket = self.socket();
         self.wait_for("the agent to listen", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
     }
 
     /// Ends the agent, if it runs. Its networks stay.
+    ///
+    /// # Panics
+    /// When it doesn't end.
     pub fn stop(&mut self) {
         if let Some(Running { shutdown, task }) = self.agent.take() {
             shutdown.cancel();
-            self.runtime.block_on(task).unwrap().unwrap();
+            let ended = self.runtime.block_on(async { tokio::time::timeout(PATIENCE, task).await });
+            ended.expect("it doesn't end").unwrap().unwrap();
         }
     }
 
@@ -269,7 +279,7 @@ impl Node {
 
     /// What the plugin is given at its standard input, after one with that result if there is another one.
     pub fn config(&self, previous: &Value) -> Value {
-        if self.is_primary {
+        if self.options.primary {
             return json!({"cniVersion": "1.1.0", "name": "portolan", "type": "portolan", "primary": true,
                 "agentSocket": self.socket()});
         }
@@ -309,7 +319,7 @@ impl Drop for Node {
     fn drop(&mut self) {
         if let Some(Running { shutdown, task }) = self.agent.take() {
             shutdown.cancel();
-            let _ = self.runtime.block_on(task);
+            let _ = self.runtime.block_on(async { tokio::time::timeout(PATIENCE, task).await });
         }
         for entry in std::fs::read_dir(self.root.path().join("run/netns")).into_iter().flatten().flatten() {
             let _ = Command::new("umount").arg("-l").arg(entry.path()).status();
@@ -322,11 +332,11 @@ impl Drop for Node {
 /// # Errors
 /// What the agent can't work without.
 pub async fn run_agent(root: PathBuf, client: kube::Client, shutdown: CancellationToken) -> Result<(), AgentError> {
-    run_as(false, root, client, shutdown).await
+    run_as(Options::default(), root, client, shutdown).await
 }
 
 async fn run_as(
-    primary: bool,
+    options: Options,
     root: PathBuf,
     client: kube::Client,
     shutdown: CancellationToken,
@@ -338,13 +348,13 @@ async fn run_as(
         cni_conf_dir: "/etc/cni/net.d".into(),
         cni_bin_dir: "/opt/cni/bin".into(),
         cni_plugin: root.join("plugin"),
-        primary,
+        primary: options.primary,
         vxlan_port: 7789,
         wireguard_port: 7795,
         http_port: 0,
-        cluster_dns: Some(Ipv4Addr::LOCALHOST.into()),
+        cluster_dns: Some(CLUSTER_DNS.into()),
         dns_domain: None,
-        dns_redirect: false,
+        dns_redirect: options.redirect,
         dns_everyone_port: None,
     };
     let dataplane = Dataplane::new(root).with_underlay("/run/netns/host").with_programs("/");

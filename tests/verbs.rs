@@ -3,11 +3,15 @@
 use std::{
     collections::BTreeSet,
     io,
-    net::{IpAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, UdpSocket},
     path::Path,
     time::Duration,
 };
 
+use hickory_proto::{
+    op::{Message, MessageType, OpCode, Query},
+    rr::{Name, RecordType},
+};
 use portolan_crds::NetworkNodeSlice;
 use portolan_net::port_name;
 use portolan_tests::node::{Node, Pod};
@@ -21,6 +25,7 @@ mod many;
 mod policies;
 mod primary;
 mod scale;
+mod silent;
 
 const IPV4: &[&str] = &["10.32.0.0/16"];
 const DUAL: &[&str] = &["10.32.0.0/16", "fd32::/64"];
@@ -119,6 +124,19 @@ fn reaches(node: &Node, from: &Pod, to: &Pod) -> bool {
         node.inside(netns(from), || udp(own, 0)?.send_to(b"hello", (other, ECHO)));
         listener.recv_from(&mut [0; 10]).is_ok_and(|(_, sender)| sender.ip() == own)
     })
+}
+
+/// What a pod is answered that asks a DNS server for a name's IPv4 addresses; none if it hears nothing for a second.
+fn answers(node: &Node, pod: &Pod, server: Ipv4Addr, name: &str) -> Option<Vec<IpAddr>> {
+    let mut question = Message::new(4711, MessageType::Query, OpCode::Query);
+    question.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
+    let mut buffer = [0; 512];
+    let socket = node.inside(netns(pod), || UdpSocket::bind("0.0.0.0:0"));
+    socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+    socket.send_to(&question.to_vec().unwrap(), (server, 53)).ok()?;
+    let length = socket.recv(&mut buffer).ok()?;
+    let answer = Message::from_vec(&buffer[..length]).unwrap();
+    Some(answer.answers.iter().map(|record| record.data.to_string().parse().unwrap()).collect())
 }
 
 fn names(error: &Value, code: u32, texts: &[&str]) {

@@ -11,6 +11,7 @@ use kube::Client;
 use portolan_operator::authority::{self, Authority};
 use portolan_operator::metrics::Metrics;
 use portolan_operator::{garbage, network, network_status, policies, uninstall, webhook};
+use portolan_runtime::client::patient;
 use portolan_runtime::events::Events;
 use portolan_runtime::http::Health;
 use portolan_runtime::leader;
@@ -74,6 +75,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let stop = portolan_runtime::shutdown();
     let namespace = portolan_runtime::namespace();
     let client = Client::try_default().await.context("can't find out how to reach the Kubernetes API")?;
+    let client = patient(client);
     if let Some(Command::Uninstall) = arguments.command {
         return uninstall::run(client, &namespace).await.map_err(anyhow::Error::from);
     }

@@ -16,7 +16,7 @@ use portolan_runtime::{
     events::Events,
     http::{self, Health, ServeError},
 };
-use tokio::sync::{Mutex, Notify, RwLock};
+use tokio::sync::{Mutex, Notify, RwLock, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -35,6 +35,7 @@ use crate::{
     paths::SmallPaths,
     peers::{self, Peers},
     primary::{self, Primary},
+    publish,
     resolver::Resolvers,
     server,
     settings::{SOCKET, Settings},
@@ -45,8 +46,10 @@ use crate::{
 
 /// How often the container runtime's directory is looked at.
 const CONFLIST_INTERVAL: Duration = Duration::from_secs(5);
-/// How long the API server may take to tell the cluster's DNS address; without it only our own names are answered.
+/// How often the API server is asked for the cluster's DNS address; without it only our own names are answered.
 const DNS_LOOKUPS: usize = 5;
+/// How long it may take each time: whoever follows the cluster doesn't begin before.
+const DNS_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What makes the agent end.
 #[derive(Debug, thiserror::Error)]
@@ -143,6 +146,7 @@ pub async fn run_with(
     dataplane: Dataplane,
     shutdown: CancellationToken,
 ) -> Result<(), AgentError> {
+    let client = portolan_runtime::client::patient_until(client, shutdown.clone());
     let (metrics, registry) = Metrics::new();
     let health = Health::new();
     let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.http_port));
@@ -188,7 +192,9 @@ pub async fn run_with(
     tasks.push(tokio::spawn(alone::run(Arc::clone(&agent), shutdown.clone())));
     tasks.push(tokio::spawn(hotplug::run(Arc::clone(&agent), shutdown.clone())));
     let everyone = everyone(&settings, &agent.metrics, &shutdown);
-    tasks.push(tokio::spawn(sync::run(agent, resolvers, everyone, keeper, shutdown.clone())));
+    let (wanted, told) = watch::channel(None);
+    tasks.push(tokio::spawn(publish::run(Arc::clone(&agent), told, shutdown.clone())));
+    tasks.push(tokio::spawn(sync::run(agent, resolvers, everyone, keeper, wanted, shutdown.clone())));
     let served = web.await;
     shutdown.cancel();
     for task in tasks {
@@ -262,15 +268,16 @@ async fn upstream(agent: &Agent, settings: &Settings) -> Option<Vec<SocketAddr>>
         return Some(vec![SocketAddr::new(address, 53)]);
     }
     for attempt in 1..=DNS_LOOKUPS {
-        match agent.cluster.cluster_dns().await {
-            Ok(Some(address)) => return Some(vec![SocketAddr::new(address, 53)]),
-            Ok(None) => {
+        match tokio::time::timeout(DNS_PATIENCE, agent.cluster.cluster_dns()).await {
+            Ok(Ok(Some(address))) => return Some(vec![SocketAddr::new(address, 53)]),
+            Ok(Ok(None)) => {
                 tracing::warn!(
                     "Service kube-system/kube-dns has no address: only names of networks are answered (see --cluster-dns)"
                 );
                 return Some(Vec::new());
             }
-            Err(error) => tracing::warn!(%error, attempt, "the cluster's DNS address is not known"),
+            Ok(Err(error)) => tracing::warn!(%error, attempt, "the cluster's DNS address is not known"),
+            Err(late) => tracing::warn!(error = %late, attempt, "the cluster's DNS address is not known"),
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }

@@ -127,7 +127,7 @@ impl Agent {
         if let Some(message) = told.as_ref().filter(|message| before.as_ref() != Some(*message))
             && let Some(object) = self.cluster.networks.get(&ObjectRef::new(name))
         {
-            self.events.warning(&object.object_ref(&()), "NotForwarded", "Forward", message).await;
+            self.events.warning_in_passing(&object.object_ref(&()), "NotForwarded", "Forward", message);
         }
         entries.0.insert(vni, OfNetwork { which, known, asked, done, told });
         result.map_err(Into::into)

@@ -36,6 +36,7 @@ mod peers;
 mod plug;
 mod pod;
 mod primary;
+mod publish;
 mod rotation;
 mod server;
 mod settings;

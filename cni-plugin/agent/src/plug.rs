@@ -4,7 +4,7 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use ipnet::IpNet;
@@ -26,9 +26,6 @@ use crate::{
     network::Network,
     pod,
 };
-
-/// How long the API server may take to hear of a pod that can't be plugged in.
-const EVENT_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Agent {
     /// Answers one request of the CNI plugin.
@@ -92,9 +89,7 @@ impl Agent {
     async fn refuse(&self, pod: &Pod, error: &PlugError) -> Failure {
         if self.is_synced() {
             let (about, message) = (pod.object_ref(&()), error.to_string());
-            let told = self.events.warning(&about, "NotPlugged", "Plug", &message);
-            // The runtime is told in any case.
-            let _ = tokio::time::timeout(EVENT_PATIENCE, told).await;
+            self.events.warning(&about, "NotPlugged", "Plug", &message).await;
         }
         error.failure()
     }

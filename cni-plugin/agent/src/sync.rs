@@ -1,10 +1,11 @@
-//! Makes the kernel, the names and this node's slices follow the journal and what the other nodes say.
+//! Makes the kernel and the names follow the journal and what the other nodes say, and says what this node's slices are to be. Nothing in it waits for
+//! the API server.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use ipnet::IpNet;
@@ -13,6 +14,7 @@ use kube::{Resource, ResourceExt, runtime::reflector::ObjectRef};
 use portolan_crds::{NetworkNodeSlice, NetworkNodeSliceSpec};
 use portolan_dns::{Member, NetworkNames, NetworkZone};
 use portolan_net::{BRIDGE_ADDRESS, NetworkSpec};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -28,7 +30,6 @@ use crate::{
     network::Network,
     paths, pod,
     resolver::Resolvers,
-    slices::Slices,
     snapshot::{Keeper, Snapshot},
     view::{Following, Local, names_for_everyone},
 };
@@ -125,7 +126,8 @@ struct Sync<'a> {
     resolvers: Resolvers,
     everyone: Option<Everyone>,
     keeper: Keeper,
-    slices: Slices,
+    /// What the other nodes are to know.
+    publisher: watch::Sender<Option<Vec<NetworkNodeSliceSpec>>>,
     entries: Entries,
     /// The networks that have pods here, by name; and the others, as the server for everyone knows them.
     views: BTreeMap<String, Following>,
@@ -136,9 +138,6 @@ struct Sync<'a> {
     refused: BTreeMap<String, Refusal>,
     /// Networks whose pods don't reach the outside from here, though they are to, and why.
     blocked: BTreeMap<String, String>,
-    /// Networks whose blocks may be given back, and when that was last tried.
-    leaving: BTreeMap<String, Option<Instant>>,
-    started: bool,
 }
 
 /// An annotation that can't be followed, which its pod's Events are told of.
@@ -163,6 +162,7 @@ pub(crate) async fn run(
     resolvers: Resolvers,
     everyone: Option<Everyone>,
     keeper: Keeper,
+    publisher: watch::Sender<Option<Vec<NetworkNodeSliceSpec>>>,
     shutdown: CancellationToken,
 ) {
     let mut sync = Sync {
@@ -170,15 +170,13 @@ pub(crate) async fn run(
         resolvers,
         everyone,
         keeper,
-        slices: Slices::default(),
+        publisher,
         entries: Entries::default(),
         views: BTreeMap::new(),
         others: BTreeMap::new(),
         unchecked: agent.journal.select(|_| true).iter().map(Endpoint::id).collect(),
         refused: BTreeMap::new(),
         blocked: BTreeMap::new(),
-        leaving: BTreeMap::new(),
-        started: false,
     };
     loop {
         let wait = sync.once().await;
@@ -253,17 +251,17 @@ impl Sync<'_> {
         for (network, endpoints) in &by_network {
             note("names not answered", network, self.ensure_resolvers(network, endpoints));
         }
-        self.tell_refused().await;
+        self.tell_refused();
         note("full names not answered to everyone", "", self.tell_everyone(&of_networks, &silent));
         let names_due_in = if snapshot.is_some() { INTERVAL } else { self.keeper.due_in() };
         let kept = snapshot.map(|zones| Snapshot { upstream: self.resolvers.upstream().to_vec(), zones });
         let kept = kept.map_or(Ok(()), |snapshot| self.keeper.keep(&snapshot));
         note("names not kept for the next start", "", kept.map_err(|e| e.to_string()));
 
-        let present: Vec<String> = by_network.keys().cloned().collect();
+        let mut specs = Vec::new();
         for ((network, endpoints), local) in by_network.iter().zip(&locals) {
             let (node, needed) = (self.agent.cluster.node.clone(), self.agent.needed(network, endpoints));
-            let spec = NetworkNodeSliceSpec {
+            specs.push(NetworkNodeSliceSpec {
                 network: network.clone(),
                 path_mtu: paths::of_network(&node, needed, &small, of_network(&slices, network)),
                 node,
@@ -271,12 +269,9 @@ impl Sync<'_> {
                 endpoints: local.iter().map(|l| l.endpoint.clone()).collect(),
                 encryption: encryption.clone().filter(|_| self.is_encrypted(network)),
                 egress_problem: self.blocked.get(network).cloned(),
-            };
-            let result = self.slices.write(&self.agent.cluster, spec).await;
-            note("slice not written", network, result.map_err(|e| e.to_string()));
+            });
         }
-        let result = self.slices.keep_only(&self.agent.cluster, &present).await;
-        note("slices not removed", "", result.map_err(|e| e.to_string()));
+        self.publisher.send_replace(Some(specs));
         // After all that others wait for: the first entries of a large network take seconds.
         for (network, endpoints) in &by_network {
             let (Some(view), Some(vni)) = (self.views.get(network), endpoints.first().map(|e| e.vni)) else {
@@ -294,7 +289,6 @@ impl Sync<'_> {
             }
             note("forwarding entries are not what they should be", network, done.map_err(|e| e.to_string()));
         }
-        note("blocks not given back", "", self.release_blocks(&present).await);
         match refused {
             _ if failed || is_restless => RETRY,
             true => names_due_in.clamp(RETRY, RETRY_REFUSED),
@@ -433,9 +427,9 @@ impl Sync<'_> {
     }
 
     /// Tells the pods whose annotation can't be read, once.
-    async fn tell_refused(&mut self) {
+    fn tell_refused(&mut self) {
         for refusal in self.refused.values_mut().filter(|refusal| !refusal.is_told) {
-            self.agent.events.warning(&refusal.pod, "AddressesNotAllowed", "Plug", &refusal.message).await;
+            self.agent.events.warning_in_passing(&refusal.pod, "AddressesNotAllowed", "Plug", &refusal.message);
             refusal.is_told = true;
         }
     }
@@ -456,31 +450,6 @@ impl Sync<'_> {
             self.agent.dataplane.remove_network(vni).await.map_err(|e| e.to_string())?;
             tracing::info!(vni, "network removed from this node");
         }
-        Ok(())
-    }
-
-    async fn release_blocks(&mut self, present: &[String]) -> Result<(), String> {
-        if !self.started {
-            let all = self.agent.addresses.networks_with_blocks().await.map_err(|e| e.to_string())?;
-            self.leaving = all.into_iter().map(|network| (network, None)).collect();
-            self.started = true;
-        }
-        // A pod that was gone again before the last pass has blocks left, too.
-        for network in self.agent.addresses.networks_in_use().await {
-            self.leaving.entry(network).or_insert(None);
-        }
-        // Those that were here are the next to leave.
-        let due = |tried: &Option<Instant>| tried.is_none_or(|at| at.elapsed() >= INTERVAL);
-        let left = self.leaving.iter().filter(|(network, tried)| !present.contains(network) && due(tried));
-        let left: Vec<String> = left.map(|(network, _)| network.clone()).collect();
-        for network in left {
-            if self.agent.addresses.release(&network).await.map_err(|e| e.to_string())? {
-                self.leaving.remove(&network);
-            } else {
-                self.leaving.insert(network, Some(Instant::now()));
-            }
-        }
-        self.leaving.extend(present.iter().map(|network| (network.clone(), None)));
         Ok(())
     }
 }

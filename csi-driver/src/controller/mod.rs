@@ -31,6 +31,7 @@ use kube::api::{Patch, PatchParams};
 use kube::runtime::controller::Action;
 use kube::{Api, Client, Config, Resource, ResourceExt};
 use portolan_crds::{DRIVER, PortableSnapshot, PortableVolume, StorageNode};
+use portolan_runtime::client::patient;
 use portolan_runtime::events::Events;
 use portolan_runtime::http::{self, Health};
 use portolan_runtime::leader;
@@ -122,9 +123,9 @@ impl Hub {
 /// When the API can't be used, the port can't be listened at, or leadership is lost.
 pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Result<()> {
     let mut config = Config::infer().await.context("can't find the Kubernetes API")?;
-    let client = Client::try_from(config.clone()).context("can't use the Kubernetes API")?;
+    let client = patient(Client::try_from(config.clone()).context("can't use the Kubernetes API")?);
     config.default_retry = false;
-    let evictions = Client::try_from(config).context("can't use the Kubernetes API")?;
+    let evictions = patient(Client::try_from(config).context("can't use the Kubernetes API")?);
     let mut registry = prometheus_client::registry::Registry::with_prefix("portolan");
     let hub = Arc::new(Hub { evictions, ..Hub::new(client.clone(), options.zone_of_pool, &mut registry) });
     let health = Health::new();

@@ -36,6 +36,7 @@ use jiff::Timestamp;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Api, Client};
 use portolan_crds::{Orphans, PortableSnapshot, PortableVolume, StorageNode};
+use portolan_runtime::client::patient;
 use portolan_runtime::events::Events;
 use portolan_runtime::http::{self, Health};
 use portolan_zfs::{CommandLine, DatasetName, Runner, Zfs};
@@ -147,7 +148,7 @@ impl<Z> Node<Z> {
 /// # Errors
 /// When the API can't be used or a socket can't be listened at.
 pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Result<()> {
-    let client = Client::try_default().await.context("can't find the Kubernetes API")?;
+    let client = patient(Client::try_default().await.context("can't find the Kubernetes API")?);
     let runner = match options.host_root.as_os_str().as_encoded_bytes() {
         b"/" => Runner::new(),
         _ => Runner::new().with_chroot(&options.host_root),

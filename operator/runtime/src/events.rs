@@ -10,6 +10,9 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 /// The longest note that the API takes, in bytes (events.k8s.io/v1, `Event.note`).
 const NOTE_LIMIT: usize = 1024;
 
+/// How long the API server may take to hear of one: work may wait for it so long.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// For how long the same note is counted up instead of published anew; the recorder's own memory lasts six minutes.
 const REMEMBERED: Duration = Duration::from_secs(360);
 
@@ -47,6 +50,18 @@ impl Events {
         self.publish(EventType::Warning, about, reason, action, message).await;
     }
 
+    /// The same, without anybody waiting for it.
+    pub fn warning_in_passing(
+        &self,
+        about: &ObjectReference,
+        reason: &'static str,
+        action: &'static str,
+        message: &str,
+    ) {
+        let (events, about, message) = (self.clone(), about.clone(), message.to_owned());
+        tokio::spawn(async move { events.warning(&about, reason, action, &message).await });
+    }
+
     async fn publish(&self, type_: EventType, about: &ObjectReference, reason: &str, action: &str, message: &str) {
         let note = shortened(message);
         let event = Event {
@@ -56,7 +71,9 @@ impl Events {
             action: action.to_owned(),
             secondary: None,
         };
-        if let Err(error) = self.recorder(note).publish(&event, about).await {
+        let recorder = self.recorder(note);
+        let published = tokio::time::timeout(PATIENCE, recorder.publish(&event, about)).await;
+        if let Err(error) = published.unwrap_or_else(|late| Err(kube::Error::Service(Box::new(late)))) {
             let object = about.name.as_deref().unwrap_or_default();
             tracing::warn!(object, reason, message, %error, "an Event could not be published");
         }

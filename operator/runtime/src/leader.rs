@@ -6,14 +6,18 @@ use std::time::{Duration, Instant};
 use kube_lease_manager::{LeaseManager, LeaseManagerBuilder, LeaseManagerError};
 use tokio_util::sync::CancellationToken;
 
+use crate::client::within;
+
 /// Seconds for which a Lease is valid without being renewed.
 const LEASE_SECONDS: u64 = 15;
 /// Seconds before its end when the holder renews it: so long may renewing fail before leadership counts as lost.
-const GRACE_SECONDS: u64 = 5;
+const GRACE_SECONDS: u64 = 8;
 /// Less than the grace, so that this process has stopped when another takes over.
-const GIVE_UP_AFTER: Duration = Duration::from_secs(4);
+const GIVE_UP_AFTER: Duration = Duration::from_secs(7);
 /// Grace less the above.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
+/// How long a request about the Lease may take. With the pause after each, three of them that aren't answered take just as long as it takes to give up.
+const PATIENCE: Duration = Duration::from_secs(2);
 const RETRY_EVERY: Duration = Duration::from_millis(500);
 
 /// Why leading ended, other than by `shutdown`.
@@ -62,6 +66,8 @@ where
     Fut: Future<Output = ()>,
 {
     let failed = |source| LeaderError::Lease { namespace: namespace.to_owned(), lease: lease.to_owned(), source };
+    // The manager renews without telling: only its failures show how long ago that was.
+    let client = within(client, PATIENCE, CancellationToken::new());
     let manager = LeaseManagerBuilder::new(client, lease)
         .with_namespace(namespace)
         .with_identity(identity)
@@ -109,7 +115,8 @@ async fn until_changed_to(manager: &LeaseManager, leading: bool, give_up_after: 
                 if called.elapsed() > GIVE_UP_AFTER {
                     failing_since = None;
                 }
-                let since = *failing_since.get_or_insert_with(Instant::now);
+                let begun = || Instant::now().checked_sub(PATIENCE).unwrap_or(called);
+                let since = *failing_since.get_or_insert_with(begun);
                 tracing::warn!(%error, "can't renew or read the lease");
                 if give_up_after.is_some_and(|limit| since.elapsed() >= limit) {
                     return;

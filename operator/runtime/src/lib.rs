@@ -1,7 +1,8 @@
-//! What every Kubernetes-facing process of Portolan shares: logs, the end of the process, health and metrics,
-//! the leader lease, conditions and Events, and whose DNS settings admission changes.
+//! What every Kubernetes-facing process of Portolan shares: logs, the end of the process, health and metrics, how long the API server
+//! is waited for, the leader lease, conditions and Events, and whose DNS settings admission changes.
 
 pub mod admission;
+pub mod client;
 pub mod conditions;
 pub mod events;
 pub mod http;
