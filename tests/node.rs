@@ -124,6 +124,11 @@ impl Node {
         self.options.primary = is_primary;
     }
 
+    /// From the agent's next start on, pods that ask the cluster's DNS alone are answered by it.
+    pub fn redirect(&mut self) {
+        self.options.redirect = true;
+    }
+
     /// A ContainerNetwork as the operator leaves it.
     pub fn make_network(&self, name: &str, vni: u32, subnets: &[&str]) {
         let ready = json!({"type": "Ready", "status": "True", "reason": "Ready", "message": "",

@@ -2,10 +2,12 @@
 
 use std::{collections::BTreeSet, net::IpAddr, path::Path};
 
-use portolan_tests::node::{Node, Pod};
+use portolan_tests::node::{CLUSTER_DNS, Node, Pod};
 use serde_json::json;
 
-use super::{DUAL, IPV4, addresses, interface, journal, names, on_backend, on_backend_with, policies, reaches, told};
+use super::{
+    DUAL, IPV4, addresses, answers, interface, journal, names, on_backend, on_backend_with, policies, reaches, told,
+};
 
 const KNOWN: &str = "/run/portolan/known";
 
@@ -212,4 +214,62 @@ fn a_node_without_another_plugin_goes_on() {
     assert_eq!(addresses(&node, &again), given);
     assert!(rules().contains("8080") && reaches(&node, &again, &resident));
     node.check(&again).unwrap();
+}
+
+/// A node with a pod `db` and a pod that admission has missed, which is answered where it asks; and their names are known to the next agent.
+fn with_missed() -> (Node, Pod, Pod) {
+    let mut node = Node::new();
+    node.redirect();
+    node.make_network("backend", 77, IPV4);
+    node.start();
+    node.wait_for("the agent to be ready", || node.status().is_ok());
+    let mut published = on_backend();
+    published["portolan.dev/publish-not-ready"] = json!("true");
+    let (db, pod) = (node.pod("db", published, json!({})), node.pod("pod", on_backend(), json!({})));
+    let missed = json!({"spec": {"dnsPolicy": "ClusterFirst", "dnsConfig": null}});
+    node.api.edit("/api/v1/namespaces/shop/pods/pod", missed);
+    let address = added(&node, &db)[0].to_string();
+    node.wait_for("the pod to be one that asks the cluster's DNS", || {
+        let _ = node.delete(&pod);
+        added(&node, &pod);
+        resolves_db(&node, &pod, &db)
+    });
+    node.wait_for("where it asks to be known", || known(&node, &pod).contains(&CLUSTER_DNS.to_string()));
+    let names = node.on_host(Path::new("/var/lib/portolan/network/names.json"));
+    let has_db = || std::fs::read_to_string(&names).is_ok_and(|text| text.contains(&format!("\"{address}\"")));
+    node.wait_for("the names to be kept", has_db);
+    (node, db, pod)
+}
+
+/// Whether a pod that asks the cluster's DNS finds `db`.
+fn resolves_db(node: &Node, pod: &Pod, db: &Pod) -> bool {
+    answers(node, pod, CLUSTER_DNS, "db.backend.").is_some_and(|all| all == addresses(node, db))
+}
+
+#[test]
+fn a_pod_that_admission_missed_finds_names_in_another_sandbox() {
+    let (mut node, db, pod) = with_missed();
+    start_alone(&mut node);
+    node.wait_for("the agent to serve", || node.status().is_ok());
+    assert!(resolves_db(&node, &pod, &db), "as it is");
+    node.delete(&pod).unwrap();
+    let again = node.another_sandbox(&pod, "again");
+    node.add(&again).unwrap();
+    node.wait_for("the name", || resolves_db(&node, &again, &db));
+    node.api.come_back();
+    let once_more = node.another_sandbox(&pod, "once-more");
+    node.wait_for("the agent to have heard from the API", || node.add(&once_more).is_ok());
+    node.wait_for("the name", || resolves_db(&node, &once_more, &db));
+}
+
+/// No pod of the journal asks there then.
+#[test]
+fn a_pod_that_admission_missed_finds_names_if_its_sandbox_ended_before_the_agent() {
+    let (mut node, db, pod) = with_missed();
+    node.delete(&pod).unwrap();
+    start_alone(&mut node);
+    node.wait_for("the agent to serve", || node.status().is_ok());
+    let again = node.another_sandbox(&pod, "again");
+    node.add(&again).unwrap();
+    node.wait_for("the name", || resolves_db(&node, &again, &db));
 }

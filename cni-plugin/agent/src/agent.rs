@@ -111,7 +111,9 @@ pub(crate) struct Agent {
     pub turns: Turns,
     /// The right to give a pod a MAC that it asks for.
     pub macs: Mutex<()>,
-    /// Where pods ask that should ask our DNS server and don't, if they are to reach it there.
+    /// Whether pods that should ask our DNS server and don't are to reach it where they ask.
+    pub redirects: bool,
+    /// Where that is, once it is known.
     pub redirect: OnceLock<Ipv4Addr>,
     synced: AtomicBool,
     /// What was known before this agent started.
@@ -172,6 +174,7 @@ pub async fn run_with(
     );
     tokio::select! {
         synced = agent.cluster.wait_until_synced() => synced.map_err(|_| AgentError::Watch)?,
+        () = answer_alone(&agent, &mut resolvers) => {}
         () = shutdown.cancelled() => return Ok(()),
     }
     agent.synced.store(true, Ordering::Relaxed);
@@ -181,7 +184,7 @@ pub async fn run_with(
             IpAddr::V4(address) => Some(address),
             IpAddr::V6(_) => None,
         });
-        if let Some(address) = address.filter(|_| settings.dns_redirect) {
+        if let Some(address) = address.filter(|_| agent.redirects) {
             let _ = agent.redirect.set(address);
         }
         resolvers.set_upstream(servers).await;
@@ -239,11 +242,20 @@ async fn prepare(
         applied: RwLock::default(),
         turns: Turns::default(),
         macs: Mutex::default(),
+        redirects: settings.dns_redirect,
         redirect: OnceLock::new(),
         synced: AtomicBool::new(false),
         known,
         started: Instant::now(),
     })
+}
+
+/// Keeps the DNS servers up that pods ask which are plugged in before anything is heard of the API server; never ends.
+async fn answer_alone(agent: &Agent, resolvers: &mut Resolvers) {
+    loop {
+        agent.changed.notified().await;
+        resolvers.ensure_all(&agent.dataplane, &agent.journal);
+    }
 }
 
 /// All that the pod network waits for is told by its own words; networks don't wait for it.

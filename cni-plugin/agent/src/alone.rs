@@ -123,6 +123,7 @@ impl Agent {
         let had = |endpoint: &Endpoint| Had {
             addresses: endpoint.addresses().collect(),
             filter: applied.filter_at(endpoint.vni, &port_name(&endpoint.container, &endpoint.interface)),
+            redirected: endpoint.redirected,
         };
         let has = |uid: &str| -> BTreeMap<String, Had> {
             let endpoints = self.journal.select(|e| e.uid == uid);

@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -46,6 +46,9 @@ pub(crate) struct Had {
     pub addresses: Vec<IpAddr>,
     /// What its policies let pass at its port; none if that wasn't known.
     pub filter: Option<PortFilter>,
+    /// Where it asked for names and was answered by our DNS server, if it was made while admission was away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redirected: Option<Ipv4Addr>,
 }
 
 /// A network that one of these pods is on.
@@ -284,7 +287,7 @@ mod tests {
     }
 
     fn had(address: &str) -> BTreeMap<String, Had> {
-        BTreeMap::from([("backend".into(), Had { addresses: vec![address.parse().unwrap()], filter: None })])
+        BTreeMap::from([("backend".into(), Had { addresses: vec![address.parse().unwrap()], ..Had::default() })])
     }
 
     fn addresses(known: &Known, name: &str) -> Vec<String> {

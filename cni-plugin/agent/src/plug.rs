@@ -1,7 +1,7 @@
 //! ADD, DEL, CHECK, GC and STATUS.
 
 use std::{
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -198,8 +198,7 @@ impl Agent {
                     true => self.addresses.again(network, &holder).await?,
                     false => self.addresses.acquire(network, &holder).await?,
                 };
-                let missed = resolver && missed::is_missed(pod, &self.namespace);
-                let redirected = self.redirect.get().copied().filter(|_| missed);
+                let redirected = if resolver { self.redirected(pod, &network.name) } else { None };
                 let addresses = reservation.addresses.clone();
                 (addresses, reservation.asks_from, redirected, wish.mac, Some(reservation))
             }
@@ -230,6 +229,16 @@ impl Agent {
             owner: pod::owner(pod).map(|o| o.name),
         };
         Ok((endpoint, reservation))
+    }
+
+    /// Where a pod asks that should ask our DNS server and doesn't, if it is to reach it there. An agent that can't ask where that is goes by what the
+    /// pod had.
+    fn redirected(&self, pod: &Pod, network: &str) -> Option<Ipv4Addr> {
+        if !self.redirects || !missed::is_missed(pod, &self.namespace) {
+            return None;
+        }
+        let had = || self.known.had(&pod.uid().unwrap_or_default(), network)?.redirected;
+        self.redirect.get().copied().or_else(had)
     }
 
     /// Whether a MAC that a pod asks for is no other port's, as far as this node knows: those that are made from addresses never are.

@@ -42,15 +42,20 @@ impl Resolvers {
     ) -> Self {
         let zone = ZoneHandle::new(Zone::new(snapshot.zones).within(domain));
         let mut resolvers = Self { zone, upstream: snapshot.upstream, metrics, running: BTreeMap::new() };
+        resolvers.ensure_all(dataplane, journal);
+        resolvers
+    }
+
+    /// Sees to it that all servers run that the journal's pods ask, as far as there are their networks.
+    pub(crate) fn ensure_all(&mut self, dataplane: &Dataplane, journal: &Journal) {
         for endpoint in journal.select(|_| true) {
             for at in endpoint.resolvers() {
                 // After the node has started anew there is no such namespace yet.
-                if let Err(error) = resolvers.ensure(dataplane, &endpoint.network, endpoint.vni, at) {
+                if let Err(error) = self.ensure(dataplane, &endpoint.network, endpoint.vni, at) {
                     tracing::debug!(network = endpoint.network, %error, "no DNS server yet");
                 }
             }
         }
-        resolvers
     }
 
     /// Where names go from now on that aren't ours. Servers that asked elsewhere end, and start again with the next pass.
