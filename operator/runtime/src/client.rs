@@ -33,15 +33,15 @@ pub fn patient_until(client: Client, shutdown: CancellationToken) -> Client {
     within(client, PATIENCE, enough)
 }
 
-/// Requests fail after `patience`, and once `enough` is cancelled.
-pub(crate) fn within(client: Client, patience: Duration, enough: CancellationToken) -> Client {
+/// The same client, whose requests fail after `patience`, and once `enough` is cancelled.
+pub fn within(client: Client, patience: Duration, enough: CancellationToken) -> Client {
     let namespace = client.default_namespace().to_owned();
     let service = tower::service_fn(move |request: Request<Body>| {
         let (client, enough) = (client.clone(), enough.clone());
         async move {
             tokio::select! {
                 answer = tokio::time::timeout(patience, answer(&client, request)) => {
-                    answer.unwrap_or_else(|_| Err(too_late(format!("no answer within {} s", patience.as_secs()))))
+                    answer.unwrap_or_else(|_| Err(too_late(format!("no answer within {patience:?}"))))
                 }
                 () = enough.cancelled() => Err(too_late("no answer before this process ends".to_owned())),
             }
