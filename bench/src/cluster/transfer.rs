@@ -18,9 +18,15 @@ pub const PATIENCE: u64 = 300;
 /// The bare receiver's, on the nodes' own addresses.
 const PORT: u16 = 7799;
 /// Listens, and goes on in the background: one connection is the standard input of `zfs recv`, and is told how that ended.
-const RECEIVER: &str = r#"use Socket; my ($port, $dataset) = @ARGV; socket(my $s, PF_INET, SOCK_STREAM, 0) or die; setsockopt($s, SOL_SOCKET, SO_REUSEADDR, 1); bind($s, sockaddr_in($port, INADDR_ANY)) or die "bind: $!"; listen($s, 1) or die; exit 0 if fork; accept(my $c, $s) or die; open(STDIN, "<&", $c) or die; my $ended = system("zfs", "recv", "-u", $dataset); syswrite($c, $ended == 0 ? "good" : "bad");"#;
+const RECEIVER: &str = r#"use Socket; my ($port, $dataset) = @ARGV; socket(my $s, PF_INET, SOCK_STREAM, 0) or die; setsockopt($s, SOL_SOCKET, SO_REUSEADDR, 1); bind($s, sockaddr_in($port, INADDR_ANY)) or die "bind: $!"; listen($s, 1) or die; exit 0 if fork; accept(my $c, $s) or die; @IN@; syswrite($c, $ended == 0 ? "good" : "bad");"#;
+const INTO_RECV: &str = r#"open(STDIN, "<&", $c) or die; my $ended = system("zfs", "recv", "-u", $dataset)"#;
 /// Connects: the connection is the standard output of `zfs send`. Ends when the receiver has, and as well.
-const SENDER: &str = r#"use Socket; my ($host, $port, @send) = @ARGV; socket(my $c, PF_INET, SOCK_STREAM, 0) or die; connect($c, sockaddr_in($port, inet_aton($host))) or die "connect: $!"; my $child = fork; if ($child == 0) { open(STDOUT, ">&", $c) or die; exec("zfs", "send", @send) or die } waitpid($child, 0); die "zfs send: $?" if $?; shutdown($c, 1); sysread($c, my $answer, 4); die "zfs recv failed" if $answer ne "good";"#;
+const SENDER: &str = r#"use Socket; my ($host, $port, @send) = @ARGV; socket(my $c, PF_INET, SOCK_STREAM, 0) or die; connect($c, sockaddr_in($port, inet_aton($host))) or die "connect: $!"; @OUT@; shutdown($c, 1); sysread($c, my $answer, 4); die "zfs recv failed" if $answer ne "good";"#;
+const OUT_OF_SEND: &str = r#"my $child = fork; if ($child == 0) { open(STDOUT, ">&", $c) or die; exec("zfs", "send", @send) or die } waitpid($child, 0); die "zfs send: $?" if $?"#;
+/// The same with a relay at each end, that copies between the connection and a pipe of 1 MiB (F_SETPIPE_SZ is 1031) and looks at nothing: what
+/// no program between the two can do without.
+const COPIED_INTO_RECV: &str = r#"open(my $p, "|-", "zfs", "recv", "-u", $dataset) or die; fcntl($p, 1031, 1 << 20) or die; while (sysread($c, my $b, 1 << 18)) { my $o = 0; $o += syswrite($p, $b, length($b) - $o, $o) // die while $o < length($b) } close($p); my $ended = $?"#;
+const COPIED_OUT_OF_SEND: &str = r#"open(my $p, "-|", "zfs", "send", @send) or die; fcntl($p, 1031, 1 << 20) or die; while (sysread($p, my $b, 1 << 18)) { my $o = 0; $o += syswrite($c, $b, length($b) - $o, $o) // die while $o < length($b) } close($p) or die "zfs send: $?""#;
 
 /// One end of the bare connection.
 pub struct End<'a> {
@@ -89,6 +95,7 @@ pub fn measure(lab: &Lab, watches: &Watches, a: &mut End<'_>, b: &mut End<'_>, s
     make_random(a, sizes.transfer)?;
     let mut full = Rows::new(&format!("all of {mebibytes} MiB"), BARE);
     let mut beside_syncoid = Pairs::new(full.transfer.what(), "`syncoid` by SSH");
+    let mut relayed = Pairs::new("the same by two relays that look at nothing, without Portolan", BARE);
     let syncoid = Syncoid::start(lab, a, b)?;
     let mut delta = Rows::new(&format!("a delta of 1 MiB of {mebibytes}"), "`zfs send -i`, TCP, `zfs recv`");
     for i in 0..sizes.pairs {
@@ -97,6 +104,9 @@ pub fn measure(lab: &Lab, watches: &Watches, a: &mut End<'_>, b: &mut End<'_>, s
         let copy = all.dataset.clone();
         let (ours, bare) = pair(i, || moved(lab, watches, &name, &volume, &other), || send(a, b, &all))?;
         full.push(ours, bare);
+        let by_relay = Sent { arguments: all.arguments.clone(), dataset: dataset(&format!("relayed-{i}")) };
+        relayed.push(send_by(a, b, &by_relay, (COPIED_OUT_OF_SEND, COPIED_INTO_RECV))?, bare);
+        b.destroy(&by_relay.dataset)?;
         if let Some(syncoid) = &syncoid {
             let target = dataset(&format!("syncoid-{i}"));
             beside_syncoid.push(ours.0, syncoid.send(a, b, &copy, &target)?);
@@ -114,7 +124,7 @@ pub fn measure(lab: &Lab, watches: &Watches, a: &mut End<'_>, b: &mut End<'_>, s
 
         take_away(lab, a, b, &name, &copy)?;
     }
-    let mut rows = vec![full.transfer, full.whole, delta.transfer, delta.whole];
+    let mut rows = vec![full.transfer, relayed, full.whole, delta.transfer, delta.whole];
     if let Some(syncoid) = syncoid {
         syncoid.stop(b)?;
         rows.insert(1, beside_syncoid);
@@ -241,8 +251,13 @@ pub fn is_at(event: &Event, to: &str) -> bool {
 /// # Errors
 /// When either end fails.
 pub fn send(from: &mut End<'_>, to: &mut End<'_>, what: &Sent) -> Result<f64> {
-    to.bare.time(&format!("perl -e '{RECEIVER}' {PORT} {} > /dev/null 2>&1", what.dataset))?;
-    from.bare.time(&format!("perl -e '{SENDER}' {} {PORT} {}", to.address, what.arguments))
+    send_by(from, to, what, (OUT_OF_SEND, INTO_RECV))
+}
+
+fn send_by(from: &mut End<'_>, to: &mut End<'_>, what: &Sent, (out, into): (&str, &str)) -> Result<f64> {
+    let (receiver, sender) = (RECEIVER.replace("@IN@", into), SENDER.replace("@OUT@", out));
+    to.bare.time(&format!("perl -e '{receiver}' {PORT} {} > /dev/null 2>&1", what.dataset))?;
+    from.bare.time(&format!("perl -e '{sender}' {} {PORT} {}", to.address, what.arguments))
 }
 
 const SOME_BYTES: &str = "dd if=/dev/urandom of=$at/data bs=1M count=1 conv=notrunc";
@@ -309,12 +324,15 @@ mod tests {
             let text = format!("chmod +x zfs; {text}");
             Command::new("bash").args(["-c", &text]).env("PATH", path).current_dir(&folder).output().unwrap()
         };
-        for (dataset, good) in [("right", true), ("wrong", false)] {
+        let ways = [(OUT_OF_SEND, INTO_RECV), (COPIED_OUT_OF_SEND, COPIED_INTO_RECV)];
+        for (dataset, good, (out, into)) in ways.iter().flat_map(|way| [("right", true, way), ("wrong", false, way)]) {
             // One that is free: the same test may run beside.
             let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-            let receiver = run(&format!("perl -e '{RECEIVER}' {port} {dataset} > /dev/null 2>&1"));
+            let receiver = RECEIVER.replace("@IN@", into);
+            let receiver = run(&format!("perl -e '{receiver}' {port} {dataset} > /dev/null 2>&1"));
             assert!(receiver.status.success(), "{receiver:?}");
-            let sender = run(&format!("perl -e '{SENDER}' 127.0.0.1 {port} tank@one"));
+            let sender = SENDER.replace("@OUT@", out);
+            let sender = run(&format!("perl -e '{sender}' 127.0.0.1 {port} tank@one"));
             assert_eq!(sender.status.success(), good, "{sender:?}");
             assert_eq!(std::fs::read_to_string(folder.join(dataset)).unwrap().trim(), "3000000");
         }
