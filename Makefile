@@ -15,7 +15,7 @@ PROGRAMS := $(CARGO_TARGET_DIR)/x86_64-unknown-linux-gnu/release
 export PORTOLAN_REPOSITORY := $(CURDIR)
 TIMED := e2e/timed
 
-.PHONY: help demo test test-code test-scene test-primary scene e2e-storage e2e-network bench bench-network bench-names bench-cni bench-scale generate tools lab-build lab-up lab-down lab-shell lab-status images
+.PHONY: help demo test test-code test-scene test-primary scene e2e-storage e2e-network bench bench-network bench-encrypted bench-names bench-cni bench-scale generate tools lab-build lab-up lab-down lab-shell lab-status images
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -72,9 +72,15 @@ bench: tools bench-network bench-names bench-cni
 
 ## bench-network  pods' networks beside those made by hand; needs no cluster. QUICK=1 only shows that it works
 bench-network: tools
-	$(TIMED) "Debian packages" e2e/lab/lab packages
+	$(TIMED) "Debian packages" e2e/lab/lab packages wireguard-tools
 	$(BUILD) bench-network
 	$(TIMED) "the benchmarks of networks" $(PROGRAMS)/bench-network
+
+## bench-encrypted  encrypted networks beside VXLAN in WireGuard by hand, in a guest of lane openzfs, whose kernel has WireGuard; QUICK=1 as above
+bench-encrypted: tools
+	$(TIMED) "Debian packages" env LANE=openzfs e2e/lab/lab packages iperf3 wireguard-tools
+	$(BUILD) bench-network
+	$(TIMED) "the benchmark of encrypted networks" bench/in-guest $(PROGRAMS)/bench-network
 
 ## bench-names  Portolan's DNS server beside CoreDNS; needs no cluster. QUICK=1 only shows that it works
 bench-names: tools

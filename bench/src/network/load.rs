@@ -16,6 +16,8 @@ use crate::{nodes::End, ways::Way};
 
 /// Bytes of a small datagram.
 const SMALL: usize = 64;
+/// Datagrams that are sent at a time.
+const BURST: u32 = 32;
 /// How long a datagram is waited for.
 const PATIENCE: Duration = Duration::from_millis(200);
 const PORT: u16 = 5202;
@@ -69,6 +71,30 @@ pub fn small(way: &Way, time: Duration) -> Result<f64> {
     let arrived = arrived.map_err(|_| anyhow::anyhow!("the counting thread panicked"))??;
     ensure!(arrived > 0, "{}: no datagram arrives", way.name);
     Ok(arrived as f64 / took.as_secs_f64() / 1000.0)
+}
+
+/// Datagrams of 64 bytes that arrive in a second, in thousands, when so many are sent at a time and the next ones once these are there. So none of
+/// those who work on them keeps the others from the processor, if there is only one.
+pub fn bursts(way: &Way, time: Duration) -> Result<f64> {
+    let (sender, receiver) = sockets(way)?;
+    let mut buffer = [0; SMALL];
+    let mut arrived = 0_u64;
+    let begun = Instant::now();
+    while begun.elapsed() < time {
+        for _ in 0..BURST {
+            sender.send(&[7; SMALL])?;
+        }
+        for _ in 0..BURST {
+            match receiver.recv(&mut buffer) {
+                Ok(_) => arrived += 1,
+                // It is lost.
+                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+    ensure!(arrived > 0, "{}: no datagram arrives", way.name);
+    Ok(arrived as f64 / begun.elapsed().as_secs_f64() / 1000.0)
 }
 
 fn count(receiver: &UdpSocket, done: &AtomicBool) -> io::Result<u64> {

@@ -49,7 +49,7 @@ impl Node {
     pub fn netns(&self, name: &str) -> Result<()> {
         let file = self.file(name);
         std::fs::write(&file, "")?;
-        run("unshare", &[&format!("--net={}", file.display()), "ip", "link", "set", "lo", "up"])
+        run("unshare", &[&format!("--net={}", file.display()), "ip", "link", "set", "lo", "up"]).map(drop)
     }
 
     /// Runs `ip` with these words in a namespace.
@@ -59,6 +59,11 @@ impl Node {
 
     /// Runs these words in a namespace.
     pub fn run_in(&self, namespace: &str, words: &str) -> Result<()> {
+        self.ask_in(namespace, words).map(drop)
+    }
+
+    /// Runs these words in a namespace; returns what they print.
+    pub fn ask_in(&self, namespace: &str, words: &str) -> Result<String> {
         let enter = format!("--net={}", self.file(namespace).display());
         let words: Vec<&str> = [enter.as_str()].into_iter().chain(words.split(' ')).collect();
         run("nsenter", &words)
@@ -105,8 +110,8 @@ pub fn path(namespace: &str) -> PathBuf {
     Path::new("/run/netns").join(namespace)
 }
 
-fn run(program: &str, arguments: &[&str]) -> Result<()> {
+fn run(program: &str, arguments: &[&str]) -> Result<String> {
     let output = Command::new(program).args(arguments).output().with_context(|| program.to_owned())?;
     ensure!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
