@@ -149,10 +149,10 @@ fn policy(lab: &Lab, egress: &str) -> Result<()> {
 }
 
 /// A server that is on none of the networks.
-struct Outside(Child);
+pub(crate) struct Outside(Child);
 
 impl Outside {
-    fn start(lab: &Lab) -> Result<Self> {
+    pub fn start(lab: &Lab) -> Result<Self> {
         let mut child = lab.start(&["run", "perl", "-e", include_str!("outside.pl"), PORT])?;
         let mut line = String::new();
         BufReader::new(child.stdout.take().context("no pipe")?).read_line(&mut line)?;
@@ -161,18 +161,18 @@ impl Outside {
     }
 
     /// As whom it sees a pod.
-    fn sees(&self, pods: &Pods<'_>, pod: &str) -> Result<String> {
+    pub fn sees(&self, pods: &Pods<'_>, pod: &str) -> Result<String> {
         let ask = format!("timeout 3 cat < /dev/tcp/{OUTSIDE}/{PORT}");
         Ok(pods.exec(pod, &["timeout", "3", "bash", "-c", &ask])?.trim().to_owned())
     }
 
-    fn is_seen(&self, pods: &Pods<'_>, pod: &str, node: &str) -> Result<()> {
+    pub fn is_seen(&self, pods: &Pods<'_>, pod: &str, node: &str) -> Result<()> {
         pods.lab.wait(&format!("{pod} is seen as {node}"), 30, || same("it", &*self.sees(pods, pod)?, node))?;
         pods.lab.show(format!("{pod} is seen as {node}"));
         Ok(())
     }
 
-    fn end(mut self) -> Result<()> {
+    pub fn end(mut self) -> Result<()> {
         drop(self.0.stdin.take());
         ensure!(self.0.wait()?.success(), "the server failed");
         Ok(())

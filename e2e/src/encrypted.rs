@@ -10,8 +10,9 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
     bad_input::event,
+    egress::Outside,
     lab::{Lab, same, text},
-    pods::node_address,
+    pods::{Pods, node_address},
     scene::{nothing_left, ready},
 };
 
@@ -84,6 +85,13 @@ fn played(lab: &Lab, here: &str, there: &str) -> Result<()> {
     let (open, closed) = (injected("plain", "eth2")?, injected("secret", "eth1")?);
     lab.show(format!("of {} frames came {open} without encryption, {closed} with it", 2 * FRAMES));
     ensure!(open >= FRAMES && closed < FRAMES / 2, "of {} frames came {open} and {closed}", 2 * FRAMES);
+
+    lab.step("the client goes outside by the encrypted network, as its node; who hasn't asked for that goes by eth0");
+    let (outside, pods) = (Outside::start(lab)?, Pods { lab, namespace: NAMESPACE });
+    outside.is_seen(&pods, "client", &node_address(lab, there)?)?;
+    let by_eth0 = outside.sees(&pods, "server")?;
+    ensure!(by_eth0.starts_with("10.244."), "the server is seen as {by_eth0}");
+    outside.end()?;
 
     lab.step("keys are rotated, and the agents end and start, under load: no packet is lost");
     let before = keys(lab)?;
