@@ -8,20 +8,22 @@ use kube::Client;
 use kube::client::Body;
 use tokio_util::sync::CancellationToken;
 
-/// How long an answer may take.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// How long an answer may take: the API server itself ends a request after as long (kube-apiserver, `--request-timeout`).
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long it may take where pods that start or end wait for it.
+const NODES_PATIENCE: Duration = Duration::from_secs(15);
 /// How long after it was asked to end a process still waits for answers.
 const AT_THE_END: Duration = Duration::from_secs(2);
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// The same client, whose requests fail if they aren't answered wholly within 15 seconds. Whether such a request was carried out isn't known. Of a watch,
+/// The same client, whose requests fail if they aren't answered wholly within a minute. Whether such a request was carried out isn't known. Of a watch,
 /// whose answer has no end, that goes for its beginning.
 pub fn patient(client: Client) -> Client {
     within(client, PATIENCE, CancellationToken::new())
 }
 
-/// The same, for a process that ends soon after `shutdown`: two seconds later nothing is waited for any more.
+/// The same with 15 seconds, for a process that pods wait for, and that ends soon after `shutdown`: two seconds later nothing is waited for any more.
 pub fn patient_until(client: Client, shutdown: CancellationToken) -> Client {
     let enough = CancellationToken::new();
     let later = enough.clone();
@@ -30,7 +32,7 @@ pub fn patient_until(client: Client, shutdown: CancellationToken) -> Client {
         tokio::time::sleep(AT_THE_END).await;
         later.cancel();
     });
-    within(client, PATIENCE, enough)
+    within(client, NODES_PATIENCE, enough)
 }
 
 /// The same client, whose requests fail after `patience`, and once `enough` is cancelled.

@@ -29,7 +29,7 @@ impl World {
         let objects: Vec<_> = there.iter().map(object).collect();
         let journal = Arc::clone(&it.journal);
         let has = |uid: &str| -> BTreeMap<String, Had> {
-            let had = |addresses| Had { addresses, filter: None };
+            let had = |addresses| Had { addresses, ..Had::default() };
             let endpoints = journal.select(|e| e.uid == uid);
             endpoints.iter().map(|e| (e.network.clone(), had(e.addresses().collect()))).collect()
         };
