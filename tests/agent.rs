@@ -90,7 +90,7 @@ impl Node {
     }
 
     async fn network_of(&self, subnets: &[&str]) {
-        let vtep = std::net::Ipv4Addr::LOCALHOST;
+        let vtep = std::net::Ipv4Addr::LOCALHOST.into();
         let subnets = subnets.iter().map(|subnet| subnet.parse().unwrap()).collect();
         let spec = NetworkSpec {
             vni: VNI,

@@ -11,7 +11,7 @@ use std::{
 use ipnet::IpNet;
 use portolan_net::{
     Allowed, BRIDGE_ADDRESS, Bandwidth, Dataplane, Forwarding, Mac, Multicast, Namespace, NetworkSpec, Peer, PortSpec,
-    endpoint_mac, port_name,
+    endpoint_mac, port_name, vxlan_overhead,
 };
 
 mod addresses;
@@ -28,6 +28,7 @@ mod policies;
 mod primary;
 mod spoofing;
 mod switch;
+mod underlay;
 mod wire;
 
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -36,18 +37,31 @@ const ECHO: u16 = 7;
 /// A root directory with namespaces in it, taken down again with everything that is mounted there.
 struct Node {
     root: tempfile::TempDir,
-    vtep: Ipv4Addr,
+    vtep: IpAddr,
     dataplane: Dataplane,
 }
 
 impl Node {
-    fn new(vtep: Ipv4Addr) -> Self {
+    fn new(vtep: impl Into<IpAddr>) -> Self {
         let root = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(root.path().join("run/netns")).unwrap();
         let dataplane = Dataplane::new(root.path()).with_underlay("/run/netns/host").with_programs("/");
-        let node = Self { root, vtep, dataplane };
+        let node = Self { root, vtep: vtep.into(), dataplane };
         node.netns("host");
         node
+    }
+
+    /// The MTU of pods on it in bytes, that of its interface being 1500.
+    fn mtu(&self) -> u32 {
+        1500 - vxlan_overhead(self.vtep)
+    }
+
+    /// The last byte of its address, by which tests tell nodes apart.
+    fn number(&self) -> u8 {
+        match self.vtep {
+            IpAddr::V4(vtep) => vtep.octets()[3],
+            IpAddr::V6(vtep) => vtep.octets()[15],
+        }
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -92,7 +106,7 @@ impl Node {
         let multicast = Multicast::Flood;
         NetworkSpec {
             vni,
-            mtu: 1450,
+            mtu: self.mtu(),
             vtep: self.vtep,
             subnets,
             port: 7789,
@@ -112,7 +126,7 @@ impl Node {
             interface: "eth1".into(),
             mac: endpoint_mac(&vni.to_string(), address.into()),
             addresses: vec![IpNet::new(address.into(), 24).unwrap(), IpNet::new(ipv6.into(), 64).unwrap()],
-            mtu: 1450,
+            mtu: self.mtu(),
             resolvers: vec![BRIDGE_ADDRESS],
             locked: true,
             allowed: Allowed::default(),
@@ -209,12 +223,44 @@ fn ip(pod: &Pod<'_>, arguments: &[&str]) -> String {
     pod.node.enter(pod.port.netns.file_name().unwrap().to_str().unwrap(), &[&["ip"], arguments].concat())
 }
 
+/// Which addresses nodes have on the network between them; no node has any of the other family there.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Underlay {
+    Ipv4,
+    Ipv6,
+}
+
+const UNDERLAYS: [Underlay; 2] = [Underlay::Ipv4, Underlay::Ipv6];
+
+impl Underlay {
+    /// A node's address, on one of the networks that a router may be between.
+    fn vtep(self, network: u8, last: u8) -> IpAddr {
+        match self {
+            Self::Ipv4 => [192, 0, 2 + network, last].into(),
+            Self::Ipv6 => [0xfd00, 0, 0, u16::from(network), 0, 0, 0, u16::from(last)].into(),
+        }
+    }
+
+    /// Gives an interface of a namespace an address, which it may use at once.
+    fn give(self, node: &Node, vtep: IpAddr, interface: &str) {
+        let (address, rest): (_, &[&str]) = match self {
+            Self::Ipv4 => (format!("{vtep}/24"), &[]),
+            Self::Ipv6 => (format!("{vtep}/64"), &["nodad"]),
+        };
+        node.enter("host", &[&["ip", "address", "add", &address, "dev", interface], rest].concat());
+    }
+}
+
 fn two_nodes() -> (Node, Node) {
-    let (a, b) = (Node::new(Ipv4Addr::new(192, 0, 2, 1)), Node::new(Ipv4Addr::new(192, 0, 2, 2)));
+    two_nodes_over(Underlay::Ipv4)
+}
+
+fn two_nodes_over(underlay: Underlay) -> (Node, Node) {
+    let (a, b) = (Node::new(underlay.vtep(0, 1)), Node::new(underlay.vtep(0, 2)));
     let other = b.file("host").display().to_string();
     a.enter("host", &["ip", "link", "add", "u0", "type", "veth", "peer", "name", "u0", "netns", &other]);
     for node in [&a, &b] {
-        node.enter("host", &["ip", "address", "add", &format!("{}/24", node.vtep), "dev", "u0"]);
+        underlay.give(node, node.vtep, "u0");
         node.enter("host", &["ip", "link", "set", "u0", "up"]);
     }
     (a, b)
@@ -235,8 +281,8 @@ async fn forward(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pods_reach_each_other_across_nodes() {
-    for suppression in [false, true] {
-        let (a, b) = two_nodes();
+    for (underlay, suppression) in UNDERLAYS.into_iter().flat_map(|it| [(it, false), (it, true)]) {
+        let (a, b) = two_nodes_over(underlay);
         for node in [&a, &b] {
             node.dataplane.ensure_network(&node.spec(77, suppression)).await.unwrap();
         }
@@ -244,50 +290,50 @@ async fn pods_reach_each_other_across_nodes() {
         forward(&a, 77, &[&one], &b, &[&two], suppression).await;
         forward(&b, 77, &[&two], &a, &[&one], suppression).await;
 
+        let what = format!("over {underlay:?}, suppression {suppression}");
         let (at_one, at_two) = (one.listen(), two.listen());
-        assert!(one.reaches(two.address, &at_two), "unicast, suppression {suppression}");
-        assert!(two.reaches(one.address, &at_one), "and back, suppression {suppression}");
-        assert!(
-            one.reaches(Ipv4Addr::new(10, 32, 0, 255), &at_two),
-            "the subnet's broadcast, suppression {suppression}"
-        );
+        assert!(one.reaches(two.address, &at_two), "unicast {what}");
+        assert!(two.reaches(one.address, &at_one), "and back {what}");
+        assert!(one.reaches(Ipv4Addr::new(10, 32, 0, 255), &at_two), "the subnet's broadcast {what}");
 
         let (ipv6_at_one, ipv6_at_two) = (one.listen_ipv6(), two.listen_ipv6());
-        assert!(one.reaches(two.ipv6, &ipv6_at_two), "IPv6 unicast, suppression {suppression}");
-        assert!(two.reaches(one.ipv6, &ipv6_at_one), "and back, suppression {suppression}");
+        assert!(one.reaches(two.ipv6, &ipv6_at_two), "IPv6 unicast {what}");
+        assert!(two.reaches(one.ipv6, &ipv6_at_one), "and back {what}");
 
         let server = two.inside(|| TcpListener::bind((two.address, 80)));
         one.inside(|| TcpStream::connect_timeout(&(two.address, 80).into(), PATIENCE));
         drop(server);
 
-        assert_eq!(forward(&a, 77, &[&one], &b, &[&two], suppression).await, 0, "a second time changes nothing");
+        assert_eq!(forward(&a, 77, &[&one], &b, &[&two], suppression).await, 0, "a second time changes nothing {what}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_moved_pod_is_reached_at_its_new_node() {
-    let (a, b) = two_nodes();
-    for node in [&a, &b] {
-        node.dataplane.ensure_network(&node.spec(77, false)).await.unwrap();
-    }
-    let (resident, moving) = (a.plug(77, "resident", 5).await, b.plug(77, "moving", 21).await);
-    forward(&a, 77, &[&resident], &b, &[&moving], false).await;
-    forward(&b, 77, &[&moving], &a, &[&resident], false).await;
-    let there = moving.listen();
-    assert!(resident.reaches(moving.address, &there));
+    for underlay in UNDERLAYS {
+        let (a, b) = two_nodes_over(underlay);
+        for node in [&a, &b] {
+            node.dataplane.ensure_network(&node.spec(77, false)).await.unwrap();
+        }
+        let (resident, moving) = (a.plug(77, "resident", 5).await, b.plug(77, "moving", 21).await);
+        forward(&a, 77, &[&resident], &b, &[&moving], false).await;
+        forward(&b, 77, &[&moving], &a, &[&resident], false).await;
+        let there = moving.listen();
+        assert!(resident.reaches(moving.address, &there));
 
-    // To the resident's own node, and away again.
-    b.dataplane.remove_port(77, &moving.port.port, &moving.port.addresses).await.unwrap();
-    let here = a.plug(77, "moved", 21).await;
-    forward(&a, 77, &[&resident, &here], &b, &[], false).await;
-    let listener = here.listen();
-    assert!(resident.reaches(here.address, &listener), "same node");
-    a.dataplane.remove_port(77, &here.port.port, &here.port.addresses).await.unwrap();
-    let back = b.plug(77, "back", 21).await;
-    forward(&b, 77, &[&back], &a, &[&resident], false).await;
-    forward(&a, 77, &[&resident], &b, &[&back], false).await;
-    let listener = back.listen();
-    assert!(resident.reaches(back.address, &listener), "other node again");
+        // To the resident's own node, and away again.
+        b.dataplane.remove_port(77, &moving.port.port, &moving.port.addresses).await.unwrap();
+        let here = a.plug(77, "moved", 21).await;
+        forward(&a, 77, &[&resident, &here], &b, &[], false).await;
+        let listener = here.listen();
+        assert!(resident.reaches(here.address, &listener), "same node");
+        a.dataplane.remove_port(77, &here.port.port, &here.port.addresses).await.unwrap();
+        let back = b.plug(77, "back", 21).await;
+        forward(&b, 77, &[&back], &a, &[&resident], false).await;
+        forward(&a, 77, &[&resident], &b, &[&back], false).await;
+        let listener = back.listen();
+        assert!(resident.reaches(back.address, &listener), "other node again");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

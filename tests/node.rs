@@ -2,7 +2,7 @@
 //! CNI's verbs at its socket, as a container runtime asks it.
 
 use std::{
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
@@ -19,8 +19,8 @@ use crate::api::FakeApi;
 
 /// The node's name.
 pub const NODE: &str = "node1";
-/// Its address on the underlay.
-const VTEP: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+/// Its address on the underlay, if it isn't to be another one.
+const VTEP: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 /// The address of the cluster's DNS. Nobody is there.
 pub const CLUSTER_DNS: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 53);
 /// Where pods ask for names that admission has told to: to the agent, the others are pods that it has to warn of.
@@ -38,10 +38,11 @@ pub struct Node {
 }
 
 /// How its agent is started.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Options {
     primary: bool,
     redirect: bool,
+    vtep: IpAddr,
 }
 
 struct Running {
@@ -73,16 +74,22 @@ impl Default for Node {
 impl Node {
     /// A node whose agent isn't started.
     pub fn new() -> Self {
+        Self::at(VTEP)
+    }
+
+    /// The same, with this address and none of the other family.
+    pub fn at(vtep: IpAddr) -> Self {
         let root = tempfile::tempdir().unwrap();
         for directory in ["run/netns", "etc/cni/net.d", "opt/cni/bin"] {
             std::fs::create_dir_all(root.path().join(directory)).unwrap();
         }
         std::fs::write(root.path().join("plugin"), "").unwrap();
-        let node =
-            Self { root, api: FakeApi::default(), runtime: new_runtime(), agent: None, options: Options::default() };
+        let options = Options { primary: false, redirect: false, vtep };
+        let node = Self { root, api: FakeApi::default(), runtime: new_runtime(), agent: None, options };
         node.make_netns("host");
         node.run_in("host", "ip link add u0 type veth peer name u1");
-        node.run_in("host", &format!("ip address add {VTEP}/24 dev u0"));
+        let rest = if vtep.is_ipv4() { "/24 dev u0" } else { "/64 dev u0 nodad" };
+        node.run_in("host", &format!("ip address add {vtep}{rest}"));
         node.run_in("host", "ip link set u0 up");
         node.api.make("/api/v1/nodes", json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}));
         node
@@ -90,7 +97,12 @@ impl Node {
 
     /// A node with a network `backend` (VNI 77, these subnets), whose agent is ready.
     pub fn with_network(subnets: &[&str]) -> Self {
-        let mut node = Self::new();
+        Self::with_network_at(VTEP, subnets)
+    }
+
+    /// The same with that address.
+    pub fn with_network_at(vtep: IpAddr, subnets: &[&str]) -> Self {
+        let mut node = Self::at(vtep);
         node.make_network("backend", 77, subnets);
         node.start();
         node.wait_for("the agent to be ready", || node.status().is_ok());
@@ -99,14 +111,24 @@ impl Node {
 
     /// A node without another plugin, whose agent isn't started.
     pub fn without_plugin() -> Self {
-        let mut node = Self::new();
+        Self::without_plugin_at(VTEP)
+    }
+
+    /// The same with that address.
+    pub fn without_plugin_at(vtep: IpAddr) -> Self {
+        let mut node = Self::at(vtep);
         node.options.primary = true;
         node
     }
 
     /// A node without another plugin, with these blocks of pods' addresses, whose agent is ready.
     pub fn primary(blocks: &[&str]) -> Self {
-        let mut node = Self::without_plugin();
+        Self::primary_at(VTEP, blocks)
+    }
+
+    /// The same with that address.
+    pub fn primary_at(vtep: IpAddr, blocks: &[&str]) -> Self {
+        let mut node = Self::without_plugin_at(vtep);
         node.give_blocks(blocks);
         node.start();
         node.wait_for("the agent to be ready", || node.status().is_ok());
@@ -337,7 +359,7 @@ impl Drop for Node {
 /// # Errors
 /// What the agent can't work without.
 pub async fn run_agent(root: PathBuf, client: kube::Client, shutdown: CancellationToken) -> Result<(), AgentError> {
-    run_as(Options::default(), root, client, shutdown).await
+    run_as(Options { primary: false, redirect: false, vtep: VTEP }, root, client, shutdown).await
 }
 
 async fn run_as(
@@ -348,7 +370,7 @@ async fn run_as(
 ) -> Result<(), AgentError> {
     let settings = Settings {
         node_name: NODE.into(),
-        host_ip: VTEP,
+        host_ip: options.vtep,
         host_root: root.clone(),
         cni_conf_dir: "/etc/cni/net.d".into(),
         cni_bin_dir: "/opt/cni/bin".into(),

@@ -105,6 +105,20 @@ async fn an_encrypted_volume_goes_sealed() {
     assert_eq!(a.read(&volume).unwrap(), b"another");
 }
 
+/// What a StorageNode says of a server with an IPv6 address is where the other agents find it.
+#[tokio::test]
+async fn nodes_without_ipv4_send_each_other_copies() {
+    let ca = Authority::new();
+    let (a, b) = (memory(), memory());
+    let one = source(&a).await;
+    let listener = tokio::net::TcpListener::bind("[::1]:0").await.unwrap();
+    let server = Server::start_at(listener, &ca.identity("node-a"), &a, "node-b", Limits::default());
+    let told = server.address.to_string();
+    assert!(told.starts_with("[::1]:"), "{told}");
+    let what = fetching(told.parse().unwrap(), "node-a", &one, &b);
+    fetch(&ca.identity("node-b"), b.zfs(), Limits::default(), what, |_| {}).await.unwrap();
+}
+
 #[tokio::test]
 async fn strangers_are_refused() {
     let (ca, other) = (Authority::new(), Authority::new());

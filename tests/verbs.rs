@@ -26,6 +26,7 @@ mod policies;
 mod primary;
 mod scale;
 mod silent;
+mod underlay;
 
 const IPV4: &[&str] = &["10.32.0.0/16"];
 const DUAL: &[&str] = &["10.32.0.0/16", "fd32::/64"];

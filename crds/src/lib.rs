@@ -19,8 +19,8 @@ pub use policy::{PolicyNetworksError, is_network_name, policy_networks};
 pub use snapshot::*;
 pub use storage_node::*;
 pub use subnets::{
-    IPV6_LEAST_MTU, SubnetError, VXLAN_OVERHEAD, WIREGUARD_OVERHEAD, WIREGUARD_PADDING, capacity, gateway, pool,
-    subnets,
+    IPV6_LEAST_MTU, SubnetError, WIREGUARD_PADDING, capacity, gateway, pool, subnets, vxlan_overhead,
+    wireguard_overhead,
 };
 pub use volume::*;
 
@@ -114,6 +114,8 @@ pub mod condition {
     pub const NAMES_INJECTED: &str = "NamesInjected";
     /// Of a ContainerNetwork: a path between two of its nodes is known to carry less than its pods may send.
     pub const MTU_MISMATCH: &str = "MTUMismatch";
+    /// Of a ContainerNetwork: its nodes have addresses of both IP families, and those of one don't reach those of the other. Not there else.
+    pub const FAMILY_MISMATCH: &str = "IPFamilyMismatch";
     /// Of a ContainerNetwork with `egressNAT`: its pods reach the outside from all of its nodes.
     pub const EGRESS_READY: &str = "EgressReady";
     /// The type every kind here has: all is as the spec wants it.

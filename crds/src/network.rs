@@ -114,7 +114,8 @@ pub struct ContainerNetworkStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keys: Option<KeyGeneration>,
     /// `Ready`, and what stands in its way; `NamesInjected`, and which pods don't get the network's names; `MTUMismatch`, and
-    /// which paths between nodes carry less than pods may send; with `egressNAT` `EgressReady`, and why there is no way outside.
+    /// which paths between nodes carry less than pods may send; `IPFamilyMismatch`, if nodes don't reach each other as their addresses
+    /// are of different IP families; with `egressNAT` `EgressReady`, and why there is no way outside.
     #[serde(default)]
     pub conditions: Vec<Condition>,
 }
@@ -160,7 +161,7 @@ pub struct NetworkNodeSliceSpec {
     pub network: String,
     /// The node.
     pub node: String,
-    /// The node's VXLAN tunnel endpoint: its address on the underlay.
+    /// The node's VXLAN tunnel endpoint: its address on the underlay, IPv4 or IPv6.
     pub vtep: String,
     /// The pods of this node that are plugged in.
     #[serde(default)]
@@ -202,8 +203,8 @@ pub struct NodeKey {
 #[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PathMtu {
-    /// What a path has to carry, in bytes with the outer IP header: the largest MTU of the node's pods, and 50 for VXLAN; with encryption
-    /// 60 more, and up to 15 by which packets are filled up.
+    /// What a path has to carry, in bytes with the outer IP header: the largest MTU of the node's pods, and 50 for VXLAN (70 between IPv6
+    /// addresses); with encryption 60 (80) more, and up to 15 by which packets are filled up.
     pub needed: u32,
     /// The paths, the smallest first; sixteen at most.
     #[serde(default)]

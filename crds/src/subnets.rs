@@ -12,12 +12,23 @@ const IPV6_PREFIXES: (u8, u8) = (48, 120);
 const IPV6_POOL: u8 = 104;
 /// The least MTU of a link that carries IPv6, in bytes (RFC 8200, section 5).
 pub const IPV6_LEAST_MTU: u32 = 1280;
-/// What VXLAN adds to a pod's packet between nodes, in bytes (RFC 7348, section 5): Ethernet 14, VXLAN 8, UDP 8, IPv4 20.
-pub const VXLAN_OVERHEAD: u32 = 50;
-/// What WireGuard adds to that over IPv4, in bytes: outer IP 20, UDP 8, header 16, authentication tag 16.
-pub const WIREGUARD_OVERHEAD: u32 = 60;
 /// WireGuard fills packets up to a multiple of so many bytes.
 pub const WIREGUARD_PADDING: u32 = 16;
+
+/// Bytes of an IP header between nodes: 20 (RFC 791, section 3.1) or 40 (RFC 8200, section 3).
+const fn ip_header(vtep: IpAddr) -> u32 {
+    if vtep.is_ipv4() { 20 } else { 40 }
+}
+
+/// What VXLAN adds to a pod's packet from a node with that address, in bytes (RFC 7348, section 5): Ethernet 14, VXLAN 8, UDP 8, IP 20 or 40.
+pub const fn vxlan_overhead(vtep: IpAddr) -> u32 {
+    ip_header(vtep) + 30
+}
+
+/// What WireGuard adds to that, in bytes: outer IP 20 or 40, UDP 8, header 16, authentication tag 16.
+pub const fn wireguard_overhead(vtep: IpAddr) -> u32 {
+    ip_header(vtep) + 40
+}
 
 /// What a network can't have as its subnets.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]

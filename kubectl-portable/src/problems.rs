@@ -64,7 +64,13 @@ pub fn of_network(network: &ContainerNetwork) -> Vec<Problem> {
         message: it.message.clone(),
         next: format!("kubectl edit {object}, or repair the network between the nodes that it names"),
     });
-    let others = missed.into_iter().chain(narrow);
+    let split = conditions.iter().find(|it| it.type_ == condition::FAMILY_MISMATCH && it.status == condition::TRUE);
+    let split = split.map(|it| Problem {
+        object: object.clone(),
+        message: it.message.clone(),
+        next: "kubectl get nodes -o wide shows each node's first address".to_owned(),
+    });
+    let others = missed.into_iter().chain(narrow).chain(split);
     let Some(message) = not_ready(conditions) else { return others.collect() };
     let reason = conditions.iter().find(|it| it.type_ == condition::READY).map_or("", |it| it.reason.as_str());
     let next = match reason {
@@ -140,6 +146,16 @@ mod tests {
         assert_eq!((problems.len(), problems[0].message.as_str()), (1, "from a to b 1420 pass"));
         status["conditions"][1] = mismatch("False");
         assert_eq!(of_network(&network(status)), []);
+    }
+
+    #[test]
+    fn nodes_that_do_not_reach_each_other_are_a_problem_of_their_network() {
+        let mut status = ready("True", "Accepted", "");
+        let mismatch = json!({"type": "IPFamilyMismatch", "status": "True", "reason": "NodesOfBothFamilies",
+            "message": "pods on a and pods on b", "lastTransitionTime": "2026-01-01T00:00:00Z"});
+        status["conditions"].as_array_mut().unwrap().push(mismatch);
+        let problems = of_network(&network(status));
+        assert_eq!((problems.len(), problems[0].message.as_str()), (1, "pods on a and pods on b"));
     }
 
     #[test]

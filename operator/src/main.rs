@@ -1,6 +1,6 @@
 //! `portolan-operator`: see the library.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +11,7 @@ use kube::Client;
 use portolan_operator::authority::{self, Authority};
 use portolan_operator::metrics::Metrics;
 use portolan_operator::{garbage, network, network_status, policies, uninstall, webhook};
+use portolan_runtime::address::everywhere;
 use portolan_runtime::client::patient;
 use portolan_runtime::events::Events;
 use portolan_runtime::http::Health;
@@ -83,9 +84,12 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
     let health = Health::new();
-    let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-    let http =
-        portolan_runtime::http::serve(any(arguments.http_port), health.clone(), Arc::new(registry), stop.clone());
+    let http = portolan_runtime::http::serve(
+        everywhere(arguments.http_port),
+        health.clone(),
+        Arc::new(registry),
+        stop.clone(),
+    );
 
     let work = async {
         let authority = tokio::select! {
@@ -96,7 +100,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         let webhook = webhook::run(
             client.clone(),
             Arc::clone(&authority),
-            webhook_settings(&arguments, &namespace, any(arguments.webhook_port)),
+            webhook_settings(&arguments, &namespace, everywhere(arguments.webhook_port)),
             metrics.clone(),
             listening.clone(),
             stop.clone(),

@@ -235,19 +235,22 @@ async fn no_tunnel_begins_at_a_pod() {
     ensure(&a, FRONT).await;
     a.dataplane.ensure_egress(&Egress { tunnel_port: 7788, ..egress(FRONT) }).await.unwrap();
     let pod = plug(&a, FRONT, "pod", 5).await;
-    let IpAddr::V4(node) = outside.node_has[0] else { panic!() };
-    let [tunnel, other] = [7788, 7787].map(|port| a.at("host").run(|| udp((node, port))).unwrap());
-    let [far, far_other] = [7788, 7787].map(|port| outside.inside(|| udp((outside.server[0], port))));
-    let client = pod.inside(|| udp((pod.address, 0)));
-    for port in [7788, 7787] {
-        client.send_to(b"hello", (node, port)).unwrap();
-        client.send_to(b"hello", (outside.server[0], port)).unwrap();
-    }
-    other.recv_from(&mut [0; 10]).unwrap();
-    far_other.recv_from(&mut [0; 10]).unwrap();
-    for socket in [&tunnel, &far] {
-        socket.set_nonblocking(true).unwrap();
-        assert!(socket.recv_from(&mut [0; 10]).is_err());
+    for family in [0, 1] {
+        let (node, server) = (outside.node_has[family], outside.server[family]);
+        let own: IpAddr = if family == 0 { pod.address.into() } else { pod.ipv6.into() };
+        let [tunnel, other] = [7788, 7787].map(|port| a.at("host").run(|| udp((node, port))).unwrap());
+        let [far, far_other] = [7788, 7787].map(|port| outside.inside(|| udp((server, port))));
+        let client = pod.inside(|| udp((own, 0)));
+        for port in [7788, 7787] {
+            client.send_to(b"hello", (node, port)).unwrap();
+            client.send_to(b"hello", (server, port)).unwrap();
+        }
+        other.recv_from(&mut [0; 10]).unwrap();
+        far_other.recv_from(&mut [0; 10]).unwrap();
+        for socket in [&tunnel, &far] {
+            socket.set_nonblocking(true).unwrap();
+            assert!(socket.recv_from(&mut [0; 10]).is_err(), "to {node} and {server}");
+        }
     }
 }
 

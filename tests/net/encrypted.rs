@@ -8,9 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use portolan_net::{Encrypted, Encryption, Error, Namespace, NetworkSpec, PrivateKey, PublicKey};
+use ipnet::IpNet;
+use portolan_net::{Encrypted, Encryption, Error, Namespace, NetworkSpec, PrivateKey, PublicKey, wireguard_overhead};
 
-use super::{ECHO, Ipv4Addr, Node, Pod, forward, two_nodes, udp, wire::Wire};
+use super::{ECHO, Ipv4Addr, Node, Pod, UNDERLAYS, Underlay, forward, two_nodes, two_nodes_over, udp, wire::Wire};
 
 const VNI: u32 = 77;
 const PORT: u16 = 7795;
@@ -20,10 +21,11 @@ const HANDSHAKE: Duration = Duration::from_secs(20);
 const MARKER: &[u8] = b"marker-of-the-encrypted-network";
 
 fn encrypted(node: &Node) -> NetworkSpec {
-    NetworkSpec { encrypted: true, mtu: 1390, ..node.spec(VNI, false) }
+    NetworkSpec { encrypted: true, mtu: node.mtu() - wireguard_overhead(node.vtep), ..node.spec(VNI, false) }
 }
 
-/// Makes the namespace that encrypted networks leave by, with another device than WireGuard's.
+/// Makes the namespace that encrypted networks leave by, with another device than WireGuard's. It asks nobody for MACs, as WireGuard doesn't: in IPv6
+/// nobody would answer for an address that he has on `lo`.
 fn stand_in(a: &Node, b: &Node) {
     for node in [a, b] {
         node.netns("portolan-encrypted");
@@ -31,8 +33,8 @@ fn stand_in(a: &Node, b: &Node) {
     let (name, at_b) = ("portolan-encrypted", b.file("portolan-encrypted").display().to_string());
     a.enter(name, &["ip", "link", "add", "wg0", "type", "veth", "peer", "name", "wg0", "netns", &at_b]);
     for (node, peer) in [(a, b), (b, a)] {
-        node.enter(name, &["ip", "address", "add", &format!("{}/32", node.vtep), "dev", "lo"]);
-        node.enter(name, &["ip", "link", "set", "wg0", "up"]);
+        node.enter(name, &["ip", "address", "add", &IpNet::from(node.vtep).to_string(), "dev", "lo"]);
+        node.enter(name, &["ip", "link", "set", "wg0", "address", "02:00:00:00:00:01", "arp", "off", "up"]);
         node.enter(name, &["ip", "route", "add", &peer.vtep.to_string(), "dev", "wg0"]);
     }
 }
@@ -56,41 +58,45 @@ fn hears_nothing(from: &Pod<'_>, to: &Pod<'_>) -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_underlay_is_no_way_for_an_encrypted_network() {
-    let (a, b) = two_nodes();
-    assert!(a.dataplane.ensure_network(&encrypted(&a)).await.is_err(), "without the other way it isn't set up");
-    stand_in(&a, &b);
-    for node in [&a, &b] {
-        for _ in 0..2 {
-            node.dataplane.ensure_network(&encrypted(node)).await.unwrap();
+    for underlay in UNDERLAYS {
+        let (a, b) = two_nodes_over(underlay);
+        assert!(a.dataplane.ensure_network(&encrypted(&a)).await.is_err(), "without the other way it isn't set up");
+        stand_in(&a, &b);
+        for node in [&a, &b] {
+            for _ in 0..2 {
+                node.dataplane.ensure_network(&encrypted(node)).await.unwrap();
+            }
         }
+        let (one, two) = plug(&a, &b).await;
+        set(&a, "host", "u0", "down");
+        let listener = two.listen();
+        assert!(one.reaches(two.address, &listener), "it goes another way");
+        drop(listener);
+        set(&a, "host", "u0", "up");
+        set(&a, "portolan-encrypted", "wg0", "down");
+        assert!(hears_nothing(&one, &two) && hears_nothing(&two, &one), "{underlay:?} is there, and isn't used");
     }
-    let (one, two) = plug(&a, &b).await;
-    set(&a, "host", "u0", "down");
-    let listener = two.listen();
-    assert!(one.reaches(two.address, &listener), "it goes another way");
-    drop(listener);
-    set(&a, "host", "u0", "up");
-    set(&a, "portolan-encrypted", "wg0", "down");
-    assert!(hears_nothing(&one, &two) && hears_nothing(&two, &one), "the underlay is there, and isn't used");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_comes_by_the_underlay_is_not_heard() {
-    let (a, b) = two_nodes();
-    stand_in(&a, &b);
-    a.dataplane.ensure_network(&encrypted(&a)).await.unwrap();
-    // The other node doesn't encrypt, and knows all else, even the port.
-    for port in [7788, 7789] {
-        let spec = NetworkSpec { port, ..b.spec(VNI, false) };
-        b.dataplane.ensure_network(&spec).await.unwrap();
+    for underlay in UNDERLAYS {
+        let (a, b) = two_nodes_over(underlay);
+        stand_in(&a, &b);
+        a.dataplane.ensure_network(&encrypted(&a)).await.unwrap();
+        // The other node doesn't encrypt, and knows all else, even the port.
+        for port in [7788, 7789] {
+            let spec = NetworkSpec { port, ..b.spec(VNI, false) };
+            b.dataplane.ensure_network(&spec).await.unwrap();
+            let (one, two) = plug(&a, &b).await;
+            assert!(hears_nothing(&two, &one) && hears_nothing(&one, &two), "port {port} over {underlay:?}");
+        }
+        // It does by now: the same number doesn't make it the same device.
+        b.dataplane.ensure_network(&encrypted(&b)).await.unwrap();
         let (one, two) = plug(&a, &b).await;
-        assert!(hears_nothing(&two, &one) && hears_nothing(&one, &two), "port {port}");
+        let listener = one.listen();
+        assert!(two.reaches(one.address, &listener));
     }
-    // It does by now: the same number doesn't make it the same device.
-    b.dataplane.ensure_network(&encrypted(&b)).await.unwrap();
-    let (one, two) = plug(&a, &b).await;
-    let listener = one.listen();
-    assert!(two.reaches(one.address, &listener));
 }
 
 /// As when a network was made anew under the same number.
@@ -310,4 +316,39 @@ async fn rotate<'a>(at_a: &mut Side<'a>, at_b: &mut Side<'a>, generation: u32) {
     at_b.meet(at_a.node, of_a);
     at_a.apply().await;
     at_b.apply().await;
+}
+
+/// All of it but the devices, which this kernel may not have.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_way_has_the_nodes_address_of_either_family() {
+    for (underlay, other) in [(Underlay::Ipv4, Underlay::Ipv6), (Underlay::Ipv6, Underlay::Ipv4)] {
+        let (a, _b) = two_nodes_over(underlay);
+        let mut wanted = Side::new(&a).wanted;
+        wanted.keys.clear();
+        let has = || {
+            let shown = a.enter("portolan-encrypted", &["ip", "-o", "address", "show", "dev", "lo"]);
+            let addresses = shown.lines().filter_map(|line| line.split_whitespace().nth(3).map(str::to_owned));
+            addresses.filter(|it| it != "127.0.0.1/8" && it != "::1/128").collect::<Vec<_>>()
+        };
+        // It becomes another one of the same family, and of the other.
+        for vtep in [underlay.vtep(0, 1), underlay.vtep(0, 7), other.vtep(0, 1), underlay.vtep(0, 1)] {
+            wanted.vtep = vtep;
+            for _ in 0..2 {
+                a.dataplane.ensure_encryption(&wanted).await.unwrap();
+            }
+            assert_eq!(has(), [IpNet::from(vtep).to_string()]);
+        }
+        assert_eq!(a.get("portolan-encrypted", "ipv6/conf/all/forwarding"), "0");
+        remove(&a).await;
+    }
+}
+
+/// WireGuard's device can't carry IPv6 then.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_underlay_that_is_too_small_for_encrypted_ipv6_is_named() {
+    let (a, _b) = two_nodes_over(Underlay::Ipv6);
+    let wanted = Encryption { underlay_mtu: 1359, ..Side::new(&a).wanted };
+    let error = a.dataplane.ensure_encryption(&wanted).await.unwrap_err().to_string();
+    assert_eq!(error, "MTU 1279 of interface wg1 is too small for its address fd00::1/128; allowed: 1280 or more");
+    remove(&a).await;
 }

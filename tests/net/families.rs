@@ -13,7 +13,7 @@ use portolan_net::{
 use rustix::net::{AddressFamily, SocketType, ipproto, socket};
 
 use super::{
-    Node, PATIENCE, Pod, forward, ip, ipv6, two_nodes, udp,
+    Node, PATIENCE, Pod, UNDERLAYS, forward, ip, ipv6, two_nodes, two_nodes_over, udp,
     wire::{BROADCAST, EXPERIMENTAL, Wire, checksum, frame, router_advertisement},
 };
 
@@ -37,7 +37,7 @@ fn ipv6_port(node: &Node, pod: &str, last: u8) -> PortSpec {
         interface: "eth1".into(),
         mac: endpoint_mac("77", ipv6(last).into()),
         addresses: vec![IpNet::new(ipv6(last).into(), 64).unwrap(), IpNet::from(IpAddr::from(ASKS_FROM))],
-        mtu: 1450,
+        mtu: node.mtu(),
         resolvers: vec![BRIDGE_ADDRESS],
         locked: true,
         allowed: Allowed::default(),
@@ -95,8 +95,8 @@ pub fn pings(from: &Pod<'_>, to: impl Into<IpAddr>) -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn both_families_are_answered_across_nodes() {
-    for suppression in [false, true] {
-        let (a, b) = two_nodes();
+    for (underlay, suppression) in UNDERLAYS.into_iter().flat_map(|it| [(it, false), (it, true)]) {
+        let (a, b) = two_nodes_over(underlay);
         for node in [&a, &b] {
             node.dataplane.ensure_network(&node.spec(VNI, suppression)).await.unwrap();
         }
@@ -104,16 +104,16 @@ async fn both_families_are_answered_across_nodes() {
         forward(&a, VNI, &[&one], &b, &[&two], suppression).await;
         forward(&b, VNI, &[&two], &a, &[&one], suppression).await;
         for (from, to) in [(&one, &two), (&two, &one)] {
-            assert!(pings(from, to.address), "IPv4, suppression {suppression}");
-            assert!(pings(from, to.ipv6), "IPv6, suppression {suppression}");
+            assert!(pings(from, to.address), "IPv4 over {underlay:?}, suppression {suppression}");
+            assert!(pings(from, to.ipv6), "IPv6 over {underlay:?}, suppression {suppression}");
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_network_without_ipv4_works_across_nodes_and_has_a_resolver() {
-    for suppression in [false, true] {
-        let (a, b) = two_nodes();
+    for (underlay, suppression) in UNDERLAYS.into_iter().flat_map(|it| [(it, false), (it, true)]) {
+        let (a, b) = two_nodes_over(underlay);
         for node in [&a, &b] {
             node.dataplane.ensure_network(&ipv6_only(node, suppression)).await.unwrap();
         }

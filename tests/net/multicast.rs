@@ -9,7 +9,7 @@ use portolan_net::{Mac, Multicast, NetworkSpec};
 use rustix::net::sockopt::set_ip_add_source_membership;
 
 use super::{
-    Node, PATIENCE, Pod, forward, ip, two_nodes, udp,
+    Node, PATIENCE, Pod, UNDERLAYS, forward, ip, two_nodes, two_nodes_over, udp,
     wire::{ALL_NODES, BROADCAST, EXPERIMENTAL, IPV6, Wire, checksum, frame, gratuitous_arp, to_all_nodes},
 };
 
@@ -131,28 +131,31 @@ fn speak(pod: &Pod<'_>, igmp: &str, mld: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_goes_where_it_was_joined() {
-    let (a, b) = two_nodes();
-    for node in [&a, &b] {
-        set(node, Multicast::Snooping).await;
-    }
-    let (sender, here, idle) = (a.plug(VNI, "s", 5).await, a.plug(VNI, "here", 6).await, a.plug(VNI, "idle", 7).await);
-    let (there, idle_there) = (b.plug(VNI, "there", 21).await, b.plug(VNI, "idle", 22).await);
-    connect((&a, &[&sender, &here, &idle]), (&b, &[&there, &idle_there])).await;
-    for (igmp, mld) in [("2", "1"), ("3", "2")] {
-        speak(&here, igmp, mld);
-        speak(&there, igmp, mld);
-        for group in [GROUP, GROUP_IPV6] {
-            let mut watch = Watch::new(&sender, &[&here, &idle, &there, &idle_there]);
-            let stream = to_group(&sender, group, UDP, "stream");
-            watch.until(&stream, &[false; 4]);
-            let there = join(&there, group);
-            watch.until(&stream, &[false, false, true, false]);
-            let here = join(&here, group);
-            watch.until(&stream, &[true, false, true, false]);
-            drop(there);
-            watch.until(&stream, &[true, false, false, false]);
-            drop(here);
-            watch.until(&stream, &[false; 4]);
+    for underlay in UNDERLAYS {
+        let (a, b) = two_nodes_over(underlay);
+        for node in [&a, &b] {
+            set(node, Multicast::Snooping).await;
+        }
+        let (sender, here, idle) =
+            (a.plug(VNI, "s", 5).await, a.plug(VNI, "here", 6).await, a.plug(VNI, "idle", 7).await);
+        let (there, idle_there) = (b.plug(VNI, "there", 21).await, b.plug(VNI, "idle", 22).await);
+        connect((&a, &[&sender, &here, &idle]), (&b, &[&there, &idle_there])).await;
+        for (igmp, mld) in [("2", "1"), ("3", "2")] {
+            speak(&here, igmp, mld);
+            speak(&there, igmp, mld);
+            for group in [GROUP, GROUP_IPV6] {
+                let mut watch = Watch::new(&sender, &[&here, &idle, &there, &idle_there]);
+                let stream = to_group(&sender, group, UDP, "stream");
+                watch.until(&stream, &[false; 4]);
+                let there = join(&there, group);
+                watch.until(&stream, &[false, false, true, false]);
+                let here = join(&here, group);
+                watch.until(&stream, &[true, false, true, false]);
+                drop(there);
+                watch.until(&stream, &[true, false, false, false]);
+                drop(here);
+                watch.until(&stream, &[false; 4]);
+            }
         }
     }
 }

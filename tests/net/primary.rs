@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use portolan_net::{HostPort, Namespace, OtherNode, PodNetwork, PodSpec, Protocol, pod_link, pod_mac};
 use portolan_tests::node::state_of_host;
 
-use super::{Node, PATIENCE, two_nodes, udp, wire::Wire};
+use super::{Node, PATIENCE, UNDERLAYS, Underlay, two_nodes, two_nodes_over, udp, wire::Wire};
 
 const WEB: u16 = 80;
 const TUNNEL: u16 = 7789;
@@ -21,13 +21,13 @@ const SERVER: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 
 /// A node's block of each family; nodes are known by the last byte of their addresses.
 fn blocks(node: &Node) -> Vec<IpNet> {
-    let k = node.vtep.octets()[3];
+    let k = node.number();
     vec![format!("10.244.{k}.0/24").parse().unwrap(), format!("fd44:0:0:{k}::/64").parse().unwrap()]
 }
 
 fn network(node: &Node, others: &[&Node]) -> PodNetwork {
     let others = others.iter().map(|other| OtherNode { vtep: other.vtep, blocks: blocks(other) });
-    PodNetwork { vtep: node.vtep, port: TUNNEL, mtu: 1450, blocks: blocks(node), others: others.collect() }
+    PodNetwork { vtep: node.vtep, port: TUNNEL, mtu: node.mtu(), blocks: blocks(node), others: others.collect() }
 }
 
 async fn join(node: &Node, others: &[&Node], ports: &[HostPort]) {
@@ -37,7 +37,11 @@ async fn join(node: &Node, others: &[&Node], ports: &[HostPort]) {
 }
 
 async fn two_joined() -> (Node, Node) {
-    let (a, b) = two_nodes();
+    two_joined_over(Underlay::Ipv4).await
+}
+
+async fn two_joined_over(underlay: Underlay) -> (Node, Node) {
+    let (a, b) = two_nodes_over(underlay);
     join(&a, &[&b], &[]).await;
     join(&b, &[&a], &[]).await;
     (a, b)
@@ -69,13 +73,13 @@ fn at(node: &Node, netns: &str) -> Namespace {
 }
 
 fn spec(node: &Node, netns: PathBuf, name: &str, last: u8) -> PodSpec {
-    let k = node.vtep.octets()[3];
+    let k = node.number();
     let addresses: Vec<IpAddr> =
         [format!("10.244.{k}.{last}"), format!("fd44:0:0:{k}::{last}")].map(|it| it.parse().unwrap()).into();
-    let near = blocks(node).into_iter().chain([IpNet::from(IpAddr::from(node.vtep))]).collect();
+    let near = blocks(node).into_iter().chain([IpNet::from(node.vtep)]).collect();
     let mac = pod_mac(addresses[0]);
     let interface = "eth0".to_owned();
-    PodSpec { link: pod_link(name, "eth0"), netns, interface, mac, addresses, mtu: 1450, host: node.vtep, near }
+    PodSpec { link: pod_link(name, "eth0"), netns, interface, mac, addresses, mtu: node.mtu(), host: node.vtep, near }
 }
 
 async fn plug<'a>(node: &'a Node, name: &str, last: u8) -> Pod<'a> {
@@ -144,34 +148,45 @@ fn state(node: &Node) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pods_reach_each_other_by_their_own_addresses() {
-    let (a, b) = two_joined().await;
-    let (one, two, far) = (plug(&a, "one", 5).await, plug(&a, "two", 6).await, plug(&b, "far", 7).await);
-    for (client, server) in [(&one, &two), (&one, &far), (&far, &one), (&one, &one)] {
-        for family in [0, 1] {
-            let as_whom = seen_by(server, family, (client.node, &client.name));
-            assert_eq!(as_whom, Some(client.address(family)), "{} to {}", client.name, server.name);
+    for underlay in UNDERLAYS {
+        let (a, b) = two_joined_over(underlay).await;
+        let (one, two, far) = (plug(&a, "one", 5).await, plug(&a, "two", 6).await, plug(&b, "far", 7).await);
+        for (client, server) in [(&one, &two), (&one, &far), (&far, &one), (&one, &one)] {
+            for family in [0, 1] {
+                let as_whom = seen_by(server, family, (client.node, &client.name));
+                assert_eq!(as_whom, Some(client.address(family)), "{} to {}", client.name, server.name);
+            }
         }
+        for pod in [&one, &two, &far] {
+            pod.node.dataplane.check_pod(&pod.spec).await.unwrap();
+        }
+        // Large packets pass, too.
+        let (near, there) = (one.udp(0), far.udp(7));
+        near.send_to(&[7; 1400], (far.address(0), 7)).unwrap();
+        assert_eq!(there.recv(&mut [0; 2000]).unwrap(), 1400);
     }
-    for pod in [&one, &two, &far] {
-        pod.node.dataplane.check_pod(&pod.spec).await.unwrap();
-    }
-    // Large packets pass, too.
-    let (near, there) = (one.udp(0), far.udp(7));
-    near.send_to(&[7; 1400], (far.address(0), 7)).unwrap();
-    assert_eq!(there.recv(&mut [0; 2000]).unwrap(), 1400);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_reach_pods_and_pods_reach_nodes() {
-    let (a, b) = two_joined().await;
-    let pod = plug(&a, "pod", 5).await;
-    assert_eq!(seen_by(&pod, 0, (&a, "host")), Some(a.vtep.into()), "its own node");
-    assert_eq!(seen_by(&pod, 0, (&b, "host")), Some("10.244.2.0".parse().unwrap()), "another one");
-    assert_eq!(seen_by(&pod, 1, (&b, "host")), Some("fd44:0:0:2::".parse().unwrap()));
-    assert!(seen_by(&pod, 1, (&a, "host")).is_some());
-    for node in [&a, &b] {
-        let address = SocketAddr::from((node.vtep, WEB));
-        assert!(seen((node, "host"), address, (&a, "pod"), address, PATIENCE).is_some());
+    for underlay in UNDERLAYS {
+        let (a, b) = two_joined_over(underlay).await;
+        let pod = plug(&a, "pod", 5).await;
+        // By its address where it has one of that family, else as it is known on the tunnel.
+        let itself = |node: &Node, family: usize| Some(blocks(node)[family].addr());
+        let as_whom = match underlay {
+            Underlay::Ipv4 => [Some(a.vtep), seen_by(&pod, 1, (&a, "host"))],
+            Underlay::Ipv6 => [itself(&a, 0), Some(a.vtep)],
+        };
+        for family in [0, 1] {
+            let seen = seen_by(&pod, family, (&a, "host"));
+            assert!(seen.is_some() && seen == as_whom[family], "its own node {seen:?} over {underlay:?}");
+            assert_eq!(seen_by(&pod, family, (&b, "host")), itself(&b, family), "another one over {underlay:?}");
+        }
+        for node in [&a, &b] {
+            let address = SocketAddr::from((node.vtep, WEB));
+            assert!(seen((node, "host"), address, (&a, "pod"), address, PATIENCE).is_some());
+        }
     }
 }
 
@@ -233,7 +248,7 @@ async fn host_ports_lead_to_their_pods() {
     let far = plug(&b, "far", 7).await;
     let server = SocketAddr::from(([0, 0, 0, 0], WEB));
     let reach = |client: (&Node, &str), to: (IpAddr, u16)| seen((&a, "pod"), server, client, to.into(), SHORT);
-    let (node, loopback): (IpAddr, IpAddr) = (a.vtep.into(), Ipv4Addr::LOCALHOST.into());
+    let (node, loopback): (IpAddr, IpAddr) = (a.vtep, Ipv4Addr::LOCALHOST.into());
     let outsider = reach((&a, "outside"), ([198, 51, 100, 2].into(), 8080));
     assert_eq!(outsider, Some(SERVER.into()), "who comes from outside is seen as himself");
     assert_eq!(reach((&a, "neighbour"), (node, 8080)), Some(neighbour.address(0)));
@@ -353,70 +368,78 @@ async fn the_hosts_loopback_is_its_own() {
     own.set_read_timeout(Some(SHORT)).unwrap();
     send_raw(&pod, [10, 244, 1, 5].into(), Ipv4Addr::LOCALHOST, 7);
     assert!(own.recv(&mut [0; 10]).is_err());
-    send_raw(&pod, [10, 244, 1, 5].into(), a.vtep, 7);
+    send_raw(&pod, [10, 244, 1, 5].into(), [192, 0, 2, 1].into(), 7);
     other.recv(&mut [0; 10]).unwrap();
 }
 
 /// A node takes VXLAN from whoever sends it, with a frame of any network in it.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_tunnel_begins_at_a_pod() {
-    let (a, b) = two_nodes();
-    // So that the port can be listened at.
-    for (node, other) in [(&a, &b), (&b, &a)] {
-        let network = network(node, &[other]);
-        node.dataplane.ensure_pod_network(&network).await.unwrap();
-        node.dataplane.set_pod_rules(&PodNetwork { port: 7788, ..network }, &[], &[]).await.unwrap();
-    }
-    let pod = plug(&a, "pod", 5).await;
-    let client = pod.udp(0);
-    let itself = |node: &Node| Ipv4Addr::new(10, 244, node.vtep.octets()[3], 0);
-    for (node, address) in [(&a, a.vtep), (&b, b.vtep), (&a, itself(&a)), (&b, itself(&b))] {
-        let [tunnel, other] = [7788, 7787].map(|port| bind(node, "host", || udp((address, port))));
-        for port in [7788, 7787] {
-            client.send_to(b"hello", (address, port)).unwrap();
+    for underlay in UNDERLAYS {
+        let (a, b) = two_nodes_over(underlay);
+        // So that the port can be listened at.
+        for (node, other) in [(&a, &b), (&b, &a)] {
+            let network = network(node, &[other]);
+            node.dataplane.ensure_pod_network(&network).await.unwrap();
+            node.dataplane.set_pod_rules(&PodNetwork { port: 7788, ..network }, &[], &[]).await.unwrap();
         }
-        other.recv(&mut [0; 10]).unwrap();
-        tunnel.set_nonblocking(true).unwrap();
-        assert!(tunnel.recv(&mut [0; 10]).is_err(), "{address}");
+        let pod = plug(&a, "pod", 5).await;
+        let clients = [0, 1].map(|family| bind(&a, "pod", || udp((pod.address(family), 0))));
+        let itself = |node: &Node| blocks(node).into_iter().map(|block| block.addr());
+        let addresses = [&a, &b].into_iter().flat_map(|node| itself(node).chain([node.vtep]).map(move |it| (node, it)));
+        for (node, address) in addresses {
+            let client = &clients[usize::from(address.is_ipv6())];
+            let [tunnel, other] = [7788, 7787].map(|port| bind(node, "host", || udp((address, port))));
+            for port in [7788, 7787] {
+                client.send_to(b"hello", (address, port)).unwrap();
+            }
+            other.recv(&mut [0; 10]).unwrap();
+            tunnel.set_nonblocking(true).unwrap();
+            assert!(tunnel.recv(&mut [0; 10]).is_err(), "{address} over {underlay:?}");
+        }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_can_be_done_twice_and_nothing_is_left() {
-    let (a, b) = two_joined().await;
-    let empty = {
-        let bare = Node::new(Ipv4Addr::LOCALHOST);
-        enter(&bare, "host", "nft list ruleset")
-    };
-    let far = plug(&b, "far", 7).await;
-    let before = state(&a);
-    let pod = plug(&a, "pod", 5).await;
-    a.dataplane.add_pod(&pod.spec).await.unwrap();
-    assert!(seen_by(&far, 0, (&a, "pod")).is_some());
-    assert_eq!(a.dataplane.pods().await.unwrap(), std::slice::from_ref(&pod.spec.link));
-    for _ in 0..2 {
-        a.dataplane.remove_pod(&pod.spec.link).await.unwrap();
-    }
-    assert_eq!(state(&a), before);
-    let error = a.dataplane.check_pod(&pod.spec).await.unwrap_err().to_string();
-    assert!(error.contains(&pod.spec.link) && error.contains("is not there"), "{error}");
-    assert!(!enter(&a, "pod", "ip -o link show").contains("eth0"));
+    for underlay in UNDERLAYS {
+        let (a, b) = two_joined_over(underlay).await;
+        let empty = {
+            let bare = Node::new(Ipv4Addr::LOCALHOST);
+            enter(&bare, "host", "nft list ruleset")
+        };
+        let far = plug(&b, "far", 7).await;
+        let before = state(&a);
+        let pod = plug(&a, "pod", 5).await;
+        a.dataplane.add_pod(&pod.spec).await.unwrap();
+        assert!(seen_by(&far, 0, (&a, "pod")).is_some());
+        assert_eq!(a.dataplane.pods().await.unwrap(), std::slice::from_ref(&pod.spec.link));
+        for _ in 0..2 {
+            a.dataplane.remove_pod(&pod.spec.link).await.unwrap();
+        }
+        assert_eq!(state(&a), before);
+        let error = a.dataplane.check_pod(&pod.spec).await.unwrap_err().to_string();
+        assert!(error.contains(&pod.spec.link) && error.contains("is not there"), "{error}");
+        assert!(!enter(&a, "pod", "ip -o link show").contains("eth0"));
 
-    // A node that is gone is forgotten; one that comes back with another address is followed.
-    join(&a, &[], &[]).await;
-    let without = state(&a);
-    assert!(
-        !without.contains("10.244.2.") && !without.contains("192.0.2.2 ") && !without.contains("fd44:0:0:2:"),
-        "{without}"
-    );
-    join(&a, &[&b], &[]).await;
-    assert_eq!(state(&a), before);
-    for _ in 0..2 {
-        a.dataplane.remove_pod_network().await.unwrap();
+        // A node that is gone is forgotten; one that comes back with another address is followed.
+        join(&a, &[], &[]).await;
+        let without = state(&a);
+        assert!(
+            !without.contains("10.244.2.")
+                && !without.contains(&format!("{} ", b.vtep))
+                && !without.contains("fd44:0:0:2:"),
+            "{without}"
+        );
+        join(&a, &[&b], &[]).await;
+        assert_eq!(state(&a), before);
+        for _ in 0..2 {
+            a.dataplane.remove_pod_network().await.unwrap();
+        }
+        let left = state(&a);
+        assert!(!left.contains("portolan0") && !left.contains("10.244.") && !left.contains("fd44:"), "{left}");
+        assert_eq!(enter(&a, "host", "nft list ruleset"), empty);
     }
-    let left = state(&a);
-    assert!(!left.contains("portolan0") && !left.contains("10.244.") && !left.contains("fd44:"), "{left}");
-    assert_eq!(enter(&a, "host", "nft list ruleset"), empty);
 }
 
 #[tokio::test(flavor = "multi_thread")]

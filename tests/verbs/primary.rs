@@ -13,12 +13,14 @@ use serde_json::{Value, json};
 
 use super::{ECHO, Interface, PATIENCE, files, interface, interface_called, names, netns, on_backend, reaches, udp};
 
-const BLOCKS: &[&str] = &["10.244.1.0/24", "fd44:0:0:1::/64"];
+pub(super) const BLOCKS: &[&str] = &["10.244.1.0/24", "fd44:0:0:1::/64"];
 const CONFLIST: &str = "/etc/cni/net.d/00-portolan.conflist";
 /// Where the agent keeps what it knows of pods on the pod network.
 const KEPT: &str = "/var/lib/portolan/network/pods";
-/// The node's own address.
+/// The node's own address, if it isn't to be another one.
 const HOST: &str = "192.0.2.1";
+/// The node's own address and two others', of either family: none has any of the other one there.
+const NODES: [[&str; 3]; 2] = [[HOST, "192.0.2.2", "192.0.2.3"], ["fd00::1", "fd00::2", "fd00::3"]];
 const SHORT: Duration = Duration::from_millis(300);
 
 fn eth0(node: &Node, pod: &Pod) -> Option<Interface> {
@@ -45,7 +47,7 @@ fn kept(node: &Node) -> usize {
 }
 
 /// All that the host's kernel has of the pod network.
-fn state(node: &Node) -> String {
+pub(super) fn state(node: &Node) -> String {
     state_of_host(|question| node.run_in("host", question))
 }
 
@@ -80,53 +82,57 @@ fn is_reached(node: &Node, pod: &Pod, by: &[&str]) -> bool {
 
 #[test]
 fn a_pod_is_given_its_interface_and_nothing_of_it_is_left() {
-    let node = Node::primary(BLOCKS);
-    let resident = added(&node, "resident");
-    let before = state(&node);
+    for [host, _, _] in NODES {
+        let node = Node::primary_at(host.parse().unwrap(), BLOCKS);
+        let resident = added(&node, "resident");
+        let before = state(&node);
 
-    let pod = plain(&node, "pod");
-    let result = node.add(&pod).unwrap();
-    let made = eth0(&node, &pod).unwrap();
-    let [four, six] = made.addresses[..] else { panic!("{made:?}") };
-    for (block, address) in BLOCKS.iter().zip([four, six]) {
-        assert!(block.parse::<ipnet::IpNet>().unwrap().contains(&address), "{address}");
-    }
-    let expected = json!({
-        "cniVersion": "1.1.0",
-        "interfaces": [
-            {"name": pod_link(&pod.container, "eth0"), "mac": "02:50:a9:fe:01:01"},
-            {"name": "eth0", "mac": made.mac, "sandbox": "/run/netns/pod"},
-        ],
-        "ips": [
-            {"address": format!("{four}/32"), "gateway": "169.254.1.1", "interface": 1},
-            {"address": format!("{six}/128"), "gateway": "fe80::1", "interface": 1},
-        ],
-        "routes": [
-            {"dst": "0.0.0.0/0", "gw": "169.254.1.1"},
-            {"dst": "::/0", "gw": "fe80::1"},
-            {"dst": BLOCKS[0], "gw": "169.254.1.1"},
-            {"dst": BLOCKS[1], "gw": "fe80::1"},
-            {"dst": format!("{HOST}/32"), "gw": "169.254.1.1"},
-        ],
-        "dns": {},
-    });
-    assert_eq!(result, expected);
-    assert_eq!(made.mtu, 1450);
-    assert!(is_reached(&node, &pod, &["resident", "host"]) && is_reached(&node, &resident, &["pod", "host"]));
-    let host = SocketAddr::new(HOST.parse().unwrap(), ECHO);
-    assert!(gets_to(&node, "pod", "host", host, host), "the pod reaches its node");
-    node.check(&pod).unwrap();
+        let pod = plain(&node, "pod");
+        let result = node.add(&pod).unwrap();
+        let made = eth0(&node, &pod).unwrap();
+        let [four, six] = made.addresses[..] else { panic!("{made:?}") };
+        for (block, address) in BLOCKS.iter().zip([four, six]) {
+            assert!(block.parse::<ipnet::IpNet>().unwrap().contains(&address), "{address}");
+        }
+        let address: IpAddr = host.parse().unwrap();
+        let near = if address.is_ipv4() { "169.254.1.1" } else { "fe80::1" };
+        let expected = json!({
+            "cniVersion": "1.1.0",
+            "interfaces": [
+                {"name": pod_link(&pod.container, "eth0"), "mac": "02:50:a9:fe:01:01"},
+                {"name": "eth0", "mac": made.mac, "sandbox": "/run/netns/pod"},
+            ],
+            "ips": [
+                {"address": format!("{four}/32"), "gateway": "169.254.1.1", "interface": 1},
+                {"address": format!("{six}/128"), "gateway": "fe80::1", "interface": 1},
+            ],
+            "routes": [
+                {"dst": "0.0.0.0/0", "gw": "169.254.1.1"},
+                {"dst": "::/0", "gw": "fe80::1"},
+                {"dst": BLOCKS[0], "gw": "169.254.1.1"},
+                {"dst": BLOCKS[1], "gw": "fe80::1"},
+                {"dst": ipnet::IpNet::from(address).to_string(), "gw": near},
+            ],
+            "dns": {},
+        });
+        assert_eq!(result, expected);
+        assert_eq!(made.mtu, if address.is_ipv4() { 1450 } else { 1430 });
+        assert!(is_reached(&node, &pod, &["resident", "host"]) && is_reached(&node, &resident, &["pod", "host"]));
+        let host = SocketAddr::new(address, ECHO);
+        assert!(gets_to(&node, "pod", "host", host, host), "the pod reaches its node");
+        node.check(&pod).unwrap();
 
-    assert_eq!(node.add(&pod).unwrap(), expected, "asked again it is the same");
-    assert_eq!(eth0(&node, &pod).unwrap(), made);
-    for _ in 0..2 {
-        assert_eq!(node.delete(&pod), Ok(Value::Null));
-        assert_eq!(eth0(&node, &pod), None);
-        assert_eq!(kept(&node), 1);
+        assert_eq!(node.add(&pod).unwrap(), expected, "asked again it is the same");
+        assert_eq!(eth0(&node, &pod).unwrap(), made);
+        for _ in 0..2 {
+            assert_eq!(node.delete(&pod), Ok(Value::Null));
+            assert_eq!(eth0(&node, &pod), None);
+            assert_eq!(kept(&node), 1);
+        }
+        assert_eq!(state(&node), before);
+        names(&node.check(&pod).unwrap_err(), 103, &["has no interface eth0"]);
+        node.check(&resident).unwrap();
     }
-    assert_eq!(state(&node), before);
-    names(&node.check(&pod).unwrap_err(), 103, &["has no interface eth0"]);
-    node.check(&resident).unwrap();
 }
 
 #[test]
@@ -187,7 +193,7 @@ fn an_address_that_was_given_back_is_not_given_at_once() {
     assert_eq!(all.len(), 13, "nobody shares one");
 }
 
-fn join(node: &Node, name: &str, address: &str, blocks: &[&str]) {
+pub(super) fn join(node: &Node, name: &str, address: &str, blocks: &[&str]) {
     node.api.make(
         "/api/v1/nodes",
         json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "spec": {"podCIDRs": blocks},
@@ -197,28 +203,35 @@ fn join(node: &Node, name: &str, address: &str, blocks: &[&str]) {
 
 #[test]
 fn other_nodes_are_followed() {
-    let mut node = Node::primary(BLOCKS);
-    let before = state(&node);
-    let knows = |node: &Node, what: &str| state(node).contains(what);
-    join(&node, "node2", "192.0.2.2", &["10.244.2.0/24", "fd44:0:0:2::/64"]);
-    join(&node, "node3", "192.0.2.3", &["10.244.3.0/24"]);
-    node.wait_for("the routes", || {
-        ["10.244.2.0/24 via 10.244.2.0 dev portolan0", "fd44:0:0:2::/64 via", "10.244.3.0/24 via", "dst 192.0.2.3"]
+    for [host, second, third] in NODES {
+        let mut node = Node::primary_at(host.parse().unwrap(), BLOCKS);
+        let before = state(&node);
+        let knows = |node: &Node, what: &str| state(node).contains(what);
+        join(&node, "node2", second, &["10.244.2.0/24", "fd44:0:0:2::/64"]);
+        join(&node, "node3", third, &["10.244.3.0/24"]);
+        node.wait_for("the routes", || {
+            [
+                "10.244.2.0/24 via 10.244.2.0 dev portolan0",
+                "fd44:0:0:2::/64 via",
+                "10.244.3.0/24 via",
+                &format!("dst {third}"),
+            ]
             .iter()
             .all(|what| knows(&node, what))
-    });
-    // Nothing leaves for them as the node.
-    node.wait_for("the rules", || knows(&node, "ip daddr 10.244.2.0/23 return"));
-    node.api.remove("/api/v1/nodes/node3");
-    node.wait_for("one to be forgotten", || !knows(&node, "10.244.3.") && !knows(&node, "192.0.2.3"));
-    let with_one = state(&node);
+        });
+        // Nothing leaves for them as the node.
+        node.wait_for("the rules", || knows(&node, "ip daddr 10.244.2.0/23 return"));
+        node.api.remove("/api/v1/nodes/node3");
+        node.wait_for("one to be forgotten", || !knows(&node, "10.244.3.") && !knows(&node, third));
+        let with_one = state(&node);
 
-    // One that goes while nobody looks.
-    node.stop();
-    assert_eq!(state(&node), with_one);
-    node.api.remove("/api/v1/nodes/node2");
-    node.start();
-    node.wait_for("the other to be forgotten", || state(&node) == before);
+        // One that goes while nobody looks.
+        node.stop();
+        assert_eq!(state(&node), with_one);
+        node.api.remove("/api/v1/nodes/node2");
+        node.start();
+        node.wait_for("the other to be forgotten", || state(&node) == before);
+    }
 }
 
 /// By mistake: what is this node's goes to no other, and of two others with the same the first has it.

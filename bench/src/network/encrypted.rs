@@ -30,11 +30,11 @@ pub fn is_possible(node: &Node) -> bool {
 pub async fn portolan(nodes: &[Node; 2]) -> Result<Way> {
     let keys = [PrivateKey::generate()?, PrivateKey::generate()?];
     let side = |which: usize, peer: BTreeMap<u32, PublicKey>| Encryption {
-        vtep: nodes[which].address,
+        vtep: nodes[which].address.into(),
         underlay_mtu: 1500,
         port: 7795,
         keys: BTreeMap::from([(1, keys[which].clone())]),
-        peers: BTreeMap::from([(nodes[1 - which].address, peer)]),
+        peers: BTreeMap::from([(nodes[1 - which].address.into(), peer)]),
     };
     // Which public keys it has a node learns from its kernel, and the other one from it.
     let mut public = Vec::new();

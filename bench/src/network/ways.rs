@@ -55,7 +55,7 @@ pub async fn portolan(nodes: &[Node; 2], network: &Network) -> Result<[Way; 2]> 
         let spec = NetworkSpec {
             vni: network.vni,
             mtu: network.mtu,
-            vtep: node.address,
+            vtep: node.address.into(),
             subnets: vec![IpNet::new(network.address(0).into(), 24)?],
             port: 7789,
             suppression: false,
@@ -104,7 +104,7 @@ async fn tell(
     peer: &Node,
     remote: &[(IpAddr, Mac)],
 ) -> Result<()> {
-    let peers = vec![Peer { vtep: peer.address, endpoints: remote.to_vec() }];
+    let peers = vec![Peer { vtep: peer.address.into(), endpoints: remote.to_vec() }];
     node.dataplane.forward(network.vni, &Forwarding { local: local.to_vec(), peers, suppression: false }).await?;
     Ok(())
 }

@@ -120,7 +120,7 @@ async fn entries_alone(node: &Node, world: World, rows: &mut Rows) -> Result<()>
     let spec = NetworkSpec {
         vni: world::VNI,
         mtu: 1450,
-        vtep: Ipv4Addr::new(192, 0, 2, 1),
+        vtep: [192, 0, 2, 1].into(),
         subnets: vec![world::SUBNET.parse()?],
         port: 7789,
         suppression: true,
@@ -134,7 +134,7 @@ async fn entries_alone(node: &Node, world: World, rows: &mut Rows) -> Result<()>
         (IpAddr::from(address), world.mac(address))
     };
     let peer = |far: u32| Peer {
-        vtep: Ipv4Addr::from(u32::from(Ipv4Addr::new(198, 18, 1, 0)) + far),
+        vtep: Ipv4Addr::from(u32::from(Ipv4Addr::new(198, 18, 1, 0)) + far).into(),
         endpoints: (0..world.pods).map(|pod| endpoint(far, pod)).collect(),
     };
     let wanted = Forwarding { local: vec![], peers: (0..world.nodes).map(peer).collect(), suppression: true };

@@ -13,6 +13,7 @@ use std::{
 
 use portolan_net::Dataplane;
 use portolan_runtime::{
+    address,
     events::Events,
     http::{self, Health, ServeError},
 };
@@ -31,7 +32,6 @@ use crate::{
     keys::KeyFile,
     known::Known,
     metrics::Metrics,
-    network::Underlay,
     paths::SmallPaths,
     peers::{self, Peers},
     primary::{self, Primary},
@@ -42,6 +42,7 @@ use crate::{
     snapshot::{Keeper, Snapshot},
     sync::{self, Applied},
     turns::Turns,
+    underlay::{Underlay, Unreachable},
 };
 
 /// How often the container runtime's directory is looked at.
@@ -101,6 +102,7 @@ pub(crate) struct Agent {
     pub metrics: Metrics,
     pub peers: Peers,
     pub small_paths: SmallPaths,
+    pub unreachable: Unreachable,
     /// Told whenever there may be something to do.
     pub changed: Arc<Notify>,
     /// The pods whose networks are being changed.
@@ -151,7 +153,7 @@ pub async fn run_with(
     let client = portolan_runtime::client::patient_until(client, shutdown.clone());
     let (metrics, registry) = Metrics::new();
     let health = Health::new();
-    let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.http_port));
+    let address = address::everywhere_like(settings.host_ip, settings.http_port);
     let web = tokio::spawn(http::serve(address, health.clone(), registry, shutdown.clone()));
 
     let agent = Arc::new(prepare(&settings, client, dataplane, metrics, &shutdown).await?);
@@ -237,6 +239,7 @@ async fn prepare(
         metrics,
         peers: Peers::default(),
         small_paths: SmallPaths::default(),
+        unreachable: Unreachable::default(),
         changed,
         busy: Busy::default(),
         applied: RwLock::default(),

@@ -3,7 +3,7 @@
 use std::{
     borrow::Borrow,
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
     time::{Duration, Instant},
 };
 
@@ -77,7 +77,7 @@ impl Encrypting {
 /// Another node, as its newest slice has it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 struct Peer {
-    vtep: Ipv4Addr,
+    vtep: IpAddr,
     keys: BTreeMap<u32, PublicKey>,
     sends: u32,
 }
@@ -95,7 +95,8 @@ impl Agent {
         if networks.is_empty() {
             return Ok(None);
         }
-        let peers = peers(&self.cluster.node, &networks, &self.cluster.slices.state());
+        let mut peers = peers(&self.cluster.node, &networks, &self.cluster.slices.state());
+        peers.retain(|_, peer| self.underlay.reaches(peer.vtep));
         if !self.dataplane.has_encryption() {
             // Devices that were made from a namespace go with it.
             applied.networks.retain(|_, spec| !spec.encrypted);
@@ -257,10 +258,14 @@ mod tests {
         slice
     }
 
+    fn last(vtep: IpAddr) -> u8 {
+        vtep.to_string().rsplit('.').next().unwrap().parse().unwrap()
+    }
+
     fn named(slices: &[NetworkNodeSlice]) -> Vec<(String, u8, Vec<u32>)> {
         let networks = BTreeSet::from(["a".to_owned(), "b".to_owned()]);
         let peers = peers("own", &networks, slices).into_iter();
-        peers.map(|(name, peer)| (name, peer.vtep.octets()[3], peer.keys.into_keys().collect())).collect()
+        peers.map(|(name, peer)| (name, last(peer.vtep), peer.keys.into_keys().collect())).collect()
     }
 
     #[test]

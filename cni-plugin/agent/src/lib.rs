@@ -44,6 +44,7 @@ mod slices;
 mod store;
 mod sync;
 mod turns;
+mod underlay;
 
 pub use agent::{AgentError, run, run_with};
 pub use settings::{Settings, UninstallSettings, uninstall};

@@ -23,6 +23,8 @@ pub(crate) struct Metrics {
     pub silent_nodes: Gauge,
     pub small_paths: Gauge,
     pub waiting_nodes: Gauge,
+    pub unreachable_nodes: Gauge,
+    pub unreachable_pod_nodes: Gauge,
     pub blocked_networks: Gauge,
 }
 
@@ -37,6 +39,8 @@ impl Metrics {
             silent_nodes: Gauge::default(),
             small_paths: Gauge::default(),
             waiting_nodes: Gauge::default(),
+            unreachable_nodes: Gauge::default(),
+            unreachable_pod_nodes: Gauge::default(),
             blocked_networks: Gauge::default(),
         };
         let mut registry = Registry::with_prefix("portolan");
@@ -51,6 +55,10 @@ impl Metrics {
         registry.register("network_small_paths", help, metrics.small_paths.clone());
         let help = "Nodes on this node's encrypted networks with which there has been no handshake by their newest key";
         registry.register("network_nodes_without_handshake", help, metrics.waiting_nodes.clone());
+        let help = "Nodes on this node's networks that it doesn't reach, as their addresses are of the other IP family";
+        registry.register("network_unreachable_nodes", help, metrics.unreachable_nodes.clone());
+        let help = "Nodes whose part of the pod network this node doesn't reach, as their addresses are of the other IP family";
+        registry.register("pod_network_unreachable_nodes", help, metrics.unreachable_pod_nodes.clone());
         let help = "Networks with egressNAT whose pods on this node don't reach the outside";
         registry.register("network_egress_blocked", help, metrics.blocked_networks.clone());
         metrics.dns.register(&mut registry);

@@ -1,14 +1,14 @@
 //! A ContainerNetwork, parsed into what a node needs of it.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use kube::ResourceExt;
 use portolan_crds::{ContainerNetwork, RESOLVER_RANGE, condition};
-use portolan_net::{Multicast, NetworkSpec, VXLAN_OVERHEAD, WIREGUARD_OVERHEAD, encrypted_size};
+use portolan_net::{Multicast, NetworkSpec, encrypted_size};
 use serde::{Deserialize, Serialize};
 
-use crate::error::PlugError;
+use crate::{error::PlugError, underlay::Underlay};
 
 /// A network that pods can be plugged into.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -24,15 +24,6 @@ pub(crate) struct Network {
     pub egress: bool,
     multicast: Multicast,
     mtu: Option<u32>,
-}
-
-/// What is the same for all networks of a node.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Underlay {
-    pub vtep: Ipv4Addr,
-    pub port: u16,
-    /// The MTU in bytes of the interface that has that address.
-    pub mtu: u32,
 }
 
 impl Network {
@@ -64,13 +55,13 @@ impl Network {
     }
 
     pub fn mtu(&self, underlay: Underlay) -> u32 {
-        let encryption = if self.encrypted { WIREGUARD_OVERHEAD } else { 0 };
-        self.mtu.unwrap_or(underlay.mtu.saturating_sub(VXLAN_OVERHEAD + encryption))
+        let encryption = if self.encrypted { underlay.wireguard() } else { 0 };
+        self.mtu.unwrap_or(underlay.mtu.saturating_sub(underlay.vxlan() + encryption))
     }
 
     /// The largest packet between nodes, in bytes with the outer IP header, of pods with that MTU.
     pub fn size(&self, mtu: u32, underlay: Underlay) -> u32 {
-        if self.encrypted { encrypted_size(mtu, underlay.mtu) } else { mtu + VXLAN_OVERHEAD }
+        if self.encrypted { encrypted_size(mtu, underlay.vtep, underlay.mtu) } else { mtu + underlay.vxlan() }
     }
 
     /// Whether pods have IPv4 addresses on it, from which they ask the DNS server.
@@ -108,6 +99,10 @@ mod tests {
     use super::*;
     use portolan_crds::{ContainerNetworkSpec, ContainerNetworkStatus};
 
+    fn underlay(vtep: &str) -> Underlay {
+        Underlay { vtep: vtep.parse().unwrap(), port: 7789, mtu: 1500 }
+    }
+
     fn network(subnets: &[&str]) -> Result<Network, PlugError> {
         let subnets = subnets.iter().map(|subnet| (*subnet).to_owned()).collect();
         let mut object = ContainerNetwork::new("backend", ContainerNetworkSpec { subnets, ..Default::default() });
@@ -117,7 +112,7 @@ mod tests {
 
     #[test]
     fn what_a_node_makes_of_the_subnets() {
-        let underlay = Underlay { vtep: Ipv4Addr::LOCALHOST, port: 7789, mtu: 1500 };
+        let underlay = underlay("192.0.2.1");
         let made = |subnets: &[&str]| {
             let spec = network(subnets).unwrap().spec(underlay);
             spec.subnets.iter().map(IpNet::to_string).collect::<Vec<_>>()
@@ -131,7 +126,7 @@ mod tests {
 
     #[test]
     fn multicast_is_flooded_unless_it_is_to_be_snooped() {
-        let underlay = Underlay { vtep: Ipv4Addr::LOCALHOST, port: 7789, mtu: 1500 };
+        let underlay = underlay("192.0.2.1");
         let made = |spec: &str| {
             let mut object = ContainerNetwork::new("backend", serde_json::from_str(spec).unwrap());
             object.status = Some(ContainerNetworkStatus { vni: Some(77), ..Default::default() });
@@ -144,8 +139,8 @@ mod tests {
 
     #[test]
     fn an_encrypted_network_has_smaller_packets() {
-        let underlay = Underlay { vtep: Ipv4Addr::LOCALHOST, port: 7789, mtu: 1500 };
-        let made = |spec: &str| {
+        let made_over = |vtep: &str, spec: &str| {
+            let underlay = underlay(vtep);
             let mut object = ContainerNetwork::new("backend", serde_json::from_str(spec).unwrap());
             let keys = Some(portolan_crds::KeyGeneration { generation: 1, since: None });
             object.status = Some(ContainerNetworkStatus { vni: Some(77), keys, ..Default::default() });
@@ -153,6 +148,7 @@ mod tests {
             let spec = network.spec(underlay);
             (spec.encrypted, spec.mtu, network.size(spec.mtu, underlay))
         };
+        let made = |spec: &str| made_over("192.0.2.1", spec);
         assert_eq!(
             made(r#"{"subnets":["10.32.0.0/16"]}"#),
             (false, 1450, 1500),
@@ -161,6 +157,11 @@ mod tests {
         assert_eq!(made(r#"{"subnets":["10.32.0.0/16"],"encryption":"None"}"#), (false, 1450, 1500));
         assert_eq!(made(r#"{"subnets":["10.32.0.0/16"],"encryption":"WireGuard"}"#), (true, 1390, 1500));
         assert_eq!(made(r#"{"subnets":["10.32.0.0/16"],"encryption":"WireGuard","mtu":1300}"#), (true, 1300, 1420));
+        // Each outer header is larger by 20 bytes over IPv6.
+        let made = |spec: &str| made_over("fd00::1", spec);
+        assert_eq!(made(r#"{"subnets":["10.32.0.0/16"]}"#), (false, 1430, 1500));
+        assert_eq!(made(r#"{"subnets":["10.32.0.0/16"],"encryption":"WireGuard"}"#), (true, 1350, 1500));
+        assert_eq!(made(r#"{"subnets":["10.32.0.0/16"],"encryption":"WireGuard","mtu":1300}"#), (true, 1300, 1456));
     }
 
     #[test]

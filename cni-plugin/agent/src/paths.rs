@@ -3,19 +3,14 @@
 use std::{
     borrow::Borrow,
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use kube::runtime::reflector::ObjectRef;
 use portolan_crds::{NetworkNodeSlice, PathMtu, SmallPath};
-use portolan_net::VXLAN_OVERHEAD;
 
-use crate::{
-    agent::Agent,
-    journal::Endpoint,
-    network::{Network, Underlay},
-};
+use crate::{agent::Agent, journal::Endpoint, network::Network, underlay::Underlay};
 
 /// Paths that a slice names before it only counts the rest.
 const NAMED: usize = 16;
@@ -23,7 +18,7 @@ const NAMED: usize = 16;
 const QUIET: u32 = 30;
 
 /// The nodes to which less passes than pods may send, and how much, in bytes with the IP header.
-pub(crate) type Small = BTreeMap<Ipv4Addr, u16>;
+pub(crate) type Small = BTreeMap<IpAddr, u16>;
 
 /// What is told of the paths.
 #[derive(Debug, Default)]
@@ -41,7 +36,7 @@ impl SmallPaths {
     pub fn resume(&self, node: &str, slices: &[impl Borrow<NetworkNodeSlice>]) {
         let vteps =
             slices.iter().map(Borrow::borrow).map(|slice| (slice.spec.node.as_str(), slice.spec.vtep.parse().ok()));
-        let vteps: BTreeMap<&str, Option<Ipv4Addr>> = vteps.collect();
+        let vteps: BTreeMap<&str, Option<IpAddr>> = vteps.collect();
         let own = slices.iter().map(Borrow::borrow).filter(|slice| slice.spec.node == node);
         let told = own.filter_map(|slice| slice.spec.path_mtu.as_ref()).flat_map(|it| &it.small);
         let known =
@@ -83,13 +78,15 @@ impl SmallPaths {
 impl Agent {
     /// The other nodes that have pods on this node's networks, by tunnel endpoint, each with the largest packet that pods of this node
     /// may send there, in bytes with the outer IP header.
-    pub(crate) fn wanted_sizes(&self) -> BTreeMap<Ipv4Addr, u16> {
+    pub(crate) fn wanted_sizes(&self) -> BTreeMap<IpAddr, u16> {
         let mut pods: BTreeMap<String, Vec<Endpoint>> = BTreeMap::new();
         for endpoint in self.journal.select(|_| true) {
             pods.entry(endpoint.network.clone()).or_default().push(endpoint);
         }
         let needed = pods.iter().map(|(network, pods)| (network.as_str(), self.needed(network, pods))).collect();
-        wanted(&self.cluster.node, &needed, &self.cluster.slices.state())
+        let mut wanted = wanted(&self.cluster.node, &needed, &self.cluster.slices.state());
+        wanted.retain(|vtep, _| self.underlay.reaches(*vtep));
+        wanted
     }
 
     /// The largest packet that pods of this node may send on a network, as it is between nodes.
@@ -104,15 +101,11 @@ fn needed(network: Option<&Network>, pods: &[Endpoint], underlay: Underlay) -> u
     let to_come = network.map(|network| network.mtu(underlay));
     let mtu = pods.iter().map(|pod| pod.mtu).chain(to_come).max().unwrap_or(0);
     // Of a network that isn't there any more it isn't known whether it was encrypted; then less is asked for.
-    let size = network.map_or(mtu + VXLAN_OVERHEAD, |network| network.size(mtu, underlay));
+    let size = network.map_or(mtu + underlay.vxlan(), |network| network.size(mtu, underlay));
     u16::try_from(size).unwrap_or(u16::MAX)
 }
 
-fn wanted(
-    own: &str,
-    needed: &BTreeMap<&str, u16>,
-    slices: &[impl Borrow<NetworkNodeSlice>],
-) -> BTreeMap<Ipv4Addr, u16> {
+fn wanted(own: &str, needed: &BTreeMap<&str, u16>, slices: &[impl Borrow<NetworkNodeSlice>]) -> BTreeMap<IpAddr, u16> {
     let mut wanted = BTreeMap::new();
     for slice in slices.iter().map(Borrow::borrow).filter(|slice| slice.spec.node != own) {
         if let (Some(needed), Ok(vtep)) = (needed.get(slice.spec.network.as_str()), slice.spec.vtep.parse()) {
@@ -169,14 +162,16 @@ mod tests {
         NetworkNodeSlice::new(&format!("{network}.node-{node}"), spec)
     }
 
-    fn vtep(node: u8) -> Ipv4Addr {
-        Ipv4Addr::new(192, 0, 2, node)
+    fn vtep(node: u8) -> IpAddr {
+        [192, 0, 2, node].into()
     }
 
     #[test]
     fn the_operator_counts_with_the_same_overhead() {
-        assert_eq!(portolan_crds::VXLAN_OVERHEAD, VXLAN_OVERHEAD);
-        assert_eq!(portolan_crds::WIREGUARD_OVERHEAD, portolan_net::WIREGUARD_OVERHEAD);
+        for vtep in [vtep(1), "fd00::1".parse().unwrap()] {
+            assert_eq!(portolan_crds::vxlan_overhead(vtep), portolan_net::vxlan_overhead(vtep));
+            assert_eq!(portolan_crds::wireguard_overhead(vtep), portolan_net::wireguard_overhead(vtep));
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -26,7 +26,7 @@ const UNANSWERED: u32 = 3;
 /// What is known of the nodes that are asked, by tunnel endpoint. A node that never answered is not silent: a firewall may be in
 /// the way.
 #[derive(Debug, Default)]
-pub(crate) struct Peers(Mutex<BTreeMap<Ipv4Addr, Peer>>);
+pub(crate) struct Peers(Mutex<BTreeMap<IpAddr, Peer>>);
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Peer {
@@ -38,18 +38,18 @@ struct Peer {
 
 impl Peers {
     /// The nodes that answered once and don't any more.
-    pub fn silent(&self) -> BTreeSet<Ipv4Addr> {
+    pub fn silent(&self) -> BTreeSet<IpAddr> {
         self.lock().iter().filter(|(_, peer)| peer.silent).map(|(node, _)| *node).collect()
     }
 
     /// The nodes that have answered since they were asked last.
-    fn answering(&self) -> BTreeSet<Ipv4Addr> {
+    fn answering(&self) -> BTreeSet<IpAddr> {
         let answers = |peer: &Peer| peer.ever_answered && peer.unanswered == 0;
         self.lock().iter().filter(|(_, peer)| answers(peer)).map(|(node, _)| *node).collect()
     }
 
     /// Takes stock before each of `nodes` is asked again; others are forgotten. Returns those that became silent.
-    fn take_stock(&self, nodes: &BTreeSet<Ipv4Addr>) -> Vec<Ipv4Addr> {
+    fn take_stock(&self, nodes: &BTreeSet<IpAddr>) -> Vec<IpAddr> {
         let mut peers = self.lock();
         peers.retain(|node, _| nodes.contains(node));
         let mut fell_silent = Vec::new();
@@ -65,7 +65,7 @@ impl Peers {
     }
 
     /// A node answered. Returns whether it had been silent.
-    fn answered(&self, node: Ipv4Addr) -> bool {
+    fn answered(&self, node: IpAddr) -> bool {
         let mut peers = self.lock();
         let Some(peer) = peers.get_mut(&node) else { return false };
         let answers_again = peer.silent;
@@ -73,14 +73,14 @@ impl Peers {
         answers_again
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Ipv4Addr, Peer>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<IpAddr, Peer>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Asks the nodes that share a network with this one until the agent ends.
 pub(crate) async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
-    let pinger = match Pinger::open() {
+    let pinger = match Pinger::open(agent.underlay.vtep) {
         Ok(pinger) => pinger,
         Err(error) => {
             tracing::warn!(%error, "names of pods on dead nodes stay until Kubernetes notices, and no path's MTU is probed");
@@ -123,7 +123,7 @@ fn take_in(agent: &Agent, paths: &mut Paths, heard: Heard) {
 
 async fn ask(agent: &Agent, pinger: &Pinger, paths: &mut Paths) {
     let wanted = agent.wanted_sizes();
-    let nodes: BTreeSet<Ipv4Addr> = wanted.keys().copied().collect();
+    let nodes: BTreeSet<IpAddr> = wanted.keys().copied().collect();
     // The large ones first: a small one that is answered was sent after them.
     for (node, size) in paths.tick(&wanted, &agent.peers.answering()) {
         match pinger.probe(node, size).await {
@@ -157,7 +157,7 @@ async fn ask(agent: &Agent, pinger: &Pinger, paths: &mut Paths) {
 mod tests {
     use super::*;
 
-    const NODE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 7);
+    const NODE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 7));
 
     fn seconds(peers: &Peers, count: u32) -> Vec<usize> {
         (0..count).map(|_| peers.take_stock(&BTreeSet::from([NODE])).len()).collect()

@@ -27,9 +27,9 @@ use crate::{
     collect::UnplugError,
     error::PlugError,
     known::Known,
-    network::Underlay,
     settings::Settings,
     store::{JournalError, Kept, Store},
+    underlay::{Underlay, Unreachable},
 };
 
 use record::{Last, PodRecord};
@@ -54,6 +54,7 @@ pub(crate) struct Primary {
     changed: Arc<Notify>,
     served: watch::Sender<bool>,
     known: Arc<Known>,
+    unreachable: Unreachable,
 }
 
 /// What the kernel was made since the start.
@@ -90,6 +91,7 @@ impl Primary {
             changed,
             served: watch::Sender::new(!settings.primary),
             known,
+            unreachable: Unreachable::default(),
         })
     }
 
@@ -108,6 +110,14 @@ impl Primary {
     async fn network(&self) -> Result<Arc<PodNetwork>, PlugError> {
         let applied = self.applied.lock().await;
         applied.network.clone().ok_or_else(|| PlugError::NoPodNetwork { reason: applied.problem.clone() })
+    }
+
+    /// The number of nodes that this one can't send to.
+    fn tell_unreachable(&self) -> usize {
+        let nodes = self.nodes.as_ref().map(reflector::Store::state).unwrap_or_default();
+        let unreachable = nodes::unreachable(&nodes, &self.node, self.underlay);
+        self.unreachable.tell(self.underlay.vtep, &unreachable);
+        unreachable.len()
     }
 
     /// Makes the kernel's part what the Nodes say.
@@ -248,6 +258,8 @@ pub(crate) async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
     }
     let mut unchecked: BTreeSet<String> = primary.pods.select(|_| true).iter().map(Kept::id).collect();
     loop {
+        let unreachable = i64::try_from(primary.tell_unreachable()).unwrap_or(i64::MAX);
+        agent.metrics.unreachable_pod_nodes.set(unreachable);
         let done = primary.follow(&agent.dataplane).await;
         if let Err(error) = &done {
             tracing::warn!(error, "the pod network is not what it should be");

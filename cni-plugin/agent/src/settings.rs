@@ -1,9 +1,6 @@
 //! What the agent is told when it starts.
 
-use std::{
-    net::{IpAddr, Ipv4Addr},
-    path::PathBuf,
-};
+use std::{net::IpAddr, path::PathBuf};
 
 use portolan_dns::Domain;
 
@@ -31,8 +28,8 @@ pub struct Settings {
     #[arg(long, env = "NODE_NAME")]
     pub node_name: String,
     /// This node's address on the underlay: the tunnels' endpoint.
-    #[arg(long, env = "HOST_IP")]
-    pub host_ip: Ipv4Addr,
+    #[arg(long, env = "HOST_IP", value_parser = portolan_runtime::address::host_ip)]
+    pub host_ip: IpAddr,
     /// Where the host's root directory is seen.
     #[arg(long, default_value = "/host")]
     pub host_root: PathBuf,
@@ -144,9 +141,25 @@ mod tests {
     }
 
     fn parse(arguments: &[&str]) -> Result<Settings, String> {
-        let needed = ["agent", "--node-name=a", "--host-ip=192.0.2.1"];
+        parse_at("192.0.2.1", arguments)
+    }
+
+    fn parse_at(host_ip: &str, arguments: &[&str]) -> Result<Settings, String> {
+        let needed = ["agent", "--node-name=a", &format!("--host-ip={host_ip}")];
         let parsed = Arguments::try_parse_from(needed.iter().chain(arguments));
         parsed.map(|arguments| arguments.settings).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_node_has_an_address_that_others_can_send_to() {
+        for good in ["192.0.2.1", "fd00::1", "2001:db8::1"] {
+            assert_eq!(parse_at(good, &[]).unwrap().host_ip.to_string(), good);
+        }
+        for bad in ["fe80::1", "::", "0.0.0.0", "ff02::1", "fe80::1%eth0", "node-1"] {
+            let error = parse_at(bad, &[]).unwrap_err();
+            assert!(error.contains("--host-ip") && error.contains(bad) && error.contains("allowed: "), "{error}");
+        }
+        assert!(parse_at("fe80::1", &[]).unwrap_err().contains("link-local"));
     }
 
     #[test]

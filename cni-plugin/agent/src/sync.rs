@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
     sync::Arc,
     time::Duration,
 };
@@ -199,13 +199,15 @@ impl Sync<'_> {
             }
         };
         let slices = self.agent.cluster.slices.state();
-        let silent = self.agent.peers.silent();
+        let mut silent = self.agent.peers.silent();
         self.agent.metrics.silent_nodes.set(i64::try_from(silent.len()).unwrap_or(i64::MAX));
         let small = self.agent.small_paths.get();
         self.agent.metrics.small_paths.set(i64::try_from(small.len()).unwrap_or(i64::MAX));
         let mut applied = self.agent.applied.write().await;
         // Read under the lock: a pod that is being plugged in is in the journal before its network is touched.
         let by_network = self.by_network();
+        // Names prefer pods that can be reached.
+        silent.extend(self.agent.tell_unreachable(|network| by_network.contains_key(network), &slices));
         self.entries.forget(self.agent.journal.take_gone());
         self.refused.retain(|uid, _| by_network.values().flatten().any(|e| e.uid == *uid));
         self.agent.metrics.set_endpoints(by_network.iter().map(|(n, e)| (n.clone(), e.len())));
@@ -278,7 +280,9 @@ impl Sync<'_> {
                 continue;
             };
             let is_suppressed = self.network(network, vni).is_some_and(|network| network.suppression);
-            let done = self.agent.forward(&mut self.entries, (network, vni), view.forwarding(is_suppressed)).await;
+            let mut forwarding = view.forwarding(is_suppressed);
+            forwarding.peers.retain(|peer| self.agent.underlay.reaches(peer.vtep));
+            let done = self.agent.forward(&mut self.entries, (network, vni), forwarding).await;
             if let Err(error) = &done
                 && error.is_refusal()
             {
@@ -311,7 +315,7 @@ impl Sync<'_> {
     fn tell_everyone(
         &mut self,
         slices: &BTreeMap<&str, Vec<&Arc<NetworkNodeSlice>>>,
-        silent: &BTreeSet<Ipv4Addr>,
+        silent: &BTreeSet<IpAddr>,
     ) -> Result<(), String> {
         let Some(everyone) = &mut self.everyone else { return Ok(()) };
         let known = self.agent.cluster.networks.state().into_iter().map(|network| network.name_any());

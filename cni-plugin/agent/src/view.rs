@@ -33,7 +33,7 @@ pub struct Local {
 pub struct View<'a> {
     local: Vec<&'a Local>,
     /// By tunnel endpoint, each with its node's name.
-    remote: BTreeMap<Ipv4Addr, Vec<(&'a Endpoint, &'a str)>>,
+    remote: BTreeMap<IpAddr, Vec<(&'a Endpoint, &'a str)>>,
     node: String,
 }
 
@@ -57,7 +57,7 @@ enum Place<'a> {
     /// On this node.
     Here(&'a Local),
     /// On the node with this tunnel endpoint and name.
-    Behind(Ipv4Addr, &'a str),
+    Behind(IpAddr, &'a str),
 }
 
 /// Those of which no better one has an address, in the order of their addresses. An endpoint is there with all of its addresses or not at
@@ -91,7 +91,7 @@ impl<'a> View<'a> {
             offer(&it.endpoint, Place::Here(it), rank);
         }
         for slice in slices.into_iter().filter(|s| s.spec.node != own) {
-            let Ok(vtep) = slice.spec.vtep.parse::<Ipv4Addr>() else { continue };
+            let Ok(vtep) = slice.spec.vtep.parse::<IpAddr>() else { continue };
             // Even a node whose endpoints all lost takes part in broadcasts.
             view.remote.entry(vtep).or_default();
             let written = written(slice);
@@ -122,7 +122,7 @@ impl<'a> View<'a> {
 
     /// Where frames go.
     pub fn forwarding(&self, suppression: bool) -> Forwarding {
-        let peer = |(vtep, endpoints): (&Ipv4Addr, &Vec<(&Endpoint, &str)>)| Peer {
+        let peer = |(vtep, endpoints): (&IpAddr, &Vec<(&Endpoint, &str)>)| Peer {
             vtep: *vtep,
             endpoints: endpoints.iter().flat_map(|(endpoint, _)| identities(endpoint)).collect(),
         };
@@ -137,7 +137,7 @@ impl<'a> View<'a> {
         network: &str,
         subnets: Vec<IpNet>,
         members: Vec<Member>,
-        silent: &BTreeSet<Ipv4Addr>,
+        silent: &BTreeSet<IpAddr>,
     ) -> NetworkZone {
         let local = self.local.iter().map(|local| host(&local.endpoint, &self.node));
         let remote = self.remote.iter().flat_map(|(vtep, endpoints)| {
@@ -209,7 +209,10 @@ mod tests {
     }
 
     fn places(view: &View<'_>) -> Vec<(u8, usize)> {
-        view.remote.iter().map(|(vtep, endpoints)| (vtep.octets()[3], endpoints.len())).collect()
+        view.remote
+            .iter()
+            .map(|(vtep, endpoints)| (vtep.to_string().rsplit('.').next().unwrap().parse().unwrap(), endpoints.len()))
+            .collect()
     }
 
     /// `pod node` of those in answers.
@@ -245,7 +248,7 @@ mod tests {
     fn pods_of_silent_nodes_are_told_apart() {
         let (b, c) = (slice("b", 2, "9", vec![endpoint("shop", "db-1", None, 6, true)]), slice("c", 3, "9", vec![]));
         let local = [Local { endpoint: endpoint("shop", "db-0", None, 5, true), asks_from: None, current: true }];
-        let silent = BTreeSet::from([Ipv4Addr::new(192, 0, 2, 2)]);
+        let silent = BTreeSet::from([IpAddr::from([192, 0, 2, 2])]);
         let zone = View::new("a", &local, [&b, &c]).zone("backend", vec![], vec![], &silent);
         let told: Vec<_> = zone.hosts.iter().map(|h| (h.pod.as_str(), h.node_is_silent)).collect();
         assert_eq!(told, [("db-0", false), ("db-1", true)]);

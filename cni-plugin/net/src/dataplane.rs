@@ -2,13 +2,10 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
 };
-
-use futures::TryStreamExt;
-use netlink_packet_route::{address::AddressAttribute, link::LinkAttribute};
 
 use crate::{
     error::{Error, Result},
@@ -134,27 +131,6 @@ impl Dataplane {
             Some(path) => Namespace::open(&self.root, path),
             None => Namespace::own(),
         }
-    }
-
-    /// The MTU in bytes of the interface that has the tunnel endpoint's address.
-    ///
-    /// # Errors
-    /// [`Error::NoUnderlay`] when no interface has it.
-    pub async fn underlay_mtu(&self, vtep: Ipv4Addr) -> Result<u32> {
-        let netlink = Netlink::open(&self.underlay()?)?;
-        let listed = netlink.handle().address().get().execute().try_collect::<Vec<_>>().await;
-        let addresses = listed.map_err(|e| netlink.error("list addresses", e))?;
-        let is_vtep = |a: &AddressAttribute| matches!(a, AddressAttribute::Local(IpAddr::V4(x)) | AddressAttribute::Address(IpAddr::V4(x)) if *x == vtep);
-        let index = addresses.iter().find(|a| a.attributes.iter().any(is_vtep)).map(|a| a.header.index);
-        let links = netlink.links().await?;
-        let link = links.iter().find(|l| Some(l.header.index) == index).ok_or(Error::NoUnderlay(vtep))?;
-        link.attributes
-            .iter()
-            .find_map(|a| match a {
-                LinkAttribute::Mtu(mtu) => Some(*mtu),
-                _ => None,
-            })
-            .ok_or(Error::NoUnderlay(vtep))
     }
 }
 

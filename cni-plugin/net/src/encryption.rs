@@ -10,7 +10,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsRawFd,
     path::Path,
 };
@@ -18,9 +18,8 @@ use std::{
 use futures::TryStreamExt;
 use ipnet::IpNet;
 use netlink_packet_route::{
-    AddressFamily,
     address::AddressAttribute,
-    route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
+    route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
 };
 use rtnetlink::{LinkUnspec, LinkWireguard, RouteMessageBuilder};
 
@@ -29,7 +28,9 @@ use crate::{
     error::{Error, Result},
     namespace::Namespace,
     netlink::{Netlink, ok_if},
+    port::IPV6_LEAST_MTU,
     sysctl,
+    underlay::{vxlan_overhead, wireguard_overhead},
     wireguard::{Device, PrivateKey, PublicKey, Wireguard, changes},
 };
 
@@ -37,25 +38,30 @@ use crate::{
 const PATH: &str = "/run/netns/portolan-encrypted";
 /// Devices, and so generations at a time.
 const DEVICES: [u16; 2] = [0, 1];
-/// What WireGuard adds to a packet over IPv4, in bytes: outer IP 20, UDP 8, header 16, authentication tag 16.
-pub const WIREGUARD_OVERHEAD: u32 = 60;
 /// WireGuard fills packets up to a multiple of so many bytes.
 const PADDING: u32 = 16;
 
-/// Nothing is forwarded, and packets of a node are taken from whichever device they come.
-const SYSCTLS: [(&str, &str); 5] = [
+/// Nothing is forwarded, and packets of a node are taken from whichever device they come. No device has an IPv6 address of its own making.
+const SYSCTLS: [(&str, &str); 6] = [
     ("ipv4/ip_forward", "0"),
     ("ipv4/conf/all/rp_filter", "0"),
     ("ipv4/conf/default/rp_filter", "0"),
-    ("ipv6/conf/all/disable_ipv6", "1"),
-    ("ipv6/conf/default/disable_ipv6", "1"),
+    ("ipv6/conf/all/forwarding", "0"),
+    ("ipv6/conf/default/addr_gen_mode", "1"),
+    ("ipv6/conf/default/accept_ra", "0"),
 ];
+
+/// It has IPv6 only where nodes have such addresses.
+fn family_sysctls(vtep: IpAddr) -> [(&'static str, &'static str); 2] {
+    let without = if vtep.is_ipv6() { "0" } else { "1" };
+    [("ipv6/conf/all/disable_ipv6", without), ("ipv6/conf/default/disable_ipv6", without)]
+}
 
 /// How a node's encrypted networks reach other nodes.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Encryption {
     /// This node's address on the underlay.
-    pub vtep: Ipv4Addr,
+    pub vtep: IpAddr,
     /// The underlay's MTU in bytes.
     pub underlay_mtu: u32,
     /// UDP port of the keys of even generations, the same on all nodes; those of odd ones have the next.
@@ -63,7 +69,7 @@ pub struct Encryption {
     /// This node's keys by generation: no two of the same parity.
     pub keys: BTreeMap<u32, PrivateKey>,
     /// The other nodes' keys by generation, by their addresses on the underlay.
-    pub peers: BTreeMap<Ipv4Addr, BTreeMap<u32, PublicKey>>,
+    pub peers: BTreeMap<IpAddr, BTreeMap<u32, PublicKey>>,
 }
 
 /// What was found when encryption was set up.
@@ -72,20 +78,20 @@ pub struct Encrypted {
     /// This node's public keys by generation.
     pub keys: BTreeMap<u32, PublicKey>,
     /// The generation by which packets are sent to each node. One without a key of a generation that this node has isn't reached.
-    pub sends: BTreeMap<Ipv4Addr, u32>,
+    pub sends: BTreeMap<IpAddr, u32>,
     /// The oldest generation by which packets may still be sent to any node.
     pub oldest: Option<u32>,
     /// Nodes with which there has been no handshake by their newest key.
-    pub waiting: BTreeSet<Ipv4Addr>,
+    pub waiting: BTreeSet<IpAddr>,
 }
 
 /// The largest packet that VXLAN of an encrypted network sends between nodes, in bytes with the outer IP header, for pods with an `mtu`.
-pub fn encrypted_size(mtu: u32, underlay_mtu: u32) -> u32 {
-    let inside = mtu.saturating_add(crate::VXLAN_OVERHEAD);
-    let largest = underlay_mtu.saturating_sub(WIREGUARD_OVERHEAD);
+pub fn encrypted_size(mtu: u32, vtep: IpAddr, underlay_mtu: u32) -> u32 {
+    let inside = mtu.saturating_add(vxlan_overhead(vtep));
+    let largest = underlay_mtu.saturating_sub(wireguard_overhead(vtep));
     // What doesn't fit would be cut into pieces first; then the path is too small.
     let filled = if inside < largest { inside.next_multiple_of(PADDING).min(largest) } else { inside };
-    filled.saturating_add(WIREGUARD_OVERHEAD)
+    filled.saturating_add(wireguard_overhead(vtep))
 }
 
 /// The generation by which a node is sent to: the newest that has been seen to work, else the newest that may come to.
@@ -127,16 +133,14 @@ impl Dataplane {
     pub async fn ensure_encryption(&self, wanted: &Encryption) -> Result<Encrypted> {
         let namespace = Namespace::ensure(self.root(), Path::new(PATH))?;
         sysctl::set(&namespace, &SYSCTLS)?;
+        sysctl::set(&namespace, &family_sysctls(wanted.vtep))?;
         let netlink = Netlink::open(&namespace)?;
         set_own_address(&netlink, wanted.vtep).await?;
         let underlay = Netlink::open(&self.underlay()?)?;
         let mut indexes = BTreeMap::new();
         for generation in wanted.keys.keys() {
             let device = device_of(*generation);
-            indexes.insert(
-                *generation,
-                ensure_device(&netlink, &underlay, &namespace, device, wanted.underlay_mtu).await?,
-            );
+            indexes.insert(*generation, ensure_device(&netlink, &underlay, &namespace, device, wanted).await?);
         }
         let mut found = BTreeMap::new();
         if !wanted.keys.is_empty() {
@@ -176,19 +180,16 @@ impl Dataplane {
     }
 }
 
-async fn set_own_address(netlink: &Netlink, vtep: Ipv4Addr) -> Result<()> {
+async fn set_own_address(netlink: &Netlink, vtep: IpAddr) -> Result<()> {
     let loopback = netlink.index("lo").await?;
     netlink.set_link(LinkUnspec::new_with_index(loopback).up().build(), "bring lo up").await?;
-    netlink.add_address(loopback, IpNet::from(std::net::IpAddr::from(vtep))).await?;
+    netlink.add_address(loopback, IpNet::from(vtep)).await?;
     // One that was this node's before may be another's by now.
     let listed =
         netlink.handle().address().get().set_link_index_filter(loopback).execute().try_collect::<Vec<_>>().await;
     for message in listed.map_err(|e| netlink.error("list addresses", e))? {
-        let is_kept = |attribute: &AddressAttribute| matches!(attribute, AddressAttribute::Local(address) if *address == vtep || address.is_loopback());
-        if message.header.index == loopback
-            && message.header.family == AddressFamily::Inet
-            && !message.attributes.iter().any(is_kept)
-        {
+        let is_kept = |attribute: &AddressAttribute| matches!(attribute, AddressAttribute::Local(it) | AddressAttribute::Address(it) if *it == vtep || it.is_loopback());
+        if message.header.index == loopback && !message.attributes.iter().any(is_kept) {
             let removed = netlink.handle().address().del(message).execute().await;
             ok_if(removed.map_err(|e| netlink.error("remove a former address of this node", e)), libc::EADDRNOTAVAIL)?;
         }
@@ -202,9 +203,13 @@ async fn ensure_device(
     underlay: &Netlink,
     namespace: &Namespace,
     device: u16,
-    underlay_mtu: u32,
+    wanted: &Encryption,
 ) -> Result<u32> {
     let (name, pending) = (device_name(device), pending_name(device));
+    let mtu = wanted.underlay_mtu.saturating_sub(wireguard_overhead(wanted.vtep));
+    if wanted.vtep.is_ipv6() && mtu < IPV6_LEAST_MTU {
+        return Err(Error::MtuTooSmall { mtu, address: wanted.vtep.into(), interface: name });
+    }
     if netlink.link(&name).await?.is_none() {
         netlink.remove_link(&pending).await?;
         // As a VXLAN device is: made from the underlay's namespace, straight into the other one (network.rs).
@@ -220,9 +225,8 @@ async fn ensure_device(
         netlink.set_link(named, format!("name the WireGuard device {name}")).await?;
     }
     let index = netlink.index(&name).await?;
-    let mtu = underlay_mtu.saturating_sub(WIREGUARD_OVERHEAD);
-    let wanted = LinkUnspec::new_with_index(index).mtu(mtu).build();
-    netlink.set_link(wanted, format!("set {name}'s MTU to {mtu}")).await?;
+    let link = LinkUnspec::new_with_index(index).mtu(mtu).build();
+    netlink.set_link(link, format!("set {name}'s MTU to {mtu}")).await?;
     Ok(index)
 }
 
@@ -266,18 +270,11 @@ fn judge(wanted: &Encryption, found: &BTreeMap<u32, Device>) -> Encrypted {
     told
 }
 
-/// All unicast routes of the namespace are ours. One is replaced by another at once: no packet finds none in between.
-async fn set_routes(netlink: &Netlink, sends: &BTreeMap<Ipv4Addr, u32>, indexes: &BTreeMap<u32, u32>) -> Result<()> {
-    let all = RouteMessageBuilder::<Ipv4Addr>::new().build();
-    let listed = netlink.handle().route().get(all).execute().try_collect::<Vec<_>>().await;
-    let listed = listed.map_err(|e| netlink.error("list routes", e))?;
-    let have: BTreeMap<Ipv4Addr, u32> = listed.iter().filter_map(route).collect();
-    let want: BTreeMap<Ipv4Addr, u32> =
+/// All unicast routes to nodes are ours. One is replaced by another at once: no packet finds none in between.
+async fn set_routes(netlink: &Netlink, sends: &BTreeMap<IpAddr, u32>, indexes: &BTreeMap<u32, u32>) -> Result<()> {
+    let have: BTreeMap<IpAddr, u32> = routes(netlink).await?.iter().filter_map(route).collect();
+    let want: BTreeMap<IpAddr, u32> =
         sends.iter().filter_map(|(vtep, generation)| Some((*vtep, *indexes.get(generation)?))).collect();
-    let message = |vtep: Ipv4Addr, device: u32| {
-        let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(vtep, 32).output_interface(device);
-        route.scope(RouteScope::Link).build()
-    };
     for (vtep, device) in want.iter().filter(|(vtep, device)| have.get(vtep) != Some(device)) {
         let added = netlink.handle().route().add(message(*vtep, *device)).replace().execute().await;
         added.map_err(|e| netlink.error(format!("send to {vtep} by WireGuard"), e))?;
@@ -289,17 +286,42 @@ async fn set_routes(netlink: &Netlink, sends: &BTreeMap<Ipv4Addr, u32>, indexes:
     Ok(())
 }
 
-/// To which node a route leads, and by which device.
-fn route(message: &RouteMessage) -> Option<(Ipv4Addr, u32)> {
+/// The namespace's routes of both families: a node may have had an address of the other one before.
+async fn routes(netlink: &Netlink) -> Result<Vec<RouteMessage>> {
+    let mut found = Vec::new();
+    for all in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()] {
+        let listed = netlink.handle().route().get(all).execute().try_collect::<Vec<_>>().await;
+        found.extend(listed.map_err(|e| netlink.error("list routes", e))?);
+    }
+    Ok(found)
+}
+
+/// The route to a node by a device.
+fn message(vtep: IpAddr, device: u32) -> RouteMessage {
+    match vtep {
+        IpAddr::V4(vtep) => {
+            let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(vtep, 32).output_interface(device);
+            route.scope(RouteScope::Link).build()
+        }
+        IpAddr::V6(vtep) => {
+            RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(vtep, 128).output_interface(device).build()
+        }
+    }
+}
+
+/// To which node a route leads, and by which device. What the kernel makes by itself (to an own address, to groups) leads to none.
+fn route(message: &RouteMessage) -> Option<(IpAddr, u32)> {
     let mut found = (None, None);
     for attribute in &message.attributes {
         match attribute {
-            RouteAttribute::Destination(RouteAddress::Inet(address)) => found.0 = Some(*address),
+            RouteAttribute::Destination(RouteAddress::Inet(address)) => found.0 = Some(IpAddr::from(*address)),
+            RouteAttribute::Destination(RouteAddress::Inet6(address)) => found.0 = Some(IpAddr::from(*address)),
             RouteAttribute::Oif(index) => found.1 = Some(*index),
             _ => {}
         }
     }
-    (message.header.kind == RouteType::Unicast).then_some(found.0.zip(found.1)?)
+    let is_ours = message.header.kind == RouteType::Unicast && message.header.protocol != RouteProtocol::Kernel;
+    is_ours.then_some(found.0.zip(found.1)?)
 }
 
 #[cfg(test)]
@@ -311,8 +333,12 @@ mod tests {
         PublicKey([number; 32])
     }
 
-    fn vtep(last: u8) -> Ipv4Addr {
-        Ipv4Addr::new(192, 0, 2, last)
+    fn vtep(last: u8) -> IpAddr {
+        [192, 0, 2, last].into()
+    }
+
+    fn vtep_ipv6(last: u16) -> IpAddr {
+        [0xfd00, 0, 0, 0, 0, 0, 0, last].into()
     }
 
     #[test]
@@ -326,8 +352,29 @@ mod tests {
             (1311, 1500, 1436),
             (1450, 1500, 1560), // more than the underlay takes
         ] {
-            assert_eq!(encrypted_size(mtu, underlay), size, "{mtu} of {underlay}");
+            assert_eq!(encrypted_size(mtu, vtep(1), underlay), size, "{mtu} of {underlay}");
         }
+        // Both outer headers are larger by 20 bytes over IPv6.
+        for (mtu, underlay, size) in [(1350, 1500, 1500), (1290, 1500, 1440), (1290, 1440, 1440), (1289, 1500, 1440)] {
+            assert_eq!(encrypted_size(mtu, vtep_ipv6(1), underlay), size, "{mtu} of {underlay}");
+        }
+    }
+
+    #[test]
+    fn a_node_of_either_family_is_led_to_by_its_address_alone() {
+        for (vtep, length) in [(vtep(2), 32), (vtep_ipv6(2), 128)] {
+            let made = message(vtep, 7);
+            assert_eq!((route(&made), made.header.destination_prefix_length), (Some((vtep, 7)), length));
+            let mut by_kernel = made.clone();
+            by_kernel.header.protocol = RouteProtocol::Kernel;
+            assert_eq!(route(&by_kernel), None, "to its own address");
+        }
+    }
+
+    #[test]
+    fn the_way_has_ipv6_only_where_nodes_have() {
+        assert!(family_sysctls(vtep(1)).iter().all(|(key, value)| key.ends_with("disable_ipv6") && *value == "1"));
+        assert!(family_sysctls(vtep_ipv6(1)).iter().all(|(_, value)| *value == "0"));
     }
 
     #[test]

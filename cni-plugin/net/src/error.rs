@@ -1,10 +1,6 @@
 //! What can go wrong, each with the object it went wrong with.
 
-use std::{
-    io,
-    net::{IpAddr, Ipv4Addr},
-    path::PathBuf,
-};
+use std::{io, net::IpAddr, path::PathBuf};
 
 use ipnet::IpNet;
 
@@ -218,7 +214,13 @@ pub enum Error {
     },
     /// No interface of the host has the tunnel endpoint's address.
     #[error("no interface of this node has the address {0}")]
-    NoUnderlay(Ipv4Addr),
+    NoUnderlay(IpAddr),
+    /// The tunnel endpoint's address is none that other nodes can send to.
+    #[error(
+        "{0} can't be this node's address on the underlay: it is link-local, and means another interface on each node; \
+         allowed: an address that the other nodes have a route to"
+    )]
+    LinkLocalUnderlay(IpAddr),
 }
 
 impl Error {

@@ -5,7 +5,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
 };
 
 use crate::Mac;
@@ -33,7 +33,7 @@ pub struct Forwarding {
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Peer {
     /// Its address on the underlay.
-    pub vtep: Ipv4Addr,
+    pub vtep: IpAddr,
     /// Its endpoints: address and MAC. One that has several addresses is here with each.
     pub endpoints: Vec<(IpAddr, Mac)>,
 }
@@ -42,9 +42,9 @@ pub struct Peer {
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 struct Table {
     /// On vx0: through which tunnel a MAC is reached.
-    tunnels: BTreeMap<Mac, Ipv4Addr>,
+    tunnels: BTreeMap<Mac, IpAddr>,
     /// On vx0: the tunnels that broadcasts and unknown frames are copied to.
-    floods: BTreeSet<Ipv4Addr>,
+    floods: BTreeSet<IpAddr>,
     /// On br0: MACs that are behind vx0.
     behind: BTreeSet<Mac>,
     /// MACs of which it isn't known whether they are.
@@ -57,13 +57,13 @@ struct Table {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Change {
     /// A MAC is reached through the tunnel to a node.
-    SetTunnel(Mac, Ipv4Addr),
+    SetTunnel(Mac, IpAddr),
     /// It isn't any more.
-    RemoveTunnel(Mac, Ipv4Addr),
+    RemoveTunnel(Mac, IpAddr),
     /// Broadcasts are copied to a node.
-    AddFlood(Ipv4Addr),
+    AddFlood(IpAddr),
     /// They aren't any more.
-    RemoveFlood(Ipv4Addr),
+    RemoveFlood(IpAddr),
     /// A MAC is behind the tunnels.
     AddBehind(Mac),
     /// It isn't any more.
@@ -170,7 +170,7 @@ impl Forwarding {
 /// What takes the kernel from `have` to `want`. Additions come first: a moved endpoint is never unreachable in between.
 fn plan(have: &Table, want: &Table) -> Vec<Change> {
     let mut changes = Vec::new();
-    let news = |have: Option<&Ipv4Addr>, vtep: &Ipv4Addr| have != Some(vtep);
+    let news = |have: Option<&IpAddr>, vtep: &IpAddr| have != Some(vtep);
     changes.extend(
         want.tunnels.iter().filter(|(m, v)| news(have.tunnels.get(m), v)).map(|(m, v)| Change::SetTunnel(*m, *v)),
     );
@@ -191,7 +191,7 @@ fn plan(have: &Table, want: &Table) -> Vec<Change> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv6Addr;
+    use std::net::{Ipv4Addr, Ipv6Addr};
 
     use super::*;
 
@@ -207,8 +207,8 @@ mod tests {
         Ipv6Addr::new(0xfd32, 0, 0, 0, 0, 0, 0, last).into()
     }
 
-    fn vtep(last: u8) -> Ipv4Addr {
-        Ipv4Addr::new(192, 0, 2, last)
+    fn vtep(last: u8) -> IpAddr {
+        Ipv4Addr::new(192, 0, 2, last).into()
     }
 
     fn forwarding(suppression: bool) -> Forwarding {

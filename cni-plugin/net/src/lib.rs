@@ -31,12 +31,13 @@ mod port;
 mod primary;
 mod removal;
 mod sysctl;
+mod underlay;
 mod wireguard;
 
 pub use bandwidth::{Bandwidth, Limit};
 pub use dataplane::Dataplane;
 pub use egress::{Egress, Obstacle, TRANSIT, TRANSIT_IPV6};
-pub use encryption::{Encrypted, Encryption, WIREGUARD_OVERHEAD, encrypted_size};
+pub use encryption::{Encrypted, Encryption, encrypted_size};
 pub use error::{Error, Result};
 pub use filter::{Filter, PortFilter, Protocol, Rule, Service};
 pub use forwarding::{Change, Forwarder, Forwarding, Here, Known, Peer};
@@ -54,6 +55,7 @@ pub use port::PortSpec;
 pub use primary::{
     HostPort, OtherNode, POD_GATEWAY, POD_GATEWAY_IPV6, POD_GATEWAY_MAC, PodNetwork, PodSpec, pod_link, pod_mac,
 };
+pub use underlay::{vxlan_overhead, wireguard_overhead};
 pub use wireguard::{KeyError, PrivateKey, PublicKey};
 
 use std::net::Ipv4Addr;
@@ -66,5 +68,3 @@ pub const BRIDGE_MAC: Mac = Mac([0x02, 0x50, 0xa9, 0xfe, 0x35, 0x35]);
 pub(crate) const BRIDGE: &str = "br0";
 /// The VXLAN device in a network's namespace.
 pub(crate) const TUNNEL: &str = "vx0";
-/// What VXLAN adds to a frame over IPv4, in bytes: outer IP 20, UDP 8, VXLAN 8, inner Ethernet 14 (RFC 7348, section 5).
-pub const VXLAN_OVERHEAD: u32 = 50;

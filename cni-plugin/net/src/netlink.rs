@@ -232,12 +232,15 @@ impl Netlink {
         added.map_err(|e| self.error(format!("add route to {to}"), e))
     }
 
-    /// A route over a link to what is reached directly; an IPv4 one makes the host speak from that address.
-    pub async fn add_route_from(&self, index: u32, to: IpNet, from: Ipv4Addr) -> Result<()> {
+    /// A route over a link to what is reached directly; one of that address' family makes the host speak from it.
+    pub async fn add_route_from(&self, index: u32, to: IpNet, from: IpAddr) -> Result<()> {
         let mut route = route(index, to, None);
-        if to.addr().is_ipv4() {
-            route.attributes.push(RouteAttribute::PrefSource(RouteAddress::Inet(from)));
-        }
+        let source = match (to, from) {
+            (IpNet::V4(_), IpAddr::V4(from)) => Some(RouteAddress::Inet(from)),
+            (IpNet::V6(_), IpAddr::V6(from)) => Some(RouteAddress::Inet6(from)),
+            _ => None,
+        };
+        route.attributes.extend(source.map(RouteAttribute::PrefSource));
         let added = self.handle.route().add(route).replace().execute().await;
         added.map_err(|e| self.error(format!("add route to {to}"), e))
     }

@@ -1,10 +1,10 @@
 //! Setting a network up on a node, and taking it down.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net};
 use netlink_packet_route::link::{InfoData, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage};
-use rtnetlink::{LinkBridge, LinkBridgePort, LinkUnspec, LinkVxlan};
+use rtnetlink::{LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVxlan};
 
 use std::os::fd::AsRawFd;
 
@@ -28,7 +28,7 @@ pub struct NetworkSpec {
     /// MTU of the pods' interfaces in bytes.
     pub mtu: u32,
     /// This node's address on the underlay.
-    pub vtep: Ipv4Addr,
+    pub vtep: IpAddr,
     /// The network's subnets, of either family.
     pub subnets: Vec<IpNet>,
     /// UDP port of the tunnels, the same on all nodes.
@@ -178,13 +178,8 @@ async fn ensure_tunnel(
         netlink.remove_link(&pending).await?;
         // Made from the underlay's namespace, which stays the one its packets leave by, straight into the network's. Kernels before
         // 6.14 look for the name in the former, hence the name that can't be there, and the second step.
-        let tunnel = LinkVxlan::new(&pending, spec.vni)
-            .local(spec.vtep)
-            .port(spec.tunnel_port())
-            .learning(false)
-            .mtu(spec.mtu)
-            .setns_by_fd(namespace.as_raw_fd())
-            .build();
+        let tunnel = vxlan(&pending, spec.vni, spec.vtep, spec.tunnel_port());
+        let tunnel = tunnel.mtu(spec.mtu).setns_by_fd(namespace.as_raw_fd()).build();
         let action =
             format!("make VXLAN device with VNI {} from {} to port {}", spec.vni, spec.vtep, spec.tunnel_port());
         underlay.add_link(tunnel, action).await?;
@@ -205,8 +200,18 @@ fn pending_name(vni: u32) -> String {
     format!("pvx{vni}")
 }
 
+/// A VXLAN device that sends from an address to those of the same family. Over IPv6 its packets have UDP checksums, as they have to (RFC 8200,
+/// section 8.1): the kernel drops those that come without.
+pub(crate) fn vxlan(name: &str, vni: u32, vtep: IpAddr, port: u16) -> LinkMessageBuilder<LinkVxlan> {
+    let device = LinkVxlan::new(name, vni).port(port).learning(false);
+    match vtep {
+        IpAddr::V4(vtep) => device.local(vtep),
+        IpAddr::V6(vtep) => device.local6(vtep),
+    }
+}
+
 /// Whether a link is a VXLAN device that is so; what can be changed in place isn't compared.
-pub(crate) fn is_vxlan(link: &LinkMessage, vni: u32, vtep: Ipv4Addr, port: u16) -> bool {
+pub(crate) fn is_vxlan(link: &LinkMessage, vni: u32, vtep: IpAddr, port: u16) -> bool {
     let facts = link.attributes.iter().find_map(|a| match a {
         LinkAttribute::LinkInfo(infos) => infos.iter().find_map(|i| match i {
             LinkInfo::Data(InfoData::Vxlan(facts)) => Some(facts),
@@ -215,7 +220,9 @@ pub(crate) fn is_vxlan(link: &LinkMessage, vni: u32, vtep: Ipv4Addr, port: u16) 
         _ => None,
     });
     let Some(facts) = facts else { return false };
-    facts.contains(&InfoVxlan::Id(vni))
-        && facts.contains(&InfoVxlan::Local(vtep))
-        && facts.contains(&InfoVxlan::Port(port))
+    let local = match vtep {
+        IpAddr::V4(vtep) => InfoVxlan::Local(vtep),
+        IpAddr::V6(vtep) => InfoVxlan::Local6(vtep),
+    };
+    facts.contains(&InfoVxlan::Id(vni)) && facts.contains(&local) && facts.contains(&InfoVxlan::Port(port))
 }

@@ -1,6 +1,6 @@
 //! Which packets get through to another node: packetization-layer path MTU discovery (RFC 4821) by questions of a known size. Pure.
 
-/// The smallest size that is asked for: every IPv4 node takes it (RFC 791). Where not even this passes, large questions are kept from passing
+/// The smallest size that is asked for: every IPv4 node takes it (RFC 791), and on paths of IPv6 1280 bytes are the least (RFC 8200, section 5). Where not even this passes, large questions are kept from passing
 /// for being questions.
 const FLOOR: u16 = 576;
 /// So many questions of a size in a row without an answer, while small ones are answered, and it doesn't pass.

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
 };
 
 use crate::path::{Outcome, Path};
@@ -19,11 +19,11 @@ const AT_ONCE: usize = 64;
 /// What is known of the paths to other nodes, by their addresses on the underlay.
 #[derive(Debug)]
 pub struct Paths {
-    own: Ipv4Addr,
+    own: IpAddr,
     now: u64,
-    paths: BTreeMap<Ipv4Addr, Checked>,
+    paths: BTreeMap<IpAddr, Checked>,
     /// What was known before, of nodes that nobody has asked for yet.
-    before: BTreeMap<Ipv4Addr, u16>,
+    before: BTreeMap<IpAddr, u16>,
 }
 
 #[derive(Debug)]
@@ -39,7 +39,7 @@ struct Checked {
 
 impl Paths {
     /// The paths from a node that knew some to be too small.
-    pub fn new(own: Ipv4Addr, before: BTreeMap<Ipv4Addr, u16>) -> Self {
+    pub fn new(own: IpAddr, before: BTreeMap<IpAddr, u16>) -> Self {
         Self { own, now: 0, paths: BTreeMap::new(), before }
     }
 
@@ -47,7 +47,7 @@ impl Paths {
     /// forgotten. `answering` are those that have answered a small question since the last time. Returns whom to ask, and of what size.
     ///
     /// A small question is to follow: by its answer the large one is known to be lost.
-    pub fn tick(&mut self, wanted: &BTreeMap<Ipv4Addr, u16>, answering: &BTreeSet<Ipv4Addr>) -> Vec<(Ipv4Addr, u16)> {
+    pub fn tick(&mut self, wanted: &BTreeMap<IpAddr, u16>, answering: &BTreeSet<IpAddr>) -> Vec<(IpAddr, u16)> {
         self.now += 1;
         self.paths.retain(|node, _| wanted.contains_key(node));
         for (node, size) in wanted {
@@ -62,7 +62,7 @@ impl Paths {
             }
         }
         let due = self.paths.iter().filter(|(node, it)| it.due <= self.now && answering.contains(node));
-        let mut due: Vec<(u64, Ipv4Addr)> = due.map(|(node, it)| (it.due, *node)).collect();
+        let mut due: Vec<(u64, IpAddr)> = due.map(|(node, it)| (it.due, *node)).collect();
         due.sort_unstable();
         due.truncate(AT_ONCE);
         let paths = &mut self.paths;
@@ -70,7 +70,7 @@ impl Paths {
     }
 
     /// Something was heard of a large question.
-    pub fn heard(&mut self, node: Ipv4Addr, size: u16, outcome: Outcome) {
+    pub fn heard(&mut self, node: IpAddr, size: u16, outcome: Outcome) {
         let now = self.now;
         if let Some(checked) = self.paths.get_mut(&node) {
             checked.step(size, outcome, now);
@@ -78,7 +78,7 @@ impl Paths {
     }
 
     /// The nodes to which less passes than has to, and how much does, in bytes with the IP header.
-    pub fn too_small(&self) -> BTreeMap<Ipv4Addr, u16> {
+    pub fn too_small(&self) -> BTreeMap<IpAddr, u16> {
         self.paths.iter().filter_map(|(node, it)| Some((*node, it.path.too_small()?))).collect()
     }
 }
@@ -121,29 +121,42 @@ impl Checked {
 
 /// Which of the seconds from the next one on is a pair of nodes': the same every time, and another one for most of the others
 /// (multiplicative hashing).
-fn spread(own: Ipv4Addr, node: Ipv4Addr) -> u64 {
-    let mixed = (own.to_bits().rotate_left(16) ^ node.to_bits()).wrapping_mul(0x9e37_79b1);
+fn spread(own: IpAddr, node: IpAddr) -> u64 {
+    let mixed = (folded(own).rotate_left(16) ^ folded(node)).wrapping_mul(0x9e37_79b1);
     u64::from(mixed >> 16) % SPREAD
+}
+
+/// An IPv4 address, or the four parts of an IPv6 one in which nodes may differ.
+fn folded(address: IpAddr) -> u32 {
+    match address {
+        IpAddr::V4(address) => address.to_bits(),
+        IpAddr::V6(address) => address
+            .octets()
+            .chunks_exact(4)
+            .fold(0, |all, part| all ^ part.iter().fold(0, |it, byte| it << 8 | u32::from(*byte))),
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
     use super::*;
 
-    const OWN: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
-    const NODE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 7);
+    const OWN: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+    const NODE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7));
     const SMALL: u16 = 36;
 
     /// A network whose nodes answer or don't, and whose paths carry so much.
     struct Network {
         paths: Paths,
-        wanted: BTreeMap<Ipv4Addr, u16>,
-        answering: BTreeSet<Ipv4Addr>,
+        wanted: BTreeMap<IpAddr, u16>,
+        answering: BTreeSet<IpAddr>,
         carries: u16,
     }
 
     impl Network {
-        fn new(nodes: impl IntoIterator<Item = Ipv4Addr>, carries: u16) -> Self {
+        fn new(nodes: impl IntoIterator<Item = IpAddr>, carries: u16) -> Self {
             let wanted: BTreeMap<_, _> = nodes.into_iter().map(|node| (node, 1500)).collect();
             let answering = wanted.keys().copied().collect();
             Self { paths: Paths::new(OWN, BTreeMap::new()), wanted, answering, carries }
@@ -278,23 +291,36 @@ mod tests {
         assert_eq!(network.found(), None);
     }
 
+    fn ipv4(n: u32) -> IpAddr {
+        Ipv4Addr::from_bits(Ipv4Addr::new(10, 0, 0, 9).to_bits() + n).into()
+    }
+
+    fn ipv6(n: u32) -> IpAddr {
+        Ipv6Addr::from_bits(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 9).to_bits() + u128::from(n)).into()
+    }
+
+    /// Each in a rack of its own.
+    fn racks(n: u32) -> IpAddr {
+        Ipv6Addr::from_bits(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1).to_bits() + (u128::from(n) << 64)).into()
+    }
+
     #[test]
     fn nodes_are_not_asked_all_at_once() {
-        let nodes = (0..200).map(|n| Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 9)) + n));
-        let mut network = Network::new(nodes, 1500);
-        let first = network.seconds(SPREAD);
-        assert_eq!(first.iter().sum::<usize>(), 200, "{first:?}");
-        assert!(first.iter().all(|count| *count <= 30), "{first:?}");
-        // Nor is a node by all others.
-        let mut seconds = BTreeMap::new();
-        for n in 0..200 {
-            *seconds.entry(spread(Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 9)) + n), NODE)).or_insert(0) += 1;
+        for address in [ipv4, ipv6, racks] {
+            let mut network = Network::new((0..200).map(address), 1500);
+            let first = network.seconds(SPREAD);
+            assert_eq!(first.iter().sum::<usize>(), 200, "{first:?}");
+            assert!(first.iter().all(|count| *count <= 30), "{first:?}");
+            // Nor is a node by all others.
+            let mut seconds = BTreeMap::new();
+            for n in 0..200 {
+                *seconds.entry(spread(address(n), NODE)).or_insert(0) += 1;
+            }
+            assert!(seconds.values().all(|count| *count <= 30), "{seconds:?}");
+            let mut network = Network::new((0..5000).map(address), 1500);
+            let asked = network.seconds(2 * INTERVAL);
+            assert!(asked.iter().all(|count| *count <= AT_ONCE), "{asked:?}");
+            assert!(asked.iter().sum::<usize>() >= 5000, "each of them once at least");
         }
-        assert!(seconds.values().all(|count| *count <= 30), "{seconds:?}");
-        let many = (0..5000).map(|n| Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 9)) + n));
-        let mut network = Network::new(many, 1500);
-        let asked = network.seconds(2 * INTERVAL);
-        assert!(asked.iter().all(|count| *count <= AT_ONCE), "{asked:?}");
-        assert!(asked.iter().sum::<usize>() >= 5000, "each of them once at least");
     }
 }

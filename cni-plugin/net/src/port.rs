@@ -34,7 +34,7 @@ use crate::{
 /// How long the kernel may take to let frames through a port that is up at both ends.
 const FORWARDING_PATIENCE: Duration = Duration::from_secs(3);
 /// The least MTU of an interface that carries IPv6, in bytes (RFC 8200, section 5).
-const IPV6_LEAST_MTU: u32 = 1280;
+pub(crate) const IPV6_LEAST_MTU: u32 = 1280;
 /// How often it is asked.
 const FORWARDING_POLL: Duration = Duration::from_millis(1);
 

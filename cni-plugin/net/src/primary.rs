@@ -41,7 +41,7 @@ pub const POD_GATEWAY_MAC: Mac = Mac([0x02, 0x50, 0xa9, 0xfe, 0x01, 0x01]);
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct PodNetwork {
     /// This node's address on the underlay.
-    pub vtep: Ipv4Addr,
+    pub vtep: IpAddr,
     /// UDP port of the tunnel, the same on all nodes.
     pub port: u16,
     /// MTU of the pods' interfaces in bytes.
@@ -56,7 +56,7 @@ pub struct PodNetwork {
 #[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct OtherNode {
     /// Its address on the underlay.
-    pub vtep: Ipv4Addr,
+    pub vtep: IpAddr,
     /// Its blocks.
     pub blocks: Vec<IpNet>,
 }

@@ -3,12 +3,13 @@
 use std::{
     collections::BTreeMap,
     fmt, io,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     str::FromStr,
 };
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use futures::StreamExt;
+use ipnet::IpNet;
 use netlink_packet_generic::{
     GenlFamily, GenlHeader, GenlMessage,
     ctrl::{GenlCtrl, GenlCtrlCmd, nlas::GenlCtrlAttrs},
@@ -33,7 +34,7 @@ use crate::{
 
 /// Bytes of a Curve25519 key.
 const KEY: usize = 32;
-/// Peers that are changed by one request: an attribute, which all of them are in, has 64 KiB at most, and a peer needs 116 bytes.
+/// Peers that are changed by one request: an attribute, which all of them are in, has 64 KiB at most, and a peer needs 116 bytes, or 140 with IPv6.
 const PEERS_AT_ONCE: usize = 256;
 /// How often a peer that hasn't answered yet is asked for a handshake, in seconds; the kernel asks every five at most.
 const KEEPALIVE: u16 = 5;
@@ -138,19 +139,19 @@ pub(crate) struct PeerState {
 pub(crate) enum PeerChange {
     Remove(PublicKey),
     /// The node with this key has this address, inside and outside.
-    Set(PublicKey, Ipv4Addr),
+    Set(PublicKey, IpAddr),
     /// It needn't be asked for a handshake any more.
     Settle(PublicKey),
 }
 
 /// What makes of a device's peers those that are wanted.
-pub(crate) fn changes(have: &BTreeMap<PublicKey, PeerState>, want: &BTreeMap<PublicKey, Ipv4Addr>) -> Vec<PeerChange> {
+pub(crate) fn changes(have: &BTreeMap<PublicKey, PeerState>, want: &BTreeMap<PublicKey, IpAddr>) -> Vec<PeerChange> {
     // First: an address is one peer's, and a new one would take it from a former with the same.
     let mut changes: Vec<_> =
         have.keys().filter(|key| !want.contains_key(key)).copied().map(PeerChange::Remove).collect();
     for (key, vtep) in want {
         match have.get(key) {
-            Some(peer) if peer.allowed == [(IpAddr::V4(*vtep), 32)] => {
+            Some(peer) if peer.allowed == [(*vtep, whole(*vtep))] => {
                 if peer.connected && peer.keepalive != 0 {
                     changes.push(PeerChange::Settle(*key));
                 }
@@ -262,6 +263,11 @@ fn allowed(told: &WireguardAllowedIp) -> Option<(IpAddr, u8)> {
     address.zip(prefix)
 }
 
+/// The prefix length of an address alone.
+fn whole(address: IpAddr) -> u8 {
+    IpNet::from(address).max_prefix_len()
+}
+
 fn peer(change: PeerChange, port: u16) -> WireguardPeer {
     let attributes = match change {
         PeerChange::Remove(key) => {
@@ -270,12 +276,15 @@ fn peer(change: PeerChange, port: u16) -> WireguardPeer {
         PeerChange::Set(key, vtep) => vec![
             WireguardPeerAttribute::PublicKey(key.0),
             WireguardPeerAttribute::Flags(WireguardPeerFlags::ReplaceAllowedIps),
-            WireguardPeerAttribute::Endpoint(SocketAddr::new(vtep.into(), port)),
+            WireguardPeerAttribute::Endpoint(SocketAddr::new(vtep, port)),
             WireguardPeerAttribute::PersistentKeepalive(KEEPALIVE),
             WireguardPeerAttribute::AllowedIps(vec![WireguardAllowedIp(vec![
-                WireguardAllowedIpAttr::Family(WireguardAddressFamily::Ipv4),
-                WireguardAllowedIpAttr::IpAddr(vtep.into()),
-                WireguardAllowedIpAttr::Cidr(32),
+                WireguardAllowedIpAttr::Family(match vtep {
+                    IpAddr::V4(_) => WireguardAddressFamily::Ipv4,
+                    IpAddr::V6(_) => WireguardAddressFamily::Ipv6,
+                }),
+                WireguardAllowedIpAttr::IpAddr(vtep),
+                WireguardAllowedIpAttr::Cidr(whole(vtep)),
             ])]),
         ],
         PeerChange::Settle(key) => vec![
@@ -389,13 +398,17 @@ mod tests {
         PublicKey([number; KEY])
     }
 
-    fn vtep(last: u8) -> Ipv4Addr {
-        Ipv4Addr::new(192, 0, 2, last)
+    fn vtep(last: u8) -> IpAddr {
+        [192, 0, 2, last].into()
+    }
+
+    fn vtep_ipv6(last: u16) -> IpAddr {
+        [0xfd00, 0, 0, 0, 0, 0, 0, last].into()
     }
 
     /// As the kernel has a peer that was set.
     fn there(last: u8, connected: bool) -> PeerState {
-        PeerState { allowed: vec![(vtep(last).into(), 32)], keepalive: KEEPALIVE, connected }
+        PeerState { allowed: vec![(vtep(last), 32)], keepalive: KEEPALIVE, connected }
     }
 
     #[test]
@@ -436,12 +449,34 @@ mod tests {
         );
     }
 
+    #[test]
+    fn a_node_is_reached_at_its_address_of_either_family() {
+        for (vtep, endpoint, length) in [(vtep(7), "192.0.2.7:7795", 32), (vtep_ipv6(7), "[fd00::7]:7795", 128)] {
+            let set = peer(PeerChange::Set(key(1), vtep), 7795);
+            let at = set.iter().find_map(|attribute| match attribute {
+                WireguardPeerAttribute::Endpoint(at) => Some(at.to_string()),
+                _ => None,
+            });
+            assert_eq!(at.as_deref(), Some(endpoint));
+            let mut device = Device::default();
+            device.take_peer(set);
+            let state = device.peers[&key(1)].clone();
+            assert_eq!(state.allowed, [(vtep, length)], "nothing else inside");
+            let want = BTreeMap::from([(key(1), vtep)]);
+            assert_eq!(changes(&device.peers, &want), [], "what is so stays");
+            let other = BTreeMap::from([(key(1), vtep_ipv6(8))]);
+            assert_eq!(changes(&device.peers, &other), [PeerChange::Set(key(1), vtep_ipv6(8))]);
+        }
+    }
+
     /// The kernel refuses a request with an attribute of 64 KiB.
     #[test]
     fn a_request_is_small_enough() {
-        let peers: Vec<_> = (0..PEERS_AT_ONCE).map(|_| peer(PeerChange::Set(key(1), vtep(1)), 1)).collect();
-        let attribute = WireguardAttribute::Peers(peers);
-        assert!(rtnetlink::packet_core::Nla::value_len(&attribute) < usize::from(u16::MAX));
+        for vtep in [vtep(1), vtep_ipv6(1)] {
+            let peers: Vec<_> = (0..PEERS_AT_ONCE).map(|_| peer(PeerChange::Set(key(1), vtep), 1)).collect();
+            let attribute = WireguardAttribute::Peers(peers);
+            assert!(rtnetlink::packet_core::Nla::value_len(&attribute) < usize::from(u16::MAX));
+        }
     }
 
     #[test]

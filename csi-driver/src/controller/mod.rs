@@ -18,7 +18,6 @@ mod source;
 pub(crate) mod volumes;
 mod wish;
 
-use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -131,7 +130,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let health = Health::new();
     // One that waits for its turn to lead is as ready as the leader.
     health.set_ready(true);
-    let address = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), options.http_port);
+    let address = portolan_runtime::address::everywhere(options.http_port);
     let http = http::serve(address, health, Arc::new(registry), shutdown.clone());
     let namespace = portolan_runtime::namespace();
     // Every process answers CSI calls: what they ask for is in the API, where the leader finds it.

@@ -26,7 +26,7 @@ mod take;
 pub(crate) mod write;
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -66,7 +66,7 @@ pub struct Options {
     #[arg(long, env = "NODE_NAME")]
     pub node_name: String,
     /// The address at which other nodes reach this one.
-    #[arg(long, env = "HOST_IP")]
+    #[arg(long, env = "HOST_IP", value_parser = portolan_runtime::address::host_ip)]
     pub host_ip: IpAddr,
     /// TCP port of the transfer server.
     #[arg(long, env = "TRANSFER_PORT", default_value_t = 7791)]
@@ -184,7 +184,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     });
 
     let health = Health::new();
-    let address = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), options.http_port);
+    let address = portolan_runtime::address::everywhere_like(options.host_ip, options.http_port);
     let http = http::serve(address, health.clone(), Arc::new(registry), shutdown.clone());
     let csi = registration::serve(node.clone(), shutdown.clone());
     let transfer_address = SocketAddr::new(options.host_ip, options.transfer_port);

@@ -1,6 +1,7 @@
 //! What every Kubernetes-facing process of Portolan shares: logs, the end of the process, health and metrics, how long the API server
-//! is waited for, the leader lease, conditions and Events, and whose DNS settings admission changes.
+//! is waited for, the leader lease, conditions and Events, addresses of the node, and whose DNS settings admission changes.
 
+pub mod address;
 pub mod admission;
 pub mod client;
 pub mod conditions;

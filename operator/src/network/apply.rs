@@ -101,8 +101,8 @@ async fn write_status(
     Ok(())
 }
 
-/// What Events tell, and whether it needs a look: another reason of `Ready`, a path that is too small once the first one is known, and a reason
-/// why there is no way outside.
+/// What Events tell, and whether it needs a look: another reason of `Ready`, a path that is too small once the first one is known, nodes
+/// of both IP families, and a reason why there is no way outside.
 fn news<'a>(before: &[Condition], after: &'a [Condition]) -> Vec<(bool, &'a Condition)> {
     let changed = |type_, of: fn(&Condition) -> &str| {
         let after = conditions::find(after, type_)?;
@@ -110,8 +110,10 @@ fn news<'a>(before: &[Condition], after: &'a [Condition]) -> Vec<(bool, &'a Cond
     };
     let ready = changed(condition::READY, |it| &it.reason).map(|it| (it.status != condition::TRUE, it));
     let mismatch = changed(condition::MTU_MISMATCH, |it| &it.status).filter(|it| it.status == condition::TRUE);
+    let split = changed(condition::FAMILY_MISMATCH, |it| &it.status).filter(|it| it.status == condition::TRUE);
     let egress = changed(condition::EGRESS_READY, |it| &it.reason).filter(|it| it.status != condition::TRUE);
-    ready.into_iter().chain(mismatch.map(|it| (true, it))).chain(egress.map(|it| (true, it))).collect()
+    let warnings = [mismatch, split, egress].into_iter().flatten().map(|it| (true, it));
+    ready.into_iter().chain(warnings).collect()
 }
 
 async fn write(
@@ -204,5 +206,10 @@ mod tests {
         assert_eq!(told(&fine[..1], &small), mismatch, "the status is of an older release");
         assert_eq!(told(&[], &fine), [(false, "Ready".to_owned())]);
         assert_eq!(told(&fine, &conditions("SubnetOverlaps", "True", "")).len(), 2);
+        let mut split = fine.clone();
+        conditions::set(&mut split, condition::FAMILY_MISMATCH, condition::TRUE, "NodesOfBothFamilies", "", None);
+        assert_eq!(told(&fine, &split), [(true, "IPFamilyMismatch".to_owned())]);
+        assert_eq!(told(&split, &split), []);
+        assert_eq!(told(&split, &fine), [], "it is mended");
     }
 }

@@ -4,6 +4,7 @@
 
 pub(crate) mod apply;
 mod egress;
+mod families;
 mod keys;
 mod narrow;
 mod plan;

@@ -1,8 +1,10 @@
 //! Which paths between nodes carry less than a network's pods may send, and what helps. Pure.
 
+use std::net::{IpAddr, Ipv4Addr};
+
 use portolan_crds::{
-    ContainerNetwork, Encryption, IPV6_LEAST_MTU, NetworkNodeSlice, PathMtu, VXLAN_OVERHEAD, WIREGUARD_OVERHEAD,
-    WIREGUARD_PADDING,
+    ContainerNetwork, Encryption, IPV6_LEAST_MTU, NetworkNodeSlice, PathMtu, WIREGUARD_PADDING, vxlan_overhead,
+    wireguard_overhead,
 };
 
 /// Why `MTUMismatch` is `True`; of the Event, too.
@@ -16,38 +18,44 @@ const LEAST_MTU: u32 = 576;
 pub fn of_network(slices: &[NetworkNodeSlice], network: &ContainerNetwork) -> Option<String> {
     let name = network.metadata.name.as_deref();
     let ours = slices.iter().filter(|slice| Some(slice.spec.network.as_str()) == name);
-    let told: Vec<(&str, &PathMtu)> =
-        ours.filter_map(|slice| Some((slice.spec.node.as_str(), slice.spec.path_mtu.as_ref()?))).collect();
+    let told: Vec<(&NetworkNodeSlice, &PathMtu)> =
+        ours.filter_map(|slice| Some((slice, slice.spec.path_mtu.as_ref()?))).collect();
     let needed = told.iter().map(|(_, it)| it.needed).max()?;
-    let paths = told.iter().flat_map(|(from, it)| it.small.iter().map(move |to| (to.mtu, *from, to.node.as_str())));
-    let mut paths: Vec<(u32, &str, &str)> = paths.collect();
+    let most = told.iter().map(|(from, it)| most(network, vtep(from), it.needed)).max()?;
+    let paths = || told.iter().flat_map(|(from, it)| it.small.iter().map(move |to| (*from, to)));
+    let fits = paths().map(|(from, to)| fits(network, vtep(from), to.mtu)).min()?;
+    let mut paths: Vec<(u32, &str, &str)> =
+        paths().map(|(from, to)| (to.mtu, from.spec.node.as_str(), to.node.as_str())).collect();
     paths.sort_unstable();
-    let least = paths.first()?.0;
     let named: Vec<String> =
         paths.iter().take(NAMED_PATHS).map(|(mtu, from, to)| format!("from {from} to {to} {mtu} pass")).collect();
     let counted: u32 = told.iter().map(|(_, it)| it.more).sum();
     Some(format!(
-        "pods' MTU is {}, which needs {needed} bytes between nodes; {}{}: {}",
-        most(network, needed),
+        "pods' MTU is {most}, which needs {needed} bytes between nodes; {}{}: {}",
         named.join(", "),
         rest(paths.len().saturating_sub(NAMED_PATHS), counted),
-        advice(network, fits(network, least)),
+        advice(network, fits),
     ))
 }
 
 /// The MTU of pods whose packets are `size` bytes between nodes; the largest if there are several.
-fn most(network: &ContainerNetwork, size: u32) -> u32 {
-    let encryption = if is_encrypted(network) { WIREGUARD_OVERHEAD } else { 0 };
-    size.saturating_sub(VXLAN_OVERHEAD + encryption)
+fn most(network: &ContainerNetwork, vtep: IpAddr, size: u32) -> u32 {
+    let encryption = if is_encrypted(network) { wireguard_overhead(vtep) } else { 0 };
+    size.saturating_sub(vxlan_overhead(vtep) + encryption)
+}
+
+/// The node's address, of which the family counts.
+fn vtep(slice: &NetworkNodeSlice) -> IpAddr {
+    slice.spec.vtep.parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))
 }
 
 /// The largest MTU of pods whose packets get through where `size` bytes do.
-fn fits(network: &ContainerNetwork, size: u32) -> u32 {
+fn fits(network: &ContainerNetwork, vtep: IpAddr, size: u32) -> u32 {
     if !is_encrypted(network) {
-        return most(network, size);
+        return most(network, vtep, size);
     }
-    let inside = size.saturating_sub(WIREGUARD_OVERHEAD);
-    (inside - inside % WIREGUARD_PADDING).saturating_sub(VXLAN_OVERHEAD)
+    let inside = size.saturating_sub(wireguard_overhead(vtep));
+    (inside - inside % WIREGUARD_PADDING).saturating_sub(vxlan_overhead(vtep))
 }
 
 fn is_encrypted(network: &ContainerNetwork) -> bool {
@@ -116,6 +124,21 @@ mod tests {
         let less = [slice("a", "node-a", &[("node-b", 1419)], 0)];
         let message = of_network(&less, &network).unwrap();
         assert!(message.contains(": set spec.mtu to 1294 or less "), "{message}");
+    }
+
+    #[test]
+    fn headers_of_ipv6_count() {
+        let mut slices = [slice("a", "node-a", &[("node-b", 1420)], 0)];
+        slices[0].spec.vtep = "fd00::1".into();
+        let mut network = network("10.32.0.0/16", None);
+        let message = of_network(&slices, &network).unwrap();
+        assert!(message.starts_with("pods' MTU is 1430, which needs 1500 bytes between nodes; "), "{message}");
+        assert!(message.contains(": set spec.mtu to 1350 or less "), "{message}");
+        network.spec.encryption = Encryption::WireGuard;
+        let message = of_network(&slices, &network).unwrap();
+        // 1328 are a multiple of 16, of which VXLAN needs 70.
+        assert!(message.starts_with("pods' MTU is 1350, which needs 1500 bytes between nodes; "), "{message}");
+        assert!(message.contains(": set spec.mtu to 1258 or less "), "{message}");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use portolan_crds::{
 use portolan_runtime::conditions;
 
 use super::validate::{self, Refusal};
-use super::{egress, keys, narrow, vni};
+use super::{egress, families, keys, narrow, vni};
 
 /// Pods that a message names before it only counts the rest.
 const NAMED_PODS: usize = 5;
@@ -82,7 +82,8 @@ pub fn plan(world: &World) -> Vec<Step> {
         let narrow = narrow::of_network(&world.slices, network);
         let keys = world.keys.clone().filter(|_| keys::is_encrypted(network));
         let egress = egress::of_network(&world.slices, network);
-        let seen = Seen { pods: plugged, missed, used: used.get(name.as_str()), narrow, keys, egress };
+        let split = families::of_network(&world.slices, network);
+        let seen = Seen { pods: plugged, missed, used: used.get(name.as_str()), narrow, split, keys, egress };
         if network.metadata.deletion_timestamp.is_some() {
             steps.extend(ending(network, &seen));
             continue;
@@ -134,6 +135,8 @@ struct Seen<'a> {
     used: Option<&'a HashSet<IpAddr>>,
     /// Which paths are too small, and what to do; none if no such path is known.
     narrow: Option<String>,
+    /// Which nodes don't reach each other for their addresses' families; none if all are of one.
+    split: Option<String>,
     /// Which keys nodes are to have, if the network is encrypted.
     keys: Option<KeyGeneration>,
     /// Whether pods reach the outside, if they are to.
@@ -207,6 +210,13 @@ fn written(
         None => (condition::FALSE, "PathsSuffice", "no path between nodes is known to carry less than pods may send"),
     };
     conditions::set(&mut status.conditions, condition::MTU_MISMATCH, state, reason, message, generation);
+    match &seen.split {
+        Some(message) => {
+            let kind = condition::FAMILY_MISMATCH;
+            conditions::set(&mut status.conditions, kind, condition::TRUE, families::REASON, message, generation);
+        }
+        None => status.conditions.retain(|it| it.type_ != condition::FAMILY_MISMATCH),
+    }
     match &seen.egress {
         Some((state, reason, message)) => {
             conditions::set(&mut status.conditions, condition::EGRESS_READY, state, reason, message, generation);
@@ -250,6 +260,33 @@ mod tests {
             ..Default::default()
         };
         NetworkNodeSlice::new(&format!("{network}.node1"), spec)
+    }
+
+    #[test]
+    fn nodes_of_both_families_are_told_as_long_as_there_are() {
+        let mut world = World { networks: vec![network("a")], slices: vec![slice("a", 1)], ..World::default() };
+        let mut other = slice("a", 1);
+        (other.spec.node, other.spec.vtep) = ("node2".to_owned(), "192.0.2.2".to_owned());
+        world.slices[0].spec.vtep = "fd00::1".to_owned();
+        let told = |world: &World| {
+            let statuses = plan(world).into_iter().filter_map(|step| match step {
+                Step::Status { status, .. } => Some(status),
+                _ => None,
+            });
+            statuses.last()
+        };
+        let of = |status: &ContainerNetworkStatus| {
+            status.conditions.iter().find(|it| it.type_ == condition::FAMILY_MISMATCH).cloned()
+        };
+        assert_eq!(of(&told(&world).unwrap()), None);
+        world.slices.push(other);
+        let status = told(&world).unwrap();
+        let condition = of(&status).unwrap();
+        assert_eq!((condition.status.as_str(), condition.reason.as_str()), ("True", "NodesOfBothFamilies"));
+        assert!(condition.message.contains("node1 (fd00::1)"), "{}", condition.message);
+        world.networks[0].status = Some(status);
+        world.slices.pop();
+        assert_eq!(of(&told(&world).unwrap()), None, "it is mended");
     }
 
     #[test]

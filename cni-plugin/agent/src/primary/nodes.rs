@@ -1,13 +1,13 @@
 //! The pod network as the cluster's Nodes have it. Pure.
 
-use std::{net::Ipv4Addr, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use k8s_openapi::{api::core::v1::Node, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::ResourceExt;
-use portolan_net::{OtherNode, PodNetwork, VXLAN_OVERHEAD};
+use portolan_net::{OtherNode, PodNetwork};
 
-use crate::network::Underlay;
+use crate::underlay::Underlay;
 
 /// Keeps what is needed of a Node: the rest is a hundred times as large.
 pub(super) fn slim(node: &mut Node) {
@@ -32,9 +32,16 @@ fn blocks(node: &Node) -> Vec<IpNet> {
 }
 
 /// Where its agent has the end of its tunnel: the Pod API's `hostIP`, which is the first internal address.
-fn vtep(node: &Node) -> Option<Ipv4Addr> {
+fn vtep(node: &Node) -> Option<IpAddr> {
     let addresses = node.status.as_ref()?.addresses.as_ref()?;
     addresses.iter().filter(|it| it.type_ == "InternalIP").find_map(|it| it.address.parse().ok())
+}
+
+/// The nodes whose tunnels end at addresses of the other family, by name.
+pub(super) fn unreachable(nodes: &[Arc<Node>], own: &str, underlay: Underlay) -> BTreeMap<String, IpAddr> {
+    let others = nodes.iter().filter(|node| node.name_any() != own && !blocks(node).is_empty());
+    let vteps = others.filter_map(|node| Some((node.name_any(), vtep(node)?)));
+    vteps.filter(|(_, vtep)| !underlay.reaches(*vtep)).collect()
 }
 
 /// What the pod network is to be on a node, or what is missing. Nobody else's block leads away what is this node's, and of two nodes with the
@@ -48,8 +55,8 @@ pub(super) fn network(nodes: &[Arc<Node>], own: &str, underlay: Underlay) -> Res
     }
     let others = nodes.iter().filter(|node| node.name_any() != own);
     let others = others.filter_map(|node| Some((node.name_any(), vtep(node)?, blocks(node))));
-    let others = others.filter(|(_, vtep, _)| *vtep != underlay.vtep);
-    let mut all: Vec<(IpNet, String, Ipv4Addr)> = others
+    let others = others.filter(|(_, vtep, _)| *vtep != underlay.vtep && underlay.reaches(*vtep));
+    let mut all: Vec<(IpNet, String, IpAddr)> = others
         .flat_map(|(name, vtep, blocks)| blocks.into_iter().map(move |block| (block, name.clone(), vtep)))
         .collect();
     all.sort();
@@ -65,7 +72,7 @@ pub(super) fn network(nodes: &[Arc<Node>], own: &str, underlay: Underlay) -> Res
             _ => others.push(OtherNode { vtep, blocks: vec![block] }),
         }
     }
-    let mtu = underlay.mtu.saturating_sub(VXLAN_OVERHEAD);
+    let mtu = underlay.mtu.saturating_sub(underlay.vxlan());
     Ok(PodNetwork { vtep: underlay.vtep, port: underlay.port, mtu, blocks: own_blocks, others })
 }
 
@@ -75,15 +82,16 @@ mod tests {
 
     use super::*;
 
-    const UNDERLAY: Underlay = Underlay { vtep: Ipv4Addr::new(192, 0, 2, 1), port: 7789, mtu: 1500 };
+    const UNDERLAY: Underlay =
+        Underlay { vtep: IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)), port: 7789, mtu: 1500 };
 
     fn node(name: &str, address: &str, blocks: &[&str]) -> Arc<Node> {
         let mut node: Node = serde_json::from_value(json!({
             "metadata": {"name": name, "labels": {"a": "b"}},
             "spec": {"podCIDR": blocks.first(), "podCIDRs": blocks},
             "status": {"images": [{"names": ["x"]}], "addresses": [
-                {"type": "Hostname", "address": name}, {"type": "InternalIP", "address": "fd00::1"},
-                {"type": "InternalIP", "address": address}]},
+                {"type": "Hostname", "address": name}, {"type": "ExternalIP", "address": "203.0.113.9"},
+                {"type": "InternalIP", "address": address}, {"type": "InternalIP", "address": "fd00::99"}]},
         }))
         .unwrap();
         slim(&mut node);
@@ -113,6 +121,22 @@ mod tests {
             let error = network(&nodes, missing, UNDERLAY).unwrap_err();
             assert!(error.contains(missing) && error.contains("spec.podCIDRs"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_node_of_the_other_family_is_not_reached_and_known_by_name() {
+        let nodes = [
+            node("a", "fd00::1", &["10.244.1.0/24", "fd44:0:0:1::/64"]),
+            node("b", "fd00::2", &["10.244.2.0/24", "fd44:0:0:2::/64"]),
+            node("c", "192.0.2.3", &["10.244.3.0/24"]),
+            node("new", "192.0.2.4", &[]),
+        ];
+        let underlay = Underlay { vtep: "fd00::1".parse().unwrap(), ..UNDERLAY };
+        let made = network(&nodes, "a", underlay).unwrap();
+        let vteps: Vec<String> = made.others.iter().map(|other| other.vtep.to_string()).collect();
+        assert_eq!((vteps, made.mtu), (vec!["fd00::2".to_owned()], 1430));
+        let unreachable = unreachable(&nodes, "a", underlay);
+        assert_eq!(unreachable, BTreeMap::from([("c".to_owned(), "192.0.2.3".parse().unwrap())]));
     }
 
     #[test]

@@ -57,7 +57,7 @@ impl PodRecord {
 
     /// Its link, as the kernel is to have it.
     pub fn spec(&self, network: &PodNetwork) -> PodSpec {
-        let itself = IpAddr::from(network.vtep).into();
+        let itself = network.vtep.into();
         PodSpec {
             link: self.link(),
             netns: self.netns.clone(),

@@ -3,7 +3,7 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, hash_map},
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
     sync::Arc,
 };
 
@@ -32,7 +32,7 @@ pub(crate) struct Following {
 struct Slice {
     /// What it was made from.
     object: Arc<NetworkNodeSlice>,
-    vtep: Ipv4Addr,
+    vtep: IpAddr,
     is_silent: bool,
     part: Part,
     /// When it was there last.
@@ -98,7 +98,7 @@ impl Following {
         own: &str,
         local: &[Local],
         slices: impl IntoIterator<Item = &'a Arc<NetworkNodeSlice>>,
-        silent: &BTreeSet<Ipv4Addr>,
+        silent: &BTreeSet<IpAddr>,
     ) {
         self.pass += 1;
         if self.local != local {
@@ -124,7 +124,7 @@ impl Following {
         }
     }
 
-    fn follow_slice(&mut self, object: &Arc<NetworkNodeSlice>, silent: &BTreeSet<Ipv4Addr>) {
+    fn follow_slice(&mut self, object: &Arc<NetworkNodeSlice>, silent: &BTreeSet<IpAddr>) {
         let name = object.metadata.name.as_deref().unwrap_or_default();
         if let Some(there) = self.there.get_mut(name)
             && Arc::ptr_eq(&there.object, object)
@@ -133,7 +133,7 @@ impl Following {
             there.pass = self.pass;
             return;
         }
-        let Ok(vtep) = object.spec.vtep.parse::<Ipv4Addr>() else { return };
+        let Ok(vtep) = object.spec.vtep.parse::<IpAddr>() else { return };
         let (is_silent, written) = (silent.contains(&vtep), written(object));
         let read = |endpoint: &Endpoint| {
             let readable = Readable::new(endpoint, Rank { wanted_here: false, ready: endpoint.ready, written })?;
@@ -188,7 +188,7 @@ impl Following {
         let mut local = winners(None, &self.here);
         let asking = self.asking.iter().enumerate().filter(|(position, _)| !losers.contains(&(None, *position)));
         local.extend(asking.filter_map(|(_, it)| *it));
-        let mut peers: BTreeMap<Ipv4Addr, Vec<(IpAddr, Mac)>> = BTreeMap::new();
+        let mut peers: BTreeMap<IpAddr, Vec<(IpAddr, Mac)>> = BTreeMap::new();
         for (name, slice) in &self.there {
             // Even a node whose endpoints all lost takes part in broadcasts.
             let endpoints = winners(Some(name), &slice.part);
@@ -242,7 +242,7 @@ pub(crate) fn names_for_everyone(
     views: &BTreeMap<String, Following>,
     others: &mut BTreeMap<String, Following>,
     slices: &BTreeMap<&str, Vec<&Arc<NetworkNodeSlice>>>,
-    silent: &BTreeSet<Ipv4Addr>,
+    silent: &BTreeSet<IpAddr>,
 ) -> Vec<NetworkNames> {
     let names: BTreeSet<String> = known.into_iter().chain(slices.keys().map(|name| (*name).to_owned())).collect();
     others.retain(|name, _| names.contains(name) && !views.contains_key(name));

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
 };
 
 use super::{Change, Forwarding, Peer, Table, plan};
@@ -58,7 +58,7 @@ pub(super) fn changes(have: &Table, before: &Forwarding, after: &Forwarding) -> 
     plan(&touched.of(have), &after.wanted_of(is_mac, is_address))
 }
 
-type ByVtep<'a> = BTreeMap<Ipv4Addr, &'a [(IpAddr, Mac)]>;
+type ByVtep<'a> = BTreeMap<IpAddr, &'a [(IpAddr, Mac)]>;
 
 /// None if a node is there twice.
 fn by_vtep(peers: &[Peer]) -> Option<ByVtep<'_>> {
@@ -104,7 +104,7 @@ mod tests {
         let endpoints = || proptest::collection::vec(endpoint(), 0..4);
         let peers = proptest::collection::btree_map(1..6u8, endpoints(), 0..5);
         (endpoints(), peers, prop::bool::weighted(0.8)).prop_map(|(local, peers, suppression)| {
-            let peer = |(last, endpoints)| Peer { vtep: Ipv4Addr::new(192, 0, 2, last), endpoints };
+            let peer = |(last, endpoints)| Peer { vtep: IpAddr::from([192, 0, 2, last]), endpoints };
             Forwarding { local, peers: peers.into_iter().map(peer).collect(), suppression }
         })
     }

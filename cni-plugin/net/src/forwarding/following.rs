@@ -162,8 +162,6 @@ impl<E: Entries> Following<E> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
-
     use super::*;
     use crate::{Here, Peer};
 
@@ -199,7 +197,7 @@ mod tests {
     fn wanted(peers: u8, endpoints: u8) -> Forwarding {
         let endpoint = |peer: u8, last| (IpAddr::from([10, 32, peer, last]), Mac([2, 0, 0, 0, peer, last]));
         let peer = |number| Peer {
-            vtep: Ipv4Addr::new(192, 0, 2, number),
+            vtep: IpAddr::from([192, 0, 2, number]),
             endpoints: (0..endpoints).map(|last| endpoint(number, last)).collect(),
         };
         Forwarding { local: vec![endpoint(0, 1)], peers: (1..=peers).map(peer).collect(), suppression: true }
@@ -296,7 +294,7 @@ mod tests {
     #[test]
     fn what_came_here_meanwhile_is_not_sent_away() {
         let (address, mac, other) = (IpAddr::from([10, 32, 0, 5]), Mac([2, 0, 0, 0, 0, 5]), Mac([2, 0, 0, 0, 0, 6]));
-        let vtep = Ipv4Addr::new(192, 0, 2, 2);
+        let vtep = IpAddr::from([192, 0, 2, 2]);
         let here = Here::from_iter([(address, mac)]);
         let against = [
             Change::SetTunnel(mac, vtep),

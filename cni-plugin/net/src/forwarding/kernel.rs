@@ -1,9 +1,6 @@
 //! Forwarding entries in the kernel: how they are asked for, and how many of them are changed by one call.
 
-use std::{
-    io,
-    net::{IpAddr, Ipv4Addr},
-};
+use std::{io, net::IpAddr};
 
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
@@ -77,8 +74,8 @@ async fn read(netlink: &Netlink, tunnel: u32, bridge: u32) -> Result<Table> {
         let (Some(mac), true) = (mac, entry.header.ifindex == tunnel) else { continue };
         let is_tunnels_own = entry.header.flags.contains(NeighbourFlags::Own);
         match (is_tunnels_own, destination) {
-            (true, Some(IpAddr::V4(vtep))) if mac == Mac::default() => drop(table.floods.insert(vtep)),
-            (true, Some(IpAddr::V4(vtep))) => drop(table.tunnels.insert(mac, vtep)),
+            (true, Some(vtep)) if mac == Mac::default() => drop(table.floods.insert(vtep)),
+            (true, Some(vtep)) => drop(table.tunnels.insert(mac, vtep)),
             // The bridge's entry for vx0's own MAC is permanent, which there means "local": not ours.
             (false, _) if entry.header.state != NeighbourState::Permanent => drop(table.behind.insert(mac)),
             _ => {}
@@ -109,7 +106,8 @@ pub(crate) fn entry_facts(entry: &NeighbourMessage) -> (Option<Mac>, Option<IpAd
             NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => found.1 = Some((*address).into()),
             // Entries of the bridge family come without a type for the address.
             NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
-                found.1 = <[u8; 4]>::try_from(bytes.as_slice()).ok().map(IpAddr::from);
+                let ipv4 = <[u8; 4]>::try_from(bytes.as_slice()).map(IpAddr::from);
+                found.1 = ipv4.or_else(|_| <[u8; 16]>::try_from(bytes.as_slice()).map(IpAddr::from)).ok();
             }
             _ => {}
         }
@@ -118,14 +116,14 @@ pub(crate) fn entry_facts(entry: &NeighbourMessage) -> (Option<Mac>, Option<IpAd
 }
 
 /// A VXLAN device's forwarding entry (`bridge fdb … self permanent`).
-pub(crate) fn tunnel_entry(tunnel: u32, mac: Mac, vtep: Ipv4Addr) -> NeighbourMessage {
+pub(crate) fn tunnel_entry(tunnel: u32, mac: Mac, vtep: IpAddr) -> NeighbourMessage {
     let mut entry = NeighbourMessage::default();
     entry.header.family = AddressFamily::Bridge;
     entry.header.ifindex = tunnel;
     entry.header.state = NeighbourState::Permanent;
     entry.header.flags = NeighbourFlags::Own;
     entry.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
-    entry.attributes.push(NeighbourAttribute::Destination(NeighbourAddress::Inet(vtep)));
+    entry.attributes.push(NeighbourAttribute::Destination(vtep.into()));
     entry
 }
 

@@ -1,7 +1,7 @@
 //! A pod's link to its host.
 
 use std::{
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
@@ -39,8 +39,8 @@ pub struct PodSpec {
     pub addresses: Vec<IpAddr>,
     /// The interface's MTU in bytes.
     pub mtu: u32,
-    /// From where the host speaks to the pod.
-    pub host: Ipv4Addr,
+    /// From where the host speaks to the pod in that address' family.
+    pub host: IpAddr,
     /// Whom the pod always reaches by this interface, whatever default route it gets beside: its host and the host's pods.
     pub near: Vec<IpNet>,
 }

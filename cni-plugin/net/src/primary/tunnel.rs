@@ -1,14 +1,11 @@
 //! The way to other nodes' pods: one VXLAN device, and for each block of another node a route, a neighbour and a forwarding entry.
 
-use std::{
-    collections::BTreeSet,
-    net::{IpAddr, Ipv4Addr},
-};
+use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage, link::LinkMessage, neighbour::NeighbourState};
 use rtnetlink::{
-    LinkUnspec, LinkVxlan,
+    LinkUnspec,
     packet_core::{NLM_F_CREATE, NLM_F_REPLACE},
 };
 
@@ -17,16 +14,16 @@ use crate::{
     Mac,
     error::Result,
     forwarding::{entry_facts, neighbour, neighbour_to_remove, tunnel_entry},
-    mac::endpoint_mac,
+    mac::node_mac,
     namespace::Namespace,
     netlink::{Netlink, link_facts, ok_if},
-    network::is_vxlan,
+    network::{is_vxlan, vxlan},
     sysctl,
 };
 
 /// The MAC of a node's tunnel: who knows the node's address knows it.
-fn tunnel_mac(vtep: Ipv4Addr) -> Mac {
-    endpoint_mac(DEVICE, vtep.into())
+fn tunnel_mac(vtep: IpAddr) -> Mac {
+    node_mac(DEVICE, vtep)
 }
 
 /// What stands for a node on the tunnel: the first address of each of its blocks, which no pod has.
@@ -62,7 +59,7 @@ async fn ensure_device(netlink: &Netlink, host: &Namespace, wanted: &PodNetwork)
         netlink.remove_link(DEVICE).await?;
     }
     if netlink.link(DEVICE).await?.is_none() {
-        let device = LinkVxlan::new(DEVICE, VNI).local(wanted.vtep).port(wanted.port).learning(false).build();
+        let device = vxlan(DEVICE, VNI, wanted.vtep, wanted.port).build();
         let action = format!("make VXLAN device {DEVICE} from {} to port {}", wanted.vtep, wanted.port);
         netlink.add_link(device, action).await?;
     }
@@ -90,7 +87,7 @@ async fn follow(netlink: &Netlink, index: u32, wanted: &PodNetwork) -> Result<()
     let others = || wanted.others.iter().flat_map(|other| other.blocks.iter().map(move |block| (other.vtep, *block)));
     let routes: BTreeSet<(IpNet, IpAddr)> = others().map(|(_, block)| (block, itself(block))).collect();
     let neighbours: BTreeSet<(IpAddr, Mac)> = others().map(|(vtep, block)| (itself(block), tunnel_mac(vtep))).collect();
-    let entries: BTreeSet<(Mac, Ipv4Addr)> = others().map(|(vtep, _)| (tunnel_mac(vtep), vtep)).collect();
+    let entries: BTreeSet<(Mac, IpAddr)> = others().map(|(vtep, _)| (tunnel_mac(vtep), vtep)).collect();
 
     let there: BTreeSet<(IpNet, IpAddr)> = netlink.gateways(index).await?.into_iter().collect();
     for (block, _) in there.iter().filter(|(block, _)| !routes.iter().any(|(wanted, _)| wanted == block)) {
@@ -122,7 +119,7 @@ async fn follow(netlink: &Netlink, index: u32, wanted: &PodNetwork) -> Result<()
 }
 
 /// The device's neighbours and forwarding entries.
-async fn known(netlink: &Netlink, index: u32) -> Result<(BTreeSet<(IpAddr, Mac)>, BTreeSet<(Mac, Ipv4Addr)>)> {
+async fn known(netlink: &Netlink, index: u32) -> Result<(BTreeSet<(IpAddr, Mac)>, BTreeSet<(Mac, IpAddr)>)> {
     let (mut neighbours, mut entries) = (BTreeSet::new(), BTreeSet::new());
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         for entry in netlink.neighbours(family).await? {
@@ -136,7 +133,7 @@ async fn known(netlink: &Netlink, index: u32) -> Result<(BTreeSet<(IpAddr, Mac)>
     }
     for entry in netlink.neighbours(AddressFamily::Bridge).await? {
         if entry.header.ifindex == index
-            && let (Some(mac), Some(IpAddr::V4(vtep))) = entry_facts(&entry)
+            && let (Some(mac), Some(vtep)) = entry_facts(&entry)
         {
             entries.insert((mac, vtep));
         }

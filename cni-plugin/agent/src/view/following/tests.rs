@@ -1,3 +1,5 @@
+use std::net::Ipv4Addr;
+
 use portolan_crds::NetworkNodeSliceSpec;
 use portolan_dns::NetworkZone;
 use proptest::prelude::*;
@@ -18,7 +20,7 @@ enum Step {
     /// The watch begins anew: all objects are others, and what they say is the same.
     Relist,
     Local(Vec<Local>),
-    Silent(BTreeSet<Ipv4Addr>),
+    Silent(BTreeSet<IpAddr>),
 }
 
 fn endpoint() -> impl Strategy<Value = Endpoint> {
@@ -35,8 +37,8 @@ fn endpoint() -> impl Strategy<Value = Endpoint> {
     })
 }
 
-fn vtep(last: u8) -> Ipv4Addr {
-    Ipv4Addr::new(192, 0, 2, last)
+fn vtep(last: u8) -> IpAddr {
+    [192, 0, 2, last].into()
 }
 
 fn step() -> impl Strategy<Value = Step> {
