@@ -64,7 +64,7 @@ e2e-network: tools
 	$(BUILD) e2e-network
 	$(TIMED) "Portolan as the only plugin, and the suite for networks" env LANE=native LAB_CNI=none e2e/on-lane $(PROGRAMS)/e2e-network
 
-## bench        Portolan beside what it is built on, in one run: networks, names and pods' starts, then volumes on LANE (PARTS="forgetting volumes moves load"); ends with tables (docs/benchmarks.md)
+## bench        Portolan beside what it is built on, in one run: networks, names and pods' starts, then volumes on LANE (PARTS="forgetting volumes transfers crowds wire moves load"); ends with tables (docs/benchmarks.md)
 bench: tools bench-network bench-names bench-cni
 	$(TIMED) "what people use else" $(LAB) packages openssh-server sanoid
 	$(BUILD) bench

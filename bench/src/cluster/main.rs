@@ -84,7 +84,7 @@ fn main() -> ExitCode {
 fn run(lab: &Lab, report: &mut String) -> Result<()> {
     let sizes = if std::env::var_os("QUICK").is_some_and(|quick| !quick.is_empty()) { QUICK } else { FULL };
     let node = lab.nodes()?.into_iter().next().context("the lab has nodes")?;
-    let parts = Parts::read(&["forgetting", "volumes", "moves", "load"])?;
+    let parts = Parts::read(&["forgetting", "volumes", "transfers", "crowds", "wire", "moves", "load"])?;
     set_up(lab)?;
     *report += &facts(lab, &node)?;
     let mut add = |table: &str| *report += &format!("\n{table}");
@@ -101,9 +101,7 @@ fn run(lab: &Lab, report: &mut String) -> Result<()> {
         lab.step("volumes, many at once");
         add(&volumes::many(lab, &watches, &mut bare, &sizes)?.markdown());
     }
-    if parts.has("moves", true) {
-        moves(lab, &watches, &mut bare, &node, &sizes, &mut add)?;
-    }
+    between_nodes(lab, &parts, &watches, &mut bare, &node, &sizes, &mut add)?;
     if parts.has("load", true) {
         lab.step("two databases, one on a volume and one on a bare dataset");
         load::start(lab, &mut bare, &node)?;
@@ -127,8 +125,9 @@ fn run(lab: &Lab, report: &mut String) -> Result<()> {
 }
 
 /// Volumes that move, on both nodes.
-fn moves(
+fn between_nodes(
     lab: &Lab,
+    parts: &Parts,
     watches: &Watches,
     bare: &mut Bare,
     node: &str,
@@ -138,21 +137,28 @@ fn moves(
     let other = lab.nodes()?.into_iter().find(|other| other != node).context("the lab has two nodes")?;
     let mut there = Bare::start(lab, &other)?;
     let (mut a, mut b) = (End::new(lab, node, bare)?, End::new(lab, &other, &mut there)?);
-    lab.step("a volume from node to node");
-    add(&transfer::measure(lab, watches, &mut a, &mut b, sizes)?.markdown());
-    lab.step("ten volumes from node to node at once");
-    let title = "Many volumes from node to node at once";
-    add(&Table::new(title, crowd::UNIT, [crowd::measure(lab, watches, "ten", &mut a, &b.node, sizes)?]).markdown());
-    lab.step("the same by a wire that is slower than the processors");
-    let wire = Wire::limit(lab, [a.node.clone(), b.node.clone()])?;
-    let by_wire = format!("by a wire of {MEGABITS} Mbit/s");
-    add(&Table::new(format!("A volume {by_wire}"), "ms", transfer::whole(lab, watches, &mut a, &mut b, sizes)?)
-        .markdown());
-    let crowd = crowd::measure(lab, watches, "wire", &mut a, &b.node, sizes)?;
-    add(&Table::new(format!("Many volumes {by_wire}"), crowd::UNIT, [crowd]).markdown());
-    drop(wire);
-    lab.step("a pod that writes, from node to node");
-    add(&downtime::measure(lab, watches, &mut a, &mut b, sizes)?);
+    if parts.has("transfers", true) {
+        lab.step("a volume from node to node");
+        add(&transfer::measure(lab, watches, &mut a, &mut b, sizes)?.markdown());
+    }
+    if parts.has("crowds", true) {
+        lab.step("ten volumes from node to node at once");
+        let crowd = crowd::measure(lab, watches, "ten", &mut a, &b.node, sizes)?;
+        add(&Table::new("Many volumes from node to node at once", crowd::UNIT, [crowd]).markdown());
+    }
+    if parts.has("wire", true) {
+        lab.step("the same by a wire that is slower than the processors");
+        let _wire = Wire::limit(lab, [a.node.clone(), b.node.clone()])?;
+        let by_wire = format!("by a wire of {MEGABITS} Mbit/s");
+        let whole = transfer::whole(lab, watches, &mut a, &mut b, sizes)?;
+        add(&Table::new(format!("A volume {by_wire}"), "ms", whole).markdown());
+        let crowd = crowd::measure(lab, watches, "wire", &mut a, &b.node, sizes)?;
+        add(&Table::new(format!("Many volumes {by_wire}"), crowd::UNIT, [crowd]).markdown());
+    }
+    if parts.has("moves", true) {
+        lab.step("a pod that writes, from node to node");
+        add(&downtime::measure(lab, watches, &mut a, &mut b, sizes)?);
+    }
     there.clean_up()
 }
 
