@@ -14,14 +14,8 @@ const NAMESPACE: &str = "encryption";
 const PASSPHRASE: &str = "correct horse battery staple";
 /// Written to the volumes; nothing else that is on the disks has it.
 const SEALED: &str = "e2e-marker-of-the-encrypted-volume";
-/// Written to the plain dataset.
 const OPEN: &str = "e2e-marker-of-the-plain-volume";
 const NO_SOURCE: &str = "null";
-/// Claims, and their pods: a filesystem whose key is derived from a passphrase, and a zvol with a key of 32 bytes.
-const BOTH: [&str; 2] = ["db", "disk"];
-/// None of Portolan's.
-const PLAIN: &str = "portolan/e2e-plain";
-const PLAIN_AT: &str = "/run/e2e-plain";
 
 /// Plays it, on the lab's first two nodes. Portolan must be installed. Where the pools can't encrypt, only that they say so.
 ///
@@ -59,63 +53,50 @@ fn refused(lab: &Lab) -> Result<()> {
 }
 
 fn sealed(lab: &Lab, here: &str, there: &str) -> Result<()> {
-    lab.step("encrypted volumes, and a plain dataset: what is written to the former is not on the disk");
+    lab.step("an encrypted volume and a plain one: what is written to the one is not on the disk");
     claim(lab, "db", "sealed", NO_SOURCE)?;
-    claim(lab, "disk", "sealed-each", NO_SOURCE)?;
-    start(lab, &BOTH, here)?;
-    for name in BOTH {
-        write(lab, name)?;
-    }
-    lab.on_node(here, &format!("zfs create -o mountpoint={PLAIN_AT} {PLAIN} && {{ {}; }}", writing(PLAIN_AT, OPEN)))?;
-    are(lab, here, "available")?;
+    claim(lab, "plain", "portolan", NO_SOURCE)?;
+    start(lab, "db", here)?;
+    start(lab, "plain", here)?;
+    write(lab, "db", SEALED)?;
+    write(lab, "plain", OPEN)?;
+    same("the dataset", properties(lab, here, "db")?, "aes-256-gcm available".to_owned())?;
     same("what is found on the disk", found_on_disk(lab, here)?, OPEN.to_owned())?;
-    lab.on_node(here, &format!("zfs destroy {PLAIN} && rmdir {PLAIN_AT}"))?;
 
     an_hour_ahead(lab, there)?;
-    lab.step("they move sealed, are opened where their pods are, and shut where they were; one is a zvol with ext4 and a key of 32 bytes");
-    go(lab, &BOTH, there)?;
-    reads(lab, &BOTH)?;
-    are(lab, there, "available")?;
-    are(lab, here, "unavailable")?;
+    lab.step("it moves sealed, is opened where its pod is, and shut where it was");
+    go(lab, "db", there)?;
+    same("what is read", read(lab, "db")?, SEALED.to_owned())?;
+    same("the dataset where it is", properties(lab, there, "db")?, "aes-256-gcm available".to_owned())?;
+    same("the dataset where it was", properties(lab, here, "db")?, "aes-256-gcm unavailable".to_owned())?;
     same("what is found on the target's disk", found_on_disk(lab, there)?, String::new())?;
-    go(lab, &BOTH, here)?;
-    for name in BOTH {
-        let volume = lab.json(&["get", "portablevolume", &volume(lab, name)?])?;
-        ensure!(volume["status"]["lastHandoff"]["base"].is_string(), "the way back has no base: {}", volume["status"]);
-    }
-    reads(lab, &BOTH)?;
-    are(lab, here, "available")?;
-    stop(lab, &["disk"])?;
-    lab.kubectl(&["-n", NAMESPACE, "delete", "pvc", "disk"])?;
+    go(lab, "db", here)?;
+    let volume = lab.json(&["get", "portablevolume", &volume(lab, "db")?])?;
+    ensure!(volume["status"]["lastHandoff"]["base"].is_string(), "the way back has no base: {}", volume["status"]);
+    same("what is read after the way back", read(lab, "db")?, SEALED.to_owned())?;
 
     lab.step("another key opens nothing");
-    stop(lab, &["db"])?;
+    stop(lab, "db")?;
     secret(lab, "another horse and battery")?;
     pod(lab, "db", here)?;
     event(lab, NAMESPACE, "Pod", "db", &["encryption/keys", "has not the key"])?;
-    stop(lab, &["db"])?;
+    stop(lab, "db")?;
     lab.kubectl(&["-n", NAMESPACE, "delete", "secret", "keys"])?;
     pod(lab, "db", here)?;
     event(lab, NAMESPACE, "Pod", "db", &["keys", "not found"])?;
     secret(lab, PASSPHRASE)?;
     started(lab, "db")?;
-    reads(lab, &["db"])?;
+    same("what is read with the key", read(lab, "db")?, SEALED.to_owned())?;
 
     lab.step("a new key, set while it is in use, opens it after the next move");
     let dataset = format!("portolan/{}", self::volume(lab, "db")?);
     lab.on_node(here, &format!("echo 'quite another horse' | zfs change-key {dataset}"))?;
     secret(lab, "quite another horse")?;
-    go(lab, &["db"], there)?;
-    reads(lab, &["db"])?;
-    copies(lab, here, there)
-}
+    go(lab, "db", there)?;
+    same("what is read with the new key", read(lab, "db")?, SEALED.to_owned())?;
 
-/// How the two datasets are encrypted on a node, and whether they can be read there.
-fn are(lab: &Lab, node: &str, status: &str) -> Result<()> {
-    for (name, cipher) in BOTH.into_iter().zip(["aes-256-gcm", "aes-128-gcm"]) {
-        same("the dataset", properties(lab, node, name)?, format!("{cipher} {status}"))?;
-    }
-    Ok(())
+    copies(lab, here, there)?;
+    zvol(lab, here, there)
 }
 
 /// Moves don't need clocks that agree. It stays so: the kubelet's lease must not go back in time.
@@ -128,25 +109,35 @@ fn an_hour_ahead(lab: &Lab, node: &str) -> Result<()> {
 fn copies(lab: &Lab, here: &str, there: &str) -> Result<()> {
     lab.step("copies of it, on its node and on another, and what can't be one");
     let of_db = "{kind: PersistentVolumeClaim, name: db}";
-    let copies = [("clone", there), ("copy", here)];
-    for (name, node) in copies {
+    for (name, node) in [("clone", there), ("copy", here)] {
         claim(lab, name, "sealed", of_db)?;
-        pod(lab, name, node)?;
-    }
-    for (name, node) in copies {
-        started(lab, name)?;
-        reads(lab, &[name])?;
+        start(lab, name, node)?;
+        same("what a copy begins with", read(lab, name)?, SEALED.to_owned())?;
         same("its dataset", properties(lab, node, name)?, "aes-256-gcm available".to_owned())?;
     }
     claim(lab, "disk", "sealed-each", of_db)?;
     event(lab, NAMESPACE, "PersistentVolumeClaim", "disk", &["aes-128-gcm", "aes-256-gcm"])?;
     lab.kubectl(&["-n", NAMESPACE, "delete", "pvc", "disk"])?;
     // The clone shares the source's key, which goes with the last of the two.
-    stop(lab, &["db"])?;
+    stop(lab, "db")?;
     same("the clone's dataset", properties(lab, there, "clone")?, "aes-256-gcm available".to_owned())?;
-    reads(lab, &["clone"])?;
-    stop(lab, &["clone"])?;
+    same("what the clone reads", read(lab, "clone")?, SEALED.to_owned())?;
+    stop(lab, "clone")?;
     same("the clone's dataset", properties(lab, there, "clone")?, "aes-256-gcm unavailable".to_owned())
+}
+
+/// ext4 on an encrypted zvol, with a key of 32 bytes.
+fn zvol(lab: &Lab, here: &str, there: &str) -> Result<()> {
+    lab.step("ext4 on an encrypted zvol, there and back");
+    claim(lab, "disk", "sealed-each", NO_SOURCE)?;
+    start(lab, "disk", here)?;
+    write(lab, "disk", SEALED)?;
+    for node in [there, here] {
+        go(lab, "disk", node)?;
+        same("what is read", read(lab, "disk")?, SEALED.to_owned())?;
+        same("its dataset", properties(lab, node, "disk")?, "aes-128-gcm available".to_owned())?;
+    }
+    Ok(())
 }
 
 fn claim(lab: &Lab, name: &str, class: &str, source: &str) -> Result<()> {
@@ -164,31 +155,27 @@ fn started(lab: &Lab, name: &str) -> Result<()> {
     lab.wait(&format!("pod {name} is Ready"), 150, || ready(&lab.json(&["-n", NAMESPACE, "get", "pod", name])?))
 }
 
-/// Starts pods on a node, all at once.
-fn start(lab: &Lab, names: &[&str], node: &str) -> Result<()> {
-    names.iter().try_for_each(|name| pod(lab, name, node))?;
-    names.iter().try_for_each(|name| started(lab, name))
+fn start(lab: &Lab, name: &str, node: &str) -> Result<()> {
+    pod(lab, name, node)?;
+    started(lab, name)
 }
 
-/// Ends pods; returns when their volumes are unmounted.
-fn stop(lab: &Lab, names: &[&str]) -> Result<()> {
-    lab.kubectl(&[&["-n", NAMESPACE, "delete", "pod", "--timeout=4m"], names].concat())?;
-    for name in names {
-        let volume = volume(lab, name)?;
-        lab.wait(&format!("volume of {name} is detached"), 60, || {
-            let all = lab.json(&["get", "volumeattachments"])?;
-            let all = all["items"].as_array().context("no list")?;
-            let left = all.iter().find(|it| it["spec"]["source"]["persistentVolumeName"] == volume.as_str());
-            ensure!(left.is_none(), "{left:?}");
-            Ok(())
-        })?;
-    }
-    Ok(())
+/// Ends a pod; returns when its volume is unmounted.
+fn stop(lab: &Lab, name: &str) -> Result<()> {
+    lab.kubectl(&["-n", NAMESPACE, "delete", "pod", name, "--timeout=4m"])?;
+    let volume = volume(lab, name)?;
+    lab.wait(&format!("volume of {name} is detached"), 60, || {
+        let all = lab.json(&["get", "volumeattachments"])?;
+        let all = all["items"].as_array().context("no list")?;
+        let left = all.iter().find(|it| it["spec"]["source"]["persistentVolumeName"] == volume.as_str());
+        ensure!(left.is_none(), "{left:?}");
+        Ok(())
+    })
 }
 
-fn go(lab: &Lab, names: &[&str], node: &str) -> Result<()> {
-    stop(lab, names)?;
-    start(lab, names, node)
+fn go(lab: &Lab, name: &str, node: &str) -> Result<()> {
+    stop(lab, name)?;
+    start(lab, name, node)
 }
 
 fn secret(lab: &Lab, passphrase: &str) -> Result<()> {
@@ -199,25 +186,16 @@ fn secret(lab: &Lab, passphrase: &str) -> Result<()> {
     .map(drop)
 }
 
-/// The command that writes words into a folder: among noise, which no compression makes smaller, so that the disk has the words as they are
-/// unless they are encrypted.
-fn writing(folder: &str, words: &str) -> String {
+/// Among noise, which no compression makes smaller, so that the disk has the words as they are unless they are encrypted.
+fn write(lab: &Lab, pod: &str, words: &str) -> Result<()> {
     let noise = "head -c 60000 /dev/urandom";
-    format!("({noise}; echo; echo {words}; {noise}) > {folder}/words && sync {folder}/words")
+    let command = format!("({noise}; echo; echo {words}; {noise}) > /data/words && sync /data/words");
+    lab.kubectl(&["-n", NAMESPACE, "exec", pod, "--", "sh", "-c", &command]).map(drop)
 }
 
-fn write(lab: &Lab, pod: &str) -> Result<()> {
-    lab.kubectl(&["-n", NAMESPACE, "exec", pod, "--", "sh", "-c", &writing("/data", SEALED)]).map(drop)
-}
-
-/// Pods read what was written.
-fn reads(lab: &Lab, pods: &[&str]) -> Result<()> {
+fn read(lab: &Lab, pod: &str) -> Result<String> {
     let command = format!("grep -a -o -e {SEALED} -e {OPEN} /data/words");
-    for pod in pods {
-        let found = lab.kubectl(&["-n", NAMESPACE, "exec", pod, "--", "sh", "-c", &command])?;
-        same(&format!("what {pod} reads"), found.trim(), SEALED)?;
-    }
-    Ok(())
+    Ok(lab.kubectl(&["-n", NAMESPACE, "exec", pod, "--", "sh", "-c", &command])?.trim().to_owned())
 }
 
 /// The volume of a claim.
