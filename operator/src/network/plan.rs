@@ -269,11 +269,11 @@ mod tests {
         (other.spec.node, other.spec.vtep) = ("node2".to_owned(), "192.0.2.2".to_owned());
         world.slices[0].spec.vtep = "fd00::1".to_owned();
         let told = |world: &World| {
-            let statuses = plan(world).into_iter().filter_map(|step| match step {
+            let mut statuses = plan(world).into_iter().filter_map(|step| match step {
                 Step::Status { status, .. } => Some(status),
                 _ => None,
             });
-            statuses.last()
+            statuses.next_back()
         };
         let of = |status: &ContainerNetworkStatus| {
             status.conditions.iter().find(|it| it.type_ == condition::FAMILY_MISMATCH).cloned()
