@@ -131,7 +131,7 @@ fn reaches(node: &Node, from: &Pod, to: &Pod) -> bool {
 fn answers(node: &Node, pod: &Pod, server: Ipv4Addr, name: &str) -> Option<Vec<IpAddr>> {
     let mut question = Message::new(4711, MessageType::Query, OpCode::Query);
     question.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
-    let mut buffer = [0; 512];
+    let mut buffer = [0; 4096];
     let socket = node.inside(netns(pod), || UdpSocket::bind("0.0.0.0:0"));
     socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
     socket.send_to(&question.to_vec().unwrap(), (server, 53)).ok()?;

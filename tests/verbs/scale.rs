@@ -2,20 +2,16 @@
 //! `make bench-scale` measures a large one.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, UdpSocket},
+    net::{IpAddr, Ipv4Addr},
     thread,
 };
 
-use hickory_proto::{
-    op::{Message, MessageType, OpCode, Query},
-    rr::{Name, RecordType},
-};
 use k8s_openapi::api::events::v1::Event;
 use portolan_net::{BRIDGE_ADDRESS, endpoint_mac};
 use portolan_tests::node::{Node, Pod};
 use serde_json::{Value, json};
 
-use super::{IPV4, PATIENCE, addresses, files, netns, on_backend, port};
+use super::{IPV4, addresses, answers, files, on_backend, port};
 
 const NODES: u16 = 200;
 /// On each.
@@ -74,17 +70,7 @@ fn all_of(nodes: u16, pods: u16) -> [usize; 4] {
 
 /// Whether a name has an address, to a pod that asks its node.
 fn is_answered(node: &Node, asking: &Pod, name: &str) -> bool {
-    let mut question = Message::new(4711, MessageType::Query, OpCode::Query);
-    question.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
-    let answer = node.inside(netns(asking), || {
-        let socket = UdpSocket::bind("0.0.0.0:0")?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        socket.send_to(&question.to_vec().unwrap(), (BRIDGE_ADDRESS, 53))?;
-        let mut answer = [0; 4096];
-        // The server may not be there yet.
-        Ok(socket.recv(&mut answer).map_or_else(|_| Vec::new(), |length| answer[..length].to_vec()))
-    });
-    Message::from_vec(&answer).is_ok_and(|answer| !answer.answers.is_empty())
+    answers(node, asking, BRIDGE_ADDRESS, name).is_some_and(|all| !all.is_empty())
 }
 
 fn suppressing(subnets: &[&str]) -> Node {

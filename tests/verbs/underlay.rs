@@ -1,18 +1,14 @@
 //! A node whose address on the underlay is IPv6, and that has no IPv4 there, beside nodes of both families.
 
-use std::net::{IpAddr, Ipv6Addr, UdpSocket};
+use std::net::{IpAddr, Ipv6Addr};
 
-use hickory_proto::{
-    op::{Message, MessageType, OpCode, Query},
-    rr::{Name, RData, RecordType},
-};
 use portolan_crds::NetworkNodeSlice;
 use portolan_net::{BRIDGE_ADDRESS, endpoint_mac};
 use portolan_tests::node::{NODE, Node, Pod};
 use serde_json::json;
 
 use super::{
-    DUAL, PATIENCE, interface, netns, on_backend,
+    DUAL, answers, interface, on_backend,
     primary::{BLOCKS, join, state},
     reaches,
 };
@@ -38,22 +34,8 @@ fn entries(node: &Node) -> String {
 
 /// The IPv4 addresses of a name, to a pod that asks its node.
 fn answer(node: &Node, asking: &Pod, name: &str) -> Vec<String> {
-    let mut question = Message::new(4711, MessageType::Query, OpCode::Query);
-    question.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
-    let answer = node.inside(netns(asking), || {
-        let socket = UdpSocket::bind("0.0.0.0:0")?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        socket.send_to(&question.to_vec().unwrap(), (BRIDGE_ADDRESS, 53))?;
-        let mut answer = [0; 4096];
-        // The server may not be there yet.
-        Ok(socket.recv(&mut answer).map_or_else(|_| Vec::new(), |length| answer[..length].to_vec()))
-    });
-    let Ok(answer) = Message::from_vec(&answer) else { return Vec::new() };
-    let addresses = answer.answers.iter().filter_map(|record| match &record.data {
-        RData::A(address) => Some(address.to_string()),
-        _ => None,
-    });
-    addresses.collect()
+    let all = answers(node, asking, BRIDGE_ADDRESS, name).unwrap_or_default();
+    all.iter().map(IpAddr::to_string).collect()
 }
 
 #[test]

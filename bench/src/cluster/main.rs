@@ -16,7 +16,7 @@ mod wire;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use portolan_bench::stats::Table;
+use portolan_bench::{end, stats::Table};
 use portolan_e2e::{
     lab::{Lab, text},
     parts::Parts,
@@ -70,14 +70,7 @@ fn main() -> ExitCode {
         scene::install(&lab)?;
         run(&lab, &mut report)
     });
-    println!("\n{report}");
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("\nFAILED: {e:#}");
-            ExitCode::FAILURE
-        }
-    }
+    end(&report, result)
 }
 
 /// Measures all, and leaves nothing behind. The report has what was measured before an error, too.

@@ -12,7 +12,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
-use portolan_bench::stats::{Pairs, Table};
+use portolan_bench::{
+    end,
+    stats::{Pairs, Table},
+};
 use portolan_dns::Zone;
 
 use crate::{
@@ -47,14 +50,7 @@ const QUICK: Sizes = Sizes { turns: 2, time: Duration::from_secs(1), queries: 10
 fn main() -> ExitCode {
     let mut report = String::new();
     let result = if std::env::var_os(INSIDE).is_some() { run(&mut report) } else { Err(inside()) };
-    println!("\n{report}");
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("\nFAILED: {e:#}");
-            ExitCode::FAILURE
-        }
-    }
+    end(&report, result)
 }
 
 /// Begins again in a network namespace of its own, whose loopback is up. Returns only why it could not.

@@ -9,7 +9,10 @@ mod ways;
 use std::{process::ExitCode, time::Duration};
 
 use anyhow::Result;
-use portolan_bench::stats::{Pairs, Table};
+use portolan_bench::{
+    end,
+    stats::{Pairs, Table},
+};
 
 use crate::{load::Server, nodes::Node, ways::Way};
 
@@ -31,14 +34,7 @@ const EMULATED: Sizes = Sizes { turns: 8, time: Duration::from_secs(3) };
 async fn main() -> ExitCode {
     let mut report = String::new();
     let result = run(&mut report).await;
-    println!("\n{report}");
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("\nFAILED: {e:#}");
-            ExitCode::FAILURE
-        }
-    }
+    end(&report, result)
 }
 
 /// What is said instead of the table of encrypted networks.
