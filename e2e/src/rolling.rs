@@ -82,7 +82,7 @@ fn judge(lab: &Lab, answers: &[Answer], ended: &BTreeMap<String, Milliseconds>) 
         let with = with.with_context(|| format!("{address} was never answered, before its end neither"))?;
         latest = latest.max(with.at.saturating_sub(*end));
     }
-    ensure!(latest <= BOUND, "a pod was in answers {latest} ms after its deletion");
+    ensure!(latest <= BOUND, "a pod was in answers {latest} ms after its deletion was seen: {ended:?}");
     let found = format!("{} questions in {seconds} s, all answered", answers.len());
     lab.show(format!("{found}; the last answer with a deleted pod came {latest} ms after its deletion was seen"));
     Ok(())

@@ -84,6 +84,8 @@ struct State {
     blocks: BTreeMap<String, Vec<IpNet>>,
     /// Networks of claims, by name and addresses, that we wrote or were told of and the watch hasn't shown yet.
     fresh_claims: BTreeMap<(String, Vec<IpAddr>), String>,
+    /// The free address that was given last, by network and subnet; also when the blocks have been given back, as the next pod may get the same.
+    last: BTreeMap<(String, IpNet), IpAddr>,
 }
 
 impl<R: Registry> Addresses<R> {
@@ -315,7 +317,9 @@ impl<R: Registry> Addresses<R> {
         for _ in 0..BLOCK_TRIES {
             let used = self.used(state, &network.name);
             let own = state.blocks.get(&network.name).map(Vec::as_slice).unwrap_or_default();
-            if let Some(address) = free_address(subnet, own, &used) {
+            let of_subnet = (network.name.clone(), subnet);
+            if let Some(address) = free_address(subnet, own, &used, state.last.get(&of_subnet).copied()) {
+                state.last.insert(of_subnet, address);
                 return Ok(address);
             }
             let (is_news, taken) = self.learn_blocks(state, network).await?;

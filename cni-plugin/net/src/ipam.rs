@@ -114,10 +114,12 @@ pub fn free_block(subnet: IpNet, taken: &BTreeSet<IpNet>, node: &str) -> Result<
         .ok_or_else(|| AddressError::SubnetFull { subnet, blocks: blocks(subnet).count() })
 }
 
-/// The first address of a node's own blocks of a subnet that is not in use; none when they are full.
-pub fn free_address(subnet: IpNet, own: &[IpNet], used: &BTreeSet<IpAddr>) -> Option<IpAddr> {
+/// The next address of a node's own blocks of a subnet to give to a pod: the first free one after that which was given last, so that one that
+/// was given back is given again as late as can be, when nobody takes it for its former pod's any more; none when all are in use.
+pub fn free_address(subnet: IpNet, own: &[IpNet], used: &BTreeSet<IpAddr>, last: Option<IpAddr>) -> Option<IpAddr> {
     let of_subnet = own.iter().filter(|block| subnet.contains(*block));
-    of_subnet.flat_map(|block| usable(subnet, *block)).find(|address| !used.contains(address))
+    let free = || of_subnet.clone().flat_map(|block| usable(subnet, *block)).filter(|address| !used.contains(address));
+    free().filter(|address| Some(*address) > last).min().or_else(|| free().min())
 }
 
 /// The next address of a block to give to a pod: the first free one after that which was given last, so that one that was given back is given
@@ -222,7 +224,7 @@ mod tests {
         for _ in 0..5 {
             let block = free_block(subnet, &taken, "node").unwrap();
             taken.insert(block);
-            assert!(used.insert(free_address(subnet, &[block], &used).unwrap()));
+            assert!(used.insert(free_address(subnet, &[block], &used, None).unwrap()));
         }
         let error = free_block(subnet, &taken, "node").unwrap_err();
         assert_eq!(error, AddressError::SubnetFull { subnet, blocks: 5 });
@@ -236,7 +238,7 @@ mod tests {
         let taken: BTreeSet<IpNet> = blocks(subnet).collect();
         let own: Vec<IpNet> = taken.iter().copied().collect();
         let mut used = BTreeSet::new();
-        while let Some(address) = free_address(subnet, &own, &used) {
+        while let Some(address) = free_address(subnet, &own, &used, None) {
             used.insert(address);
         }
         assert_eq!(used.len(), 254);
@@ -247,9 +249,26 @@ mod tests {
     }
 
     #[test]
+    fn an_address_that_is_given_back_is_the_last_to_be_given_again() {
+        // A node's blocks are in no order.
+        let (subnet, own) = (net("10.32.0.0/24"), [net("10.32.0.32/28"), net("10.32.0.16/28")]);
+        let mut last = None;
+        let mut given = BTreeSet::new();
+        for _ in 0..32 {
+            let address = free_address(subnet, &own, &BTreeSet::new(), last).unwrap();
+            assert!(given.insert(address), "{address} is given again before others were");
+            last = Some(address);
+        }
+        let first = given.first().copied();
+        assert_eq!(free_address(subnet, &own, &BTreeSet::new(), last), first, "and then from the first on");
+        let used: BTreeSet<IpAddr> = given.into_iter().filter(|address| Some(*address) != last).collect();
+        assert_eq!(free_address(subnet, &own, &used, last), last, "which is the only one left");
+    }
+
+    #[test]
     fn blocks_of_the_other_family_are_no_use() {
         let own = [net("10.32.0.0/26")];
-        assert_eq!(free_address(net("fd32::/64"), &own, &BTreeSet::new()), None);
+        assert_eq!(free_address(net("fd32::/64"), &own, &BTreeSet::new(), None), None);
         assert!(free_block(net("fd32::/64"), &own.into_iter().collect(), "node").is_ok());
     }
 
@@ -264,20 +283,21 @@ mod tests {
             let subnet = IpNet::new(first, prefix).unwrap().trunc();
             let mut taken = BTreeSet::new();
             let mut own = vec![Vec::new(); 4];
-            let mut given = BTreeSet::new();
+            let (mut given, mut last) = (BTreeSet::new(), None);
             for node in turns {
                 let used = given.clone();
-                let address = match free_address(subnet, &own[node], &used) {
+                let address = match free_address(subnet, &own[node], &used, last) {
                     Some(address) => address,
                     None => match free_block(subnet, &taken, &format!("node-{node}")) {
                         Ok(block) => {
                             prop_assert!(taken.insert(block));
                             own[node].push(block);
-                            free_address(subnet, &[block], &used).unwrap()
+                            free_address(subnet, &[block], &used, None).unwrap()
                         }
                         Err(_) => continue,
                     },
                 };
+                last = Some(address);
                 prop_assert!(given.insert(address));
                 prop_assert!(subnet.contains(&address));
                 prop_assert!(address != subnet.network() && (is_ipv6 || address != subnet.broadcast()));

@@ -437,6 +437,21 @@ fn check(world: &World, sticky: &BTreeMap<String, Vec<IpAddr>>) {
     assert!(!world.is_reserved(), "what no pod has is free");
 }
 
+#[tokio::test]
+async fn a_pod_does_not_get_what_another_has_just_given_back() {
+    let world = World::new(&["10.32.0.0/24", "fd32::/120"], 1);
+    let mut given = BTreeSet::new();
+    for n in 0..12 {
+        let addresses = world.plug(0, "web").await.unwrap();
+        assert!(addresses.iter().all(|address| given.insert(*address)), "{addresses:?} at start {n}, after {given:?}");
+        world.unplug("web");
+        // As it is when a network's last pod on a node ends.
+        if n % 3 == 2 {
+            assert!(world.nodes[0].addresses.release("backend").await.unwrap());
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
