@@ -89,7 +89,13 @@ impl Authorise for Only {
         }
         let (raw, is_final) = (request.volume == SEALED, request.volume.starts_with(AWAITED));
         let class = if is_final { Class::Final } else { Class::Background };
-        Ok(Grant { dataset: self.pool.child(&request.volume).unwrap(), raw, class, travels: Box::new(|_| true) })
+        Ok(Grant {
+            dataset: self.pool.child(&request.volume).unwrap(),
+            raw,
+            class,
+            estimated: true,
+            travels: Box::new(|_| true),
+        })
     }
 }
 

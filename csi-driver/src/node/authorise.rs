@@ -17,7 +17,16 @@ pub(super) struct ByVolume<Z>(pub(super) Arc<Node<Z>>);
 impl<Z: Zfs> Authorise for ByVolume<Z> {
     async fn authorise(&self, peer_node: &str, request: &Request) -> Result<Grant, Refusal> {
         let name = request.restore.as_ref().unwrap_or(&request.volume);
-        let found = self.0.volumes.get_opt(name).await;
+        // A new volume is one snapshot; a copy of a volume has its history.
+        let history = request.restore.is_none();
+        // At once: a pod may wait for it.
+        let asked = async {
+            match history {
+                true => self.asked(&request.volume).await,
+                false => Ok(Vec::new()),
+            }
+        };
+        let (found, asked) = tokio::join!(self.0.volumes.get_opt(name), asked);
         let found =
             found.map_err(|error| Refusal::new(RefusalCode::Failed, format!("can't read the volume: {error}")))?;
         let found = found.ok_or_else(|| Refusal::new(RefusalCode::NotFound, format!("there is no volume {name}")))?;
@@ -28,13 +37,7 @@ impl<Z: Zfs> Authorise for ByVolume<Z> {
         checked.map_err(|why| Refusal::new(RefusalCode::NotAuthorised, why))?;
         let dataset = volume::dataset(&self.0.pool, &request.volume);
         let dataset = dataset.map_err(|error| Refusal::new(RefusalCode::Invalid, error.to_string()))?;
-        // A new volume is one snapshot; a copy of a volume has its history.
-        let history = request.restore.is_none();
-        let shared = handoff::shared_guids(&volume::status(&found));
-        let asked = match history {
-            true => self.asked(&request.volume).await?,
-            false => Vec::new(),
-        };
+        let (shared, asked) = (handoff::shared_guids(&volume::status(&found)), asked?);
         let to = peer_node.to_owned();
         let travels = move |snapshot: &Snapshot| {
             let name = snapshot.name.short().to_owned();
@@ -42,7 +45,7 @@ impl<Z: Zfs> Authorise for ByVolume<Z> {
         };
         // A new volume is encrypted as its source is.
         let (raw, class) = (found.spec.encryption.is_some(), class_of(&found, request));
-        Ok(Grant { dataset, raw, class, travels: Box::new(travels) })
+        Ok(Grant { dataset, raw, class, estimated: !is_known_small(&found, class), travels: Box::new(travels) })
     }
 }
 
@@ -55,6 +58,12 @@ pub(super) fn class_of(volume: &PortableVolume, request: &Request) -> Class {
         Some((_, AskedBy::Reading)) => Class::Restore,
         _ => Class::Background,
     }
+}
+
+/// Whether a stream is what is left after rounds of PreCopy have made it small: it has come before anybody could read how much it would be.
+fn is_known_small(volume: &PortableVolume, class: Class) -> bool {
+    let handoff = volume.status.as_ref().and_then(|status| status.handoff.as_ref());
+    class == Class::Final && handoff.is_some_and(|handoff| handoff.warm)
 }
 
 impl<Z: Zfs> ByVolume<Z> {

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::authorise::class_of;
 use super::speed::{Speed, eta};
 use super::steps::{StepError, Steps};
-use super::write;
+use super::{Node, write};
 use crate::handoff::{Known, Round};
 use crate::transfer::{self, Class, Fetch, Fetching, Limits, Next, Offer, Pace, Received, Request, SoFar, Waits};
 use crate::volume;
@@ -89,14 +89,30 @@ pub(super) async fn transfer<Z: Zfs>(
     properties: Vec<Property>,
 ) -> Result<Received, StepError> {
     let identity = certificate(steps).await?;
-    let address = address_of(steps, from).await?;
+    let address = address_of(steps.node, from).await?;
+    let result = follow_through(steps, &identity, address, from, request, properties).await;
+    if result.is_err() {
+        // It may have another one by now.
+        steps.node.forget_address(from);
+    }
+    result
+}
+
+async fn follow_through<Z: Zfs>(
+    steps: &mut Steps<'_, Z>,
+    identity: &transfer::Identity,
+    address: SocketAddr,
+    from: &str,
+    request: Request,
+    properties: Vec<Property>,
+) -> Result<Received, StepError> {
     let (limit, follows) = watch::channel(limit_of(&steps.volume));
     let (target, pace, turns) = (steps.dataset.clone(), Pace::following(follows), steps.node.receives.clone());
     let asked = Asked { class: class_of(&steps.volume, &request), request: request.clone() };
     let (node, class) = (from.to_owned(), asked.class);
     let fetch = Fetch { address, node, request, target, properties, pace, turns, class };
     let (zfs, mut speed) = (steps.node.zfs.clone(), Speed::new(Instant::now()));
-    let mut fetching = Fetching::new(&identity, zfs.as_ref(), Limits::default(), fetch).knowing(steps.there.take());
+    let mut fetching = Fetching::new(identity, zfs.as_ref(), Limits::default(), fetch).knowing(steps.there.take());
     loop {
         // An earlier attempt, at another node, may have ended while it waited.
         steps.lock().await;
@@ -213,10 +229,17 @@ async fn certificate<Z: Zfs>(steps: &Steps<'_, Z>) -> Result<std::sync::Arc<tran
     found.ok_or_else(|| StepError::NoCertificate(steps.node.name.clone()))
 }
 
-async fn address_of<Z: Zfs>(steps: &Steps<'_, Z>, node: &str) -> Result<SocketAddr, StepError> {
-    let found = steps.node.storage_nodes.get_opt(node).await?;
+/// Where a node is reached. Asked once: its certificate proves that it is the one, wherever it is.
+async fn address_of<Z: Zfs>(node: &Node<Z>, of: &str) -> Result<SocketAddr, StepError> {
+    if let Some(known) = node.known_address(of) {
+        return Ok(known);
+    }
+    let found = node.storage_nodes.get_opt(of).await?;
     let address = found.and_then(|found| found.status).and_then(|status| status.transfer_address);
-    address.and_then(|address| address.parse().ok()).ok_or_else(|| StepError::NoAddress(node.to_owned()))
+    let address =
+        address.and_then(|address| address.parse().ok()).ok_or_else(|| StepError::NoAddress(of.to_owned()))?;
+    node.remember_address(of, address);
+    Ok(address)
 }
 
 /// Whether a transfer is of use still: the volume isn't being deleted, and the handoff is the one that it is for. One that only waits must also ask for

@@ -28,7 +28,7 @@ pub(crate) mod write;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -110,6 +110,8 @@ pub struct Node<Z> {
     receives: Turns,
     /// When a volume was unmounted here, if it hasn't been mounted since.
     unstaged: Mutex<HashMap<String, Timestamp>>,
+    /// Where other nodes were reached last.
+    addresses: Mutex<HashMap<String, SocketAddr>>,
     nudges: mpsc::UnboundedSender<ObjectRef<PortableVolume>>,
     /// What the newest look has found left over.
     orphans: Mutex<Option<Orphans>>,
@@ -134,6 +136,23 @@ impl<Z> Node<Z> {
     /// When the volume was unmounted here, as far as this process has seen it.
     fn unstaged_at(&self, volume: &str) -> Option<Timestamp> {
         self.unstaged.lock().unwrap_or_else(PoisonError::into_inner).get(volume).copied()
+    }
+
+    fn addresses(&self) -> MutexGuard<'_, HashMap<String, SocketAddr>> {
+        self.addresses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where a node was reached last, if that has gone well since.
+    fn known_address(&self, node: &str) -> Option<SocketAddr> {
+        self.addresses().get(node).copied()
+    }
+
+    fn remember_address(&self, node: &str, address: SocketAddr) {
+        self.addresses().insert(node.to_owned(), address);
+    }
+
+    fn forget_address(&self, node: &str) {
+        self.addresses().remove(node);
     }
 
     /// Makes the agent look at a volume at once.
@@ -178,6 +197,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
         locks: Locks::default(),
         receives: Turns::new(options.max_receives as usize),
         unstaged: Mutex::default(),
+        addresses: Mutex::default(),
         nudges,
         orphans: Mutex::default(),
         identity: identity.clone(),

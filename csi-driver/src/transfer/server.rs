@@ -41,6 +41,8 @@ pub struct Grant {
     pub raw: bool,
     /// How urgent it is.
     pub class: Class,
+    /// Whether the target is told about how many bytes will come, which costs a look at the dataset before any does.
+    pub estimated: bool,
     /// Whether a snapshot that lies on the way to the one asked for goes along.
     pub travels: Box<dyn Fn(&Snapshot) -> bool + Send + Sync>,
 }
@@ -204,7 +206,7 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
 
     /// From a granted request to a running `zfs send`.
     async fn open(&self, request: &Request, grant: Grant, place: Place) -> Result<Opened, Refusal> {
-        let Grant { dataset, raw, travels, .. } = grant;
+        let Grant { dataset, raw, estimated, travels, .. } = grant;
         let snapshots = self.zfs.snapshots(&dataset).await.map_err(|error| refusal_of(&error))?;
         let wanted = snapshots.iter().find(|snapshot| snapshot.guid == request.guid);
         let wanted = wanted.filter(|snapshot| snapshot.name.short() == request.snapshot).ok_or_else(|| {
@@ -219,7 +221,10 @@ impl<A: Authorise, Z: Zfs> Server<A, Z> {
         let (source, estimate) = match &rest {
             // How much follows for other snapshots isn't asked.
             Some((token, rest)) => (self.zfs.send_resume(token).await, rest.bytes.filter(|_| next.guid == wanted.guid)),
-            None => tokio::join!(self.zfs.send(&next.name, &options), self.estimate(&wanted.name, &options)),
+            None if estimated => {
+                tokio::join!(self.zfs.send(&next.name, &options), self.estimate(&wanted.name, &options))
+            }
+            None => (self.zfs.send(&next.name, &options).await, None),
         };
         let source = source.map_err(|error| refusal_of(&error))?;
         let base = base.map(|base| (base.guid, base.name.short().to_owned()));

@@ -374,6 +374,7 @@ impl World {
             locks: Locks::default(),
             receives: Turns::new(4),
             unstaged: Mutex::default(),
+            addresses: Mutex::default(),
             nudges: mpsc::unbounded_channel().0,
             orphans: Mutex::default(),
             identity: watch::channel(Some(me.clone())).1,
