@@ -76,6 +76,7 @@ pub async fn holds(a: &impl Node, b: &impl Node) {
     names_and_properties(a).await;
     mounting(a).await;
     snapshots_and_holds(a).await;
+    unchanged(a).await;
     destroying(a).await;
     copies::clones(a).await;
     copies::deferred(a).await;
@@ -274,6 +275,25 @@ async fn snapshots_and_holds(node: &impl Node) {
     zfs.destroy_snapshot(&z).await.unwrap();
     assert_eq!(zfs.snapshots(&volume).await.unwrap(), taken[1..]);
     zfs.destroy_with_snapshots(&volume).await.unwrap();
+}
+
+/// The newest snapshot has no byte for itself as long as its dataset is as it was, whatever is set on that.
+async fn unchanged(node: &impl Node) {
+    let volume = create(node, "unchanged").await;
+    let used = async || node.zfs().snapshots(&volume).await.unwrap().last().unwrap().used;
+    write_and_snapshot(node, &volume, b"one", "s1").await;
+    assert_eq!(used().await, 0);
+    node.zfs().set_readonly(&volume, true).await.unwrap();
+    node.zfs().set_property(&volume, &Property::new("portolan:epoch", "7").unwrap()).await.unwrap();
+    node.zfs().set_readonly(&volume, false).await.unwrap();
+    assert_eq!(used().await, 0);
+    node.zfs().mount(&volume).await.unwrap();
+    node.write(&volume, b"two");
+    node.zfs().unmount(&volume).await.unwrap();
+    assert!(used().await > 0);
+    write_and_snapshot(node, &volume, b"two", "s2").await;
+    assert_eq!(used().await, 0);
+    node.zfs().destroy_with_snapshots(&volume).await.unwrap();
 }
 
 async fn destroying(node: &impl Node) {

@@ -169,7 +169,7 @@ pub struct MigratingVolume {
     /// How many times data were sent while the pod ran.
     #[serde(default)]
     pub rounds: i64,
-    /// Bytes that were sent while nothing could write: the final delta.
+    /// Bytes that were sent when the volume was wanted at the target: the final delta, unless the last round had all of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub final_bytes: Option<i64>,
     /// Milliseconds from unmounted at the source to writable at the target.

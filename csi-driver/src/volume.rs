@@ -16,7 +16,8 @@ pub const UID_PROPERTY: &str = "portolan:uid";
 pub const EPOCH_PROPERTY: &str = "portolan:epoch";
 
 /// User property of a dataset: `on` from before it is mounted until it has been unmounted in order. After a power cut what was written last is
-/// in the dataset's log only, and no snapshot has it, until the dataset is mounted again (zpoolconcepts(7), "Intent Log").
+/// in the dataset's log only, and no snapshot has it, until the dataset is mounted again (zpoolconcepts(7), "Intent Log"). A snapshot's GUID, in decimal, if
+/// that was taken of the dataset when it had been unmounted in order: as long as it is so, nobody has written since.
 pub const OPEN_PROPERTY: &str = "portolan:open";
 
 /// Reason of a condition: the volume is gone for its users, and its dataset stays for its snapshots or clones.
@@ -165,6 +166,14 @@ pub fn epoch_property(epoch: i64) -> Result<Property, InvalidName> {
 /// Never in practice.
 pub fn open_property(open: bool) -> Result<Property, InvalidName> {
     Property::new(OPEN_PROPERTY, if open { "on" } else { "off" })
+}
+
+/// The property that says that a dataset is not open, and since which snapshot.
+///
+/// # Errors
+/// Never in practice.
+pub fn resting_property(guid: &str) -> Result<Property, InvalidName> {
+    Property::new(OPEN_PROPERTY, guid)
 }
 
 /// What an Event about a volume refers to.

@@ -31,9 +31,11 @@ struct Parties {
     target: String,
 }
 
-const FAULTS: [Fault; 11] = [
+const FAULTS: [Fault; 13] = [
     Fault { what: "kill -9 of the source's agent", phase: "PreCopy", inject: |lab, it| kill_agent(lab, &it.source) },
     Fault { what: "kill -9 of the target's agent", phase: "PreCopy", inject: |lab, it| kill_agent(lab, &it.target) },
+    Fault { what: "kill -9 of the source's agent", phase: LAST_ROUND, inject: |lab, it| kill_agent(lab, &it.source) },
+    Fault { what: "kill -9 of the target's agent", phase: LAST_ROUND, inject: |lab, it| kill_agent(lab, &it.target) },
     Fault { what: "kill -9 of the source's agent", phase: "Quiescing", inject: |lab, it| kill_agent(lab, &it.source) },
     Fault { what: "kill -9 of the source's agent", phase: "FinalSync", inject: |lab, it| kill_agent(lab, &it.source) },
     Fault { what: "kill -9 of the target's agent", phase: "FinalSync", inject: |lab, it| kill_agent(lab, &it.target) },
@@ -47,6 +49,9 @@ const FAULTS: [Fault; 11] = [
 
 /// Before the move: what was acknowledged last is in the dataset's log then, and no pod mounts it there again.
 const IN_USE: &str = "use";
+
+/// The pod has ended, and is wanted nowhere yet.
+const LAST_ROUND: &str = "the last round";
 
 /// Plays it, on two nodes. Portolan must be installed.
 ///
@@ -81,6 +86,12 @@ fn under(lab: &Lab, db: &Database, fault: &Fault) -> Result<Database> {
     let phases = Phases::watch(lab, &db.volume)?;
     if fault.phase == IN_USE {
         (fault.inject)(lab, &it)?;
+    } else if fault.phase == LAST_ROUND {
+        lab.kubectl(&["cordon", &it.source])?;
+        let before = lab.wait("most of it has come", 90, || warm_round(lab, &db.volume))?;
+        go(lab)?;
+        lab.wait("the last round has begun", 60, || last_round(lab, &db.volume, &before))?;
+        (fault.inject)(lab, &it)?;
     } else if fault.phase == "PreCopy" {
         lab.kubectl(&["cordon", &it.source])?;
         phases.until(fault.phase)?;
@@ -93,6 +104,20 @@ fn under(lab: &Lab, db: &Database, fault: &Fault) -> Result<Database> {
         (fault.inject)(lab, &it)?;
     }
     arrives(lab, &db.volume, &it.target, before)
+}
+
+/// The newest round of a PreCopy that has ended but for the pod.
+fn warm_round(lab: &Lab, volume: &str) -> Result<String> {
+    let found = lab.json(&["get", "portablevolume", volume])?;
+    ensure!(found["status"]["handoff"]["warm"] == true, "{}", found["status"]["handoff"]);
+    Ok(text(&found, "/status/handoff/roundGuid")?.to_owned())
+}
+
+/// Whether there is another round than that, or all of it is over.
+fn last_round(lab: &Lab, volume: &str, before: &str) -> Result<()> {
+    let found = lab.json(&["get", "portablevolume", volume])?;
+    ensure!(found["status"]["handoff"]["roundGuid"] != before, "it is the same still");
+    Ok(())
 }
 
 /// Waits until the database is on a node, and its move has ended as it should.

@@ -36,7 +36,7 @@ const PARTS: [&str; 6] = [
 /// When each part of one move was over; the first is when the pod was evicted.
 struct Move {
     ends: [Instant; 7],
-    /// Bytes of the final stream.
+    /// Bytes of the stream that brought what the pod had written last.
     bytes: u64,
 }
 
@@ -126,7 +126,12 @@ fn one(lab: &Lab, watches: &Watches, name: &str, pod: &str, volume: &str, to: &s
     let evicted = of_pod("is evicted", &|event| event.ends())?;
     let ended = of_pod("has ended", &|event| event.kind == "DELETED")?;
     let detached = of_attachment("detached", &|event| event.kind == "DELETED")?;
-    let asked = of_volume("asked for", &|event| is_moving(event, to, "Quiescing"))?;
+    let (asked, last_round) = watches.volumes.find(
+        &format!("{volume}: asked for"),
+        PATIENCE,
+        |event| event.at > since && event.of(volume) && is_moving(event, to, "Quiescing"),
+        |event| (event.at, event.object["status"]["handoff"]["deltaBytes"].as_u64()),
+    )?;
     let writable = of_volume("writable", &|event| is_at(event, to))?;
     let attached = of_attachment("attached", &|event| {
         event.object["spec"]["nodeName"] == to && event.object["status"]["attached"] == true
@@ -135,7 +140,11 @@ fn one(lab: &Lab, watches: &Watches, name: &str, pod: &str, volume: &str, to: &s
     let done = ["-n", NAMESPACE, "wait", "--for=jsonpath={.status.phase}=Done", "--timeout=2m"];
     lab.kubectl(&[&done[..], &[&format!("volumemigration/{name}")]].concat())?;
     let report = lab.json(&["get", "portablevolume", volume])?["status"]["lastHandoff"].clone();
-    let bytes = report["bytes"].as_u64().context("lastHandoff.bytes")?;
+    // If the volume was at rest at the last round's snapshot, that was the final delta.
+    let bytes = match report["bytes"].as_u64().context("lastHandoff.bytes")? {
+        0 => last_round.unwrap_or_default(),
+        bytes => bytes,
+    };
     Ok(Move { ends: [evicted, ended, detached, asked, writable, attached, ready], bytes })
 }
 

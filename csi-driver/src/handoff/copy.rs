@@ -25,6 +25,8 @@ pub struct Local {
     pub sealed: bool,
     /// Whether it was not unmounted in order since it was mounted last: what was written then may be in its log only.
     pub open: bool,
+    /// The GUID of the snapshot that was taken of it after it had been unmounted in order, if it hasn't been mounted since.
+    pub rests_at: Option<String>,
     /// Bytes that it uses, snapshots included.
     pub used: i64,
     /// Its snapshots, oldest first; not those that only a clone still keeps.
@@ -36,6 +38,16 @@ pub struct Local {
 impl Local {
     pub(super) fn has(&self, guid: &str) -> bool {
         self.snapshots.iter().any(|snapshot| snapshot.guid == guid)
+    }
+
+    /// Whether nothing can write to it before a pod comes anew, and nothing of what was written is in its log only.
+    pub(super) fn rests(&self) -> bool {
+        !self.mounted && !self.open
+    }
+
+    /// Its newest snapshot, if that has all that is in it.
+    pub(super) fn resting(&self) -> Option<&Known> {
+        self.snapshots.last().filter(|newest| self.rests() && self.rests_at.as_ref() == Some(&newest.guid))
     }
 
     /// The newest snapshot that Portolan took.

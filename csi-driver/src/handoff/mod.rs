@@ -16,6 +16,7 @@ mod part;
 mod plan;
 mod reading;
 mod snapshots;
+mod source;
 #[cfg(test)]
 mod tests;
 mod transition;

@@ -4,10 +4,13 @@
 //! are compare-and-set: one that fails ends the plan, and the agent reads both and plans again, as it does after the last.
 
 use kube::ResourceExt;
-use portolan_crds::{Handoff, HandoffPhase, PortableVolume, PortableVolumeStatus, Replica, VolumePhase, condition};
+use portolan_crds::{
+    AskedBy, Handoff, HandoffPhase, PortableVolume, PortableVolumeStatus, Replica, VolumePhase, condition,
+};
 
 use super::copy::known_guids;
-use super::snapshots::{self, fresh_name};
+use super::snapshots;
+use super::source::{copied, source};
 use super::{Asked, Known, Local, is_copy};
 use crate::volume;
 
@@ -47,10 +50,20 @@ pub enum Action {
     Replay,
     /// Make sure by the node's mount table that nothing has the dataset mounted, and that a zvol's device can't be written.
     CheckQuiet,
-    /// Take the snapshot of a round of PreCopy under this name, and write it with its GUID.
-    PublishRound(String),
-    /// Take the final snapshot under this name, and write it with its GUID if the dataset is read-only; phase FinalSync.
-    PublishFinal(String),
+    /// Take the snapshot of a round of PreCopy, and write it with its GUID.
+    PublishRound {
+        /// Its name.
+        name: String,
+        /// Whether the dataset rests: it is marked with the snapshot, which may be the last one then.
+        rests: bool,
+    },
+    /// Take the final snapshot, and write it with its GUID if the dataset is read-only; phase FinalSync.
+    PublishFinal {
+        /// Its name.
+        name: String,
+        /// A round's snapshot that is the final one if the dataset rests at it still: none is taken then.
+        resting: Option<Known>,
+    },
     /// Receive what the source has up to this snapshot, and this snapshot.
     Fetch(Known),
     /// Write: the round's snapshot, of this GUID, has come.
@@ -111,9 +124,11 @@ pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>, asked: &[A
     }
     if let Some(handoff) = &status.handoff {
         if handoff.from == me && handoff.phase == HandoffPhase::PreCopy {
-            let mut actions = own(me, volume, &status, recorded, local, asked);
-            actions.extend(local.and_then(|local| next_round(&status, handoff, local)));
-            return actions;
+            let actions = own(me, volume, &status, recorded, local, asked);
+            return match local {
+                Some(local) => copied(volume, &status, handoff, local, actions),
+                None => actions,
+            };
         }
         if handoff.from == me && handoff.phase < HandoffPhase::Activating {
             return source(&status, handoff, local);
@@ -264,7 +279,7 @@ fn has_log(local: &Local) -> bool {
 }
 
 /// Whether it is mounted because an agent was killed while it had its log played: nobody else would unmount it.
-fn is_cut_short(local: &Local) -> bool {
+pub(super) fn is_cut_short(local: &Local) -> bool {
     local.open && local.mounted && local.readonly
 }
 
@@ -327,7 +342,7 @@ fn record_and_prune(me: &str, status: &PortableVolumeStatus, local: &Local) -> V
     }
 }
 
-fn at_epoch(local: Option<&Local>, epoch: i64) -> Result<&Local, Action> {
+pub(super) fn at_epoch(local: Option<&Local>, epoch: i64) -> Result<&Local, Action> {
     let Some(local) = local else {
         let message =
             "the owner's pool is there but the volume's dataset is not: it was destroyed or renamed by hand".to_owned();
@@ -341,55 +356,6 @@ fn at_epoch(local: Option<&Local>, epoch: i64) -> Result<&Local, Action> {
         return Err(Action::Report { reason: "EpochMismatch", message });
     }
     Ok(local)
-}
-
-fn source(status: &PortableVolumeStatus, handoff: &Handoff, local: Option<&Local>) -> Vec<Action> {
-    if handoff.phase == HandoffPhase::FinalSync {
-        let found = handoff.guid.as_ref().is_some_and(|guid| local.is_some_and(|local| local.has(guid)));
-        if found {
-            return Vec::new();
-        }
-        let message =
-            "the source has lost the handoff's final snapshot: it was destroyed or rolled back by hand".to_owned();
-        return vec![Action::Report { reason: "SnapshotMissing", message }];
-    }
-    match at_epoch(local, status.epoch) {
-        Err(report) => vec![report],
-        Ok(local) if local.mounted && !is_cut_short(local) => {
-            vec![Action::Wait(format!("still mounted on node {}", handoff.from))]
-        }
-        Ok(local) if local.open && local.sealed => {
-            let message = format!(
-                "node {0} failed while the volume was in use, and what was written last is behind its key: let a pod that uses the volume \
-                 start on node {0} once",
-                handoff.from
-            );
-            vec![Action::Report { reason: "KeyNeeded", message }]
-        }
-        Ok(local) => {
-            let name = next_name(status, handoff, local);
-            let replay = local.open.then_some(Action::Replay);
-            let quiet = [Action::SetReadonly(true)].into_iter().chain(replay).chain([Action::CheckQuiet]);
-            quiet.chain([Action::PublishFinal(name)]).collect()
-        }
-    }
-}
-
-/// The next round of PreCopy, once the newest has come, unless that was enough.
-fn next_round(status: &PortableVolumeStatus, handoff: &Handoff, local: &Local) -> Option<Action> {
-    let come = status.replicas.iter().any(|replica| replica.node == handoff.to && replica.guid == handoff.guid);
-    let wanted = match &handoff.guid {
-        None => true,
-        Some(_) if come => !handoff.warm,
-        // Destroyed by hand before it was fetched.
-        Some(guid) => !local.has(guid),
-    };
-    wanted.then(|| Action::PublishRound(next_name(status, handoff, local)))
-}
-
-fn next_name(status: &PortableVolumeStatus, handoff: &Handoff, local: &Local) -> String {
-    let copies = status.replicas.iter().filter_map(|replica| replica.snapshot.as_deref());
-    fresh_name(handoff.epoch, &local.snapshots, copies.chain(handoff.snapshot.as_deref()))
 }
 
 fn target(
@@ -422,8 +388,12 @@ fn target(
             adopt.into_iter().chain([Action::RecordRound(guid)]).collect()
         }
         (HandoffPhase::PreCopy, Some(_), Some(local)) => {
+            // What can be done before a pod waits for it. The epoch is nobody's but this attempt's. Who only reads never owns it.
+            let moves = handoff.warm && handoff.asked_by != AskedBy::Reading;
+            let early = moves && local.uid.is_some() && local.epoch != Some(handoff.epoch);
+            let stamp = early.then_some(Action::Stamp(handoff.epoch)).into_iter();
             let ended = snapshots::end_asked(me, status, Some(local), asked);
-            ended.into_iter().chain(snapshots::prune(me, status, &local.snapshots)).collect()
+            stamp.chain(ended).chain(snapshots::prune(me, status, &local.snapshots)).collect()
         }
         (_, _, Some(local)) if local.mounted => {
             vec![Action::Wait(format!("the replica on node {} is mounted there", handoff.to))]

@@ -30,7 +30,7 @@ pub fn plan(me: &str, volume: &PortableVolume, local: Option<&Local>, asked: &[A
     let enough = ends && copying(volume).is_some_and(|target| is_complete(volume, target));
     actions.retain(|action| match action {
         Action::SetReadonly(on) => *on,
-        Action::PublishRound(_) => !enough,
+        Action::PublishRound { .. } => !enough,
         _ => true,
     });
     actions
@@ -145,7 +145,7 @@ mod tests {
         let cut_short = Local { open: true, mounted: true, ..local(&[]) };
         assert_eq!(plan("a", &volume, Some(&cut_short), &[]), [Action::Replay]);
         let done = plan("a", &volume, Some(&local(&[])), &[]);
-        assert!(done.contains(&Action::PublishRound("portolan-2".into())), "{done:?}");
+        assert!(done.contains(&Action::PublishRound { name: "portolan-2".into(), rests: false }), "{done:?}");
         for (name, local) in [("writable", &writable), ("open", &open)] {
             assert!(check_whole("a", &volume, local).unwrap_err().contains("read-only"), "{name}");
         }
@@ -205,7 +205,7 @@ mod tests {
         assert!(is_complete(&volume, "b"));
         let rounds = |volume: &PortableVolume| {
             let actions = plan("a", volume, Some(&local(&["portolan-2"])), &[]);
-            actions.iter().any(|action| matches!(action, Action::PublishRound(_)))
+            actions.iter().any(|action| matches!(action, Action::PublishRound { .. }))
         };
         assert!(!rounds(&volume), "it has all there is");
         let asked_by = |volume: &mut PortableVolume, by| {

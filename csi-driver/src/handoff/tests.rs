@@ -6,6 +6,8 @@ use portolan_crds::{
 
 use super::*;
 
+mod last_round;
+
 const UID: &str = "uid-1";
 
 fn volume(change: impl FnOnce(&mut PortableVolumeStatus)) -> PortableVolume {
@@ -170,7 +172,8 @@ fn a_warm_target_lets_go_of_what_is_deleted() {
     let warm = copying(Some("portolan-4"), Some("portolan-4"), true);
     let deleted = [Asked { object: "o".into(), guid: Some("g-daily".into()), deleting: true, ..Asked::default() }];
     let wanted = [Action::DestroyTaken(known("daily")), Action::RecordDestroyed { object: "o".into() }];
-    assert_eq!(plan("b", &warm, Some(&copy(0, &["daily", "portolan-4"])), &deleted), wanted);
+    assert_eq!(plan("b", &warm, Some(&copy(4, &["daily", "portolan-4"])), &deleted), wanted);
+    assert_eq!(plan("b", &warm, Some(&copy(3, &["portolan-4"])), &[]), [Action::Stamp(4)], "what can be done before");
 }
 
 #[test]
@@ -211,7 +214,8 @@ fn a_source_proves_that_it_is_quiet_before_its_final_snapshot() {
     let volume = moving(HandoffPhase::Quiescing);
     let mounted = Local { mounted: true, ..copy(3, &["portolan-3"]) };
     assert!(waits(&plan("a", &volume, Some(&mounted), &[])));
-    let steps = |name: &str| [Action::SetReadonly(true), Action::CheckQuiet, Action::PublishFinal(name.into())];
+    let last = |name: &str| Action::PublishFinal { name: name.into(), resting: None };
+    let steps = |name: &str| [Action::SetReadonly(true), Action::CheckQuiet, last(name)];
     assert_eq!(plan("a", &volume, Some(&copy(3, &["portolan-3"])), &[]), steps("portolan-4"));
     // A snapshot of an attempt that was cut short is not trusted.
     assert_eq!(plan("a", &volume, Some(&copy(3, &["portolan-3", "portolan-4"])), &[]), steps("portolan-4-2"));
@@ -432,7 +436,7 @@ fn copying(round: Option<&str>, received: Option<&str>, warm: bool) -> PortableV
 
 #[test]
 fn a_source_takes_a_round_when_the_last_has_come_until_it_is_warm() {
-    let round = |name: &str| [Action::PublishRound(name.into())];
+    let round = |name: &str| [Action::PublishRound { name: name.into(), rests: false }];
     let mounted = |snapshots: &[&str]| Local { mounted: true, ..copy(3, snapshots) };
     assert_eq!(plan("a", &copying(None, None, false), Some(&mounted(&["portolan-3"])), &[]), round("portolan-4"));
     let first = mounted(&["portolan-3", "portolan-4"]);

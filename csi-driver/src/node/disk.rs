@@ -74,6 +74,7 @@ pub async fn look(zfs: &impl Zfs, table: &Mounts, dataset: &DatasetName) -> Resu
         .filter(|snapshot| !snapshot.defer_destroy)
         .map(|snapshot| Known { name: snapshot.name.short().to_owned(), guid: snapshot.guid.to_string() })
         .collect();
+    let open = found.user.get(OPEN_PROPERTY);
     let copy = Local {
         dataset: found.name.to_string(),
         guid: found.guid.to_string(),
@@ -82,7 +83,8 @@ pub async fn look(zfs: &impl Zfs, table: &Mounts, dataset: &DatasetName) -> Resu
         readonly: found.readonly,
         mounted: found.mounted || !mounts(table, dataset)?.is_empty(),
         sealed: !found.key_available,
-        open: found.user.get(OPEN_PROPERTY).is_some_and(|open| open == "on"),
+        open: open.is_some_and(|open| open == "on"),
+        rests_at: open.filter(|open| !matches!(open.as_str(), "on" | "off")).cloned(),
         used: i64::try_from(found.used).unwrap_or(i64::MAX),
         snapshots,
         origin: found.origin.map(|origin| (origin.dataset().short().to_owned(), origin.short().to_owned())),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::ResourceExt;
 use portolan_crds::PortableVolume;
-use portolan_zfs::{Dataset, DatasetName, ErrorKind, InvalidName, Property, Zfs, ZfsError};
+use portolan_zfs::{Dataset, DatasetName, ErrorKind, InvalidName, Property, Snapshot, Zfs, ZfsError};
 use tokio::sync::OwnedMutexGuard;
 
 use super::disk::{self, ReadError};
@@ -188,8 +188,8 @@ impl<Z: Zfs> Steps<'_, Z> {
             Action::SetReadonly(on) => zfs.set_readonly(&self.dataset, on).await?,
             Action::Replay => replay(self.node, &self.dataset).await?,
             Action::CheckQuiet => self.check_quiet().await?,
-            Action::PublishRound(name) => self.publish_round(&name).await?,
-            Action::PublishFinal(name) => self.publish(&name).await?,
+            Action::PublishRound { name, rests } => self.publish_round(&name, rests).await?,
+            Action::PublishFinal { name, resting } => self.publish(&name, resting).await?,
             Action::RecordRound(guid) => {
                 let epoch = self.epoch();
                 let round = self.progress.as_ref().filter(|progress| progress.is_of(epoch)).map(Progress::round);
@@ -317,23 +317,42 @@ impl<Z: Zfs> Steps<'_, Z> {
         }
     }
 
-    /// Takes the snapshot of a round of PreCopy, while the volume is in use, and writes it.
-    async fn publish_round(&mut self, name: &str) -> Result<(), StepError> {
+    /// Takes the snapshot of a round of PreCopy, while the volume may be in use, and writes it.
+    async fn publish_round(&mut self, name: &str, rests: bool) -> Result<(), StepError> {
         let known = self.snapshot(name).await?;
+        // A mount may come late that an agent had begun which was killed.
+        if rests && disk::mounts(&self.node.mounts, &self.dataset)?.is_empty() {
+            self.node.zfs.set_property(&self.dataset, &volume::resting_property(&known.guid)?).await?;
+        }
         let (node, epoch) = (self.node.name.clone(), self.epoch());
         self.happen_still(Event::RoundTaken { node, epoch, snapshot: known, at: write::now() }).await
     }
 
     /// Takes the final snapshot and writes it, if the dataset is read-only indeed. Whoever else writes meanwhile doesn't cost another snapshot: the
     /// lock is held, so the dataset stays as it is.
-    async fn publish(&mut self, name: &str) -> Result<(), StepError> {
-        // At once: a pod waits for it. What isn't published counts for nothing.
-        let (snapshot, readonly) = tokio::join!(self.snapshot(name), self.check_readonly());
-        readonly?;
-        let (snapshot, volume) = (snapshot?, self.volume.name_any());
+    async fn publish(&mut self, name: &str, resting: Option<Known>) -> Result<(), StepError> {
+        let snapshot = match resting {
+            Some(resting) if self.rests_at(&resting).await? => resting,
+            _ => {
+                // At once: a pod waits for it. What isn't published counts for nothing.
+                let (snapshot, readonly) = tokio::join!(self.snapshot(name), self.check_readonly());
+                readonly?;
+                snapshot?
+            }
+        };
+        let volume = self.volume.name_any();
         let quiesced_at = self.node.unstaged_at(&volume).map_or_else(write::now, MicroTime);
         let (node, epoch) = (self.node.name.clone(), self.epoch());
         self.happen_still(Event::Published { node, epoch, snapshot, quiesced_at }).await
+    }
+
+    /// Whether the dataset, which is read-only, has nothing that this snapshot hasn't: no pod has come since, and nobody has by hand.
+    async fn rests_at(&self, resting: &Known) -> Result<bool, StepError> {
+        let (found, snapshots) = tokio::join!(self.check_readonly(), self.node.zfs.snapshots(&self.dataset));
+        let (found, snapshots) = (found?, snapshots?);
+        let marked = found.user.get(volume::OPEN_PROPERTY) == Some(&resting.guid);
+        let unchanged = |newest: &Snapshot| newest.guid.to_string() == resting.guid && newest.used == 0;
+        Ok(marked && snapshots.last().is_some_and(unchanged))
     }
 
     async fn snapshot(&self, name: &str) -> Result<Known, StepError> {

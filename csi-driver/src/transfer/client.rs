@@ -121,6 +121,17 @@ pub struct There {
     pub part: Option<String>,
 }
 
+impl There {
+    /// Whether it has the same snapshots, and the same part of a stream.
+    fn is_as(&self, before: &Self) -> bool {
+        let names = |there: &Self| {
+            let known = |snapshot: &Snapshot| (snapshot.name.clone(), snapshot.guid);
+            there.snapshots.as_ref().map(|all| all.iter().map(known).collect::<Vec<_>>())
+        };
+        self.part == before.part && names(self) == names(before)
+    }
+}
+
 impl Offer {
     /// Whether it had to wait for its turn, so that anything may have happened since it was asked for.
     pub fn has_waited(&self) -> bool {
@@ -251,7 +262,7 @@ async fn one(
     progress: impl Fn(SoFar) + Send + Sync,
 ) -> Result<Received, TransferError> {
     let Offer { mut stream, request, reply, mut there, waited } = offer;
-    if waited && look(zfs, &what.target, resumable).await? != there {
+    if waited && !look(zfs, &what.target, resumable).await?.is_as(&there) {
         return Err(TransferError::Changed { target: what.target.to_string() });
     }
     if reply.resumes && request.token.is_none() {

@@ -324,6 +324,7 @@ mod tests {
             guid: Guid(n),
             created_txg: n,
             created: 0,
+            used: 0,
             holds: 0,
             defer_destroy: false,
         };

@@ -83,6 +83,8 @@ pub struct Snapshot {
     pub created_txg: u64,
     /// When it was made, in seconds since 1970.
     pub created: i64,
+    /// Bytes that only it has: of the newest one 0 as long as the dataset is as it was.
+    pub used: u64,
     /// How many holds it has.
     pub holds: u64,
     /// To be destroyed by ZFS itself when its last hold or clone is gone.

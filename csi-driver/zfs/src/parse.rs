@@ -85,6 +85,7 @@ pub(crate) fn snapshots(of: &DatasetName, text: &str) -> Result<Vec<Snapshot>, S
             guid: Guid(number(&properties, "guid")?),
             created_txg: number(&properties, "createtxg")?,
             created: number(&properties, "creation")?,
+            used: number(&properties, "used")?,
             holds: number(&properties, "userrefs").unwrap_or(0),
             defer_destroy: value(&properties, "defer_destroy") == Some("on"),
         });
@@ -253,8 +254,8 @@ mod tests {
     #[test]
     fn snapshots_come_in_the_order_of_their_making() {
         let text = "tank/v\tguid\t1\t-\ntank/v\tcreatetxg\t7\t-\ntank/v@b\tguid\t18446744073709551615\t-\ntank/v@b\tcreatetxg\t23\t-\n\
-            tank/v@b\tcreation\t5\t-\ntank/v@b\tuserrefs\t1\t-\ntank/v@a\tguid\t3\t-\ntank/v@a\tcreatetxg\t15\t-\ntank/v@a\tcreation\t5\t-\n\
-            tank/v@a\tuserrefs\t0\t-\ntank/v/child@c\tguid\t9\t-\n";
+            tank/v@b\tcreation\t5\t-\ntank/v@b\tuserrefs\t1\t-\ntank/v@b\tused\t8192\t-\ntank/v@a\tguid\t3\t-\ntank/v@a\tcreatetxg\t15\t-\ntank/v@a\tcreation\t5\t-\n\
+            tank/v@a\tuserrefs\t0\t-\ntank/v@a\tused\t0\t-\ntank/v/child@c\tguid\t9\t-\n";
         let found = snapshots(&DatasetName::new("tank/v").unwrap(), text).unwrap();
         let names: Vec<_> = found.iter().map(|s| (s.name.short(), s.guid.0, s.holds)).collect();
         assert_eq!(names, [("a", 3, 0), ("b", u64::MAX, 1)]);

@@ -42,6 +42,7 @@ impl Disk {
     pub fn mount(&mut self) {
         self.sync();
         (self.local.open, self.local.mounted, self.writable) = (true, true, !self.local.readonly);
+        self.local.rests_at = None;
     }
 
     /// Unmounts it in order.
@@ -49,6 +50,7 @@ impl Disk {
         if self.local.mounted {
             self.sync();
             (self.local.open, self.local.mounted, self.writable) = (false, false, false);
+            self.local.rests_at = None;
         }
     }
 

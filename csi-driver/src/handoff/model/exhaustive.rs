@@ -188,6 +188,7 @@ fn no_guard_is_there_for_nothing() {
         (Weakness::StaysWritable, moves),
         (Weakness::KeepsCutStreams, moves),
         (Weakness::MountsAnywhere, moves),
+        (Weakness::RestsForEver, moves),
         (Weakness::ForgetsLogs, cut),
         (Weakness::ForgetsFirst, deletion),
         (Weakness::DestroysShared, shared),

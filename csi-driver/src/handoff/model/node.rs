@@ -31,6 +31,9 @@ impl World {
     fn seen(&self, local: Local) -> Local {
         match self.weakness {
             Weakness::BlindToMounts => Local { mounted: false, ..local },
+            Weakness::RestsForEver => {
+                Local { rests_at: local.snapshots.last().map(|newest| newest.guid.clone()), ..local }
+            }
             _ => local,
         }
     }
@@ -131,11 +134,20 @@ impl World {
             }
             Action::TakeOver(guid) => Event::TookOver { node: me, epoch, guid: guid.clone(), bytes: 0, base: None },
             Action::Finish => Event::Finished { node: me, epoch, at: now() },
-            Action::PublishRound(name) => {
-                Event::RoundTaken { node: me, epoch, snapshot: self.snapshot(node, name), at: now() }
+            Action::PublishRound { name, rests } => {
+                let snapshot = self.snapshot(node, name);
+                let local = &mut self.disk(node).local;
+                if *rests && !local.mounted {
+                    (local.open, local.rests_at) = (false, Some(snapshot.guid.clone()));
+                }
+                Event::RoundTaken { node: me, epoch, snapshot, at: now() }
             }
-            Action::PublishFinal(name) => {
-                Event::Published { node: me, epoch, snapshot: self.snapshot(node, name), quiesced_at: now() }
+            Action::PublishFinal { name, resting } => {
+                let snapshot = match resting {
+                    Some(resting) if self.rests_at(node, resting) => resting.clone(),
+                    _ => self.snapshot(node, name),
+                };
+                Event::Published { node: me, epoch, snapshot, quiesced_at: now() }
             }
             _ => return None,
         })
@@ -218,6 +230,15 @@ impl World {
         let known = Known { name: name.to_owned(), guid: self.guids.to_string() };
         self.disk(node).freeze(known.clone());
         known
+    }
+
+    /// What an agent asks of ZFS once more before it publishes a round's snapshot as the last. What nobody does with Portolan, writing by hand, isn't
+    /// played here.
+    fn rests_at(&self, node: usize, resting: &Known) -> bool {
+        let local = self.disks[node].as_ref().map(|disk| self.seen(disk.local.clone()));
+        local.is_some_and(|local| {
+            local.rests_at.as_ref() == Some(&resting.guid) && local.snapshots.last() == Some(resting)
+        })
     }
 
     /// Receives from the source of the handoff what is authorised now, a stream of one snapshot; refuses what ZFS refuses.

@@ -23,6 +23,7 @@ impl World {
             self.want(at);
             self.run_down();
         }
+        self.happen(&Happening::Mount(at));
         match self.wrong {
             Some(wrong) => Err(wrong),
             None => self.check_settled(at).map(|()| self.quarantined),
@@ -70,13 +71,9 @@ impl World {
             return Err(format!("the volume is {:?} on {:?}, not Ready on {}", status.phase, status.owner, NODES[at]));
         }
         let disk = self.disks[at].as_ref().ok_or("the owner has no copy")?;
-        if disk.acknowledged() != self.written || disk.local.readonly {
-            return Err(format!(
-                "{} of {} writes, read-only: {}",
-                disk.acknowledged(),
-                self.written,
-                disk.local.readonly
-            ));
+        if disk.acknowledged() != self.written || !disk.writable {
+            let (found, written) = (disk.acknowledged(), self.written);
+            return Err(format!("{found} of {written} writes, a pod can write: {}", disk.writable));
         }
         if let Some(lost) = self.lost_snapshots(|_, guid| disk.frozen(guid)) {
             return Err(lost);

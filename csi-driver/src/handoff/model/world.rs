@@ -43,6 +43,8 @@ pub enum Weakness {
     ForgetsFirst,
     /// A source sends people's snapshots that its target has said it has none of any more.
     SendsAgain,
+    /// A source takes a round's snapshot for the last though the volume was in use since.
+    RestsForEver,
     /// A person's snapshot whose object goes is destroyed though a copy is known to share it.
     DestroysShared,
     /// The same though a target may have come as far as it.
@@ -205,12 +207,16 @@ impl World {
             }
             Happening::Abort => self.control(Event::Aborted { why: "not wanted".into(), at: now() }),
             Happening::Mount(node) if self.may_mount(node) => {
+                self.make_writable(node);
                 self.mount(node);
                 if self.disks[node].as_ref().is_some_and(|disk| disk.acknowledged() != self.written) {
                     self.note("a pod starts with what the volume was once");
                 }
             }
-            Happening::MountLate(node) if self.may_mount(node) => self.late_mounts.push(node),
+            Happening::MountLate(node) if self.may_mount(node) => {
+                self.make_writable(node);
+                self.late_mounts.push(node);
+            }
             Happening::Mount(_) | Happening::MountLate(_) => {}
             Happening::MountComes => {
                 if let Some(node) = self.late_mounts.pop() {
@@ -320,6 +326,14 @@ impl World {
             && epoch == Some(status.epoch)
             // The agent holds the volume's lock from the reading of the object to the last action of the plan.
             && !self.is_busy(node)
+    }
+
+    /// What the last round of a move has made read-only, which is not the last now.
+    fn make_writable(&mut self, node: usize) {
+        let moves = self.status().handoff.is_some();
+        if let Some(disk) = self.disks[node].as_mut().filter(|disk| moves && !disk.local.open) {
+            disk.local.readonly = false;
+        }
     }
 
     pub(super) fn mount(&mut self, node: usize) {

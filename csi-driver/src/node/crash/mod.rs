@@ -9,6 +9,7 @@ mod failures;
 mod fate;
 mod host;
 mod kubelet;
+mod last_round;
 mod picture;
 mod reading;
 mod resuming;
@@ -57,6 +58,8 @@ enum Verb {
     Unmount,
     /// A pod ends on one node and starts on another.
     Relocate,
+    /// A pod ends on one node, from which most of the volume has come to another, and starts there.
+    RelocateWarm,
     /// To a node that never had the volume.
     Move,
     /// To one that had it.
@@ -147,6 +150,10 @@ impl Verb {
                 world.write("db", "on b").await;
             }
             Self::Unmount | Self::Relocate => world.ask_kubelet("a", START),
+            Self::RelocateWarm => {
+                world.ask_kubelet("a", START);
+                last_round::ask_warm(world, "b").await;
+            }
             Self::SnapshotAfterFailure | Self::MountAfterFailure | Self::MoveAfterFailure => {
                 fail_in_use(world, &["db"]).await
             }
@@ -183,7 +190,7 @@ impl Verb {
                 world.ask_snapshot("s", "db", |_| ()).await;
                 world.ask_kubelet("a", START);
             }
-            Self::Unmount => world.ask_kubelet("a", END),
+            Self::Unmount | Self::RelocateWarm => world.ask_kubelet("a", END),
             Self::Relocate => {
                 world.ask_kubelet("a", END);
                 world.ask_move("db", "b").await;
@@ -240,13 +247,17 @@ impl Verb {
             Self::Clone | Self::Copy => grow(world, "new").await,
             Self::DeleteOrigin | Self::DeleteKept => world.delete_all().await,
             Self::DeleteBase => world.ask_move("db", "b").await,
+            Self::RelocateWarm => {
+                world.ask_move("db", "b").await;
+                world.ask_kubelet("b", START);
+            }
             _ => {}
         }
     }
 
     fn has_pod(self) -> bool {
         let before = matches!(self, Self::Mount | Self::MountAfterFailure | Self::Unmount | Self::Relocate);
-        before || matches!(self, Self::Read | Self::EndReading)
+        before || matches!(self, Self::RelocateWarm | Self::Read | Self::EndReading)
     }
 }
 
@@ -402,6 +413,7 @@ verbs! {
     mount: Mount;
     unmount: Unmount;
     relocate: Relocate;
+    relocate_warm: RelocateWarm;
     move_away: Move;
     move_back: Return;
     move_to_the_origin: Follow;

@@ -13,7 +13,7 @@ use serde_json::Value;
 pub(super) type Pools = BTreeMap<&'static str, Memory>;
 
 /// Fields that say when something was, or how it came there.
-const VARYING: [&str; 15] = [
+const VARYING: [&str; 17] = [
     "resourceVersion",
     "generation",
     "creationTimestamp",
@@ -26,6 +26,8 @@ const VARYING: [&str; 15] = [
     "bytes",
     "preCopyBytes",
     "base",
+    "rounds",
+    "roundGuid",
     "used",
     "usedBytes",
     "observedGeneration",

@@ -185,6 +185,11 @@ impl World {
         self.calls.extend(calls.map(|call| (node, call)));
     }
 
+    /// What kubelets still have to ask for was asked for otherwise.
+    pub(super) fn forget_calls(&mut self) {
+        self.calls.clear();
+    }
+
     /// All pods end, however far they have come.
     pub(super) fn end_pods(&mut self) {
         self.calls.clear();

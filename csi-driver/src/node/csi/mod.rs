@@ -70,7 +70,8 @@ async fn read<Z>(node: &Node<Z>, name: &str) -> Result<PortableVolume, Status> {
     volume.ok_or_else(|| Status::not_found(format!("there is no PortableVolume {name}")))
 }
 
-/// Whether this node may write the volume now, by the API and by the disk.
+/// Whether this node may write the volume now, by the API and by the disk; makes the dataset writable if only a move that hasn't come so far is
+/// in the way.
 async fn check_owner<Z: Zfs>(node: &Node<Z>, volume: &PortableVolume, dataset: &DatasetName) -> Result<(), Status> {
     let name = volume.name_any();
     let refused = |why: String| {
@@ -92,16 +93,20 @@ async fn check_owner<Z: Zfs>(node: &Node<Z>, volume: &PortableVolume, dataset: &
     if !handoff::is_copy(volume, &local) {
         return Err(refused(format!("dataset {dataset} is not this volume's")));
     }
-    // Its own agent makes it writable again: a mount that came before would be taken for what an agent has left that was killed.
-    if local.readonly {
-        let why = format!("dataset {dataset} is read-only still: its agent has not looked at it since it was started");
-        return Err(Status::unavailable(why));
-    }
     if local.epoch != Some(status.epoch) {
         return Err(refused(format!(
             "dataset {dataset} is at epoch {:?}, the volume at {}",
             local.epoch, status.epoch
         )));
+    }
+    // A move's last round has made it so, and is not the last now.
+    if local.readonly && status.handoff.is_some() && !local.open && !local.mounted {
+        return node.zfs.set_readonly(dataset, false).await.map_err(zfs_failed);
+    }
+    // Its own agent makes it writable again: a mount that came before would be taken for what an agent has left that was killed.
+    if local.readonly {
+        let why = format!("dataset {dataset} is read-only still: its agent has not looked at it since it was started");
+        return Err(Status::unavailable(why));
     }
     Ok(())
 }

@@ -269,7 +269,7 @@ impl World {
             }
             Action::Own => Event::Owned { node: me, spec: Box::new(volume.spec.clone()) },
             Action::SetReadonly(on) => return zfs.set_readonly(name, on).await.unwrap(),
-            Action::PublishFinal(short) => {
+            Action::PublishFinal { name: short, .. } => {
                 let guid = zfs.snapshot(&snapshot(&short)).await.unwrap().guid.to_string();
                 Event::Published { node: me, epoch, snapshot: Known { name: short, guid }, quiesced_at: write::now() }
             }
@@ -278,8 +278,9 @@ impl World {
                 properties.extend(volume::properties(&self.volume, Path::new("/m")).unwrap());
                 return transfer(self.zfs(&handoff.from), zfs, &snapshot(&known.name), properties).await;
             }
-            Action::PublishRound(short) => {
+            Action::PublishRound { name: short, .. } => {
                 let guid = zfs.snapshot(&snapshot(&short)).await.unwrap().guid.to_string();
+                zfs.set_property(name, &volume::resting_property(&guid).unwrap()).await.unwrap();
                 Event::RoundTaken { node: me, epoch, snapshot: Known { name: short, guid }, at: write::now() }
             }
             Action::RecordRound(guid) => Event::RoundReceived { node: me, epoch, guid, round: None },

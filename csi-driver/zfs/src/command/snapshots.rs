@@ -6,7 +6,7 @@ use crate::model::Snapshot;
 use crate::name::{DatasetName, InvalidName, SnapshotName};
 use crate::parse;
 
-const PROPERTIES: &str = "guid,createtxg,creation,userrefs,defer_destroy";
+const PROPERTIES: &str = "guid,createtxg,creation,used,userrefs,defer_destroy";
 
 /// Set on all snapshots of a recursive one that was made for some of them; its value is their short name.
 const MARK: &str = "portolan:snapshot-all";

@@ -221,6 +221,7 @@ impl Taken {
             guid: crate::Guid(self.guid),
             created_txg: self.txg,
             created: 0,
+            used: 0,
             holds: self.holds.len() as u64,
             defer_destroy: self.deferred,
         })

@@ -141,7 +141,12 @@ impl Zfs for Memory {
 
     async fn snapshots(&self, dataset: &DatasetName) -> Result<Vec<Snapshot>> {
         self.call("snapshots", dataset, |state| {
-            state.entry(dataset, "snapshots")?.snapshots.iter().map(|taken| taken.snapshot(dataset)).collect()
+            let entry = state.entry(dataset, "snapshots")?;
+            let mut found = entry.snapshots.iter().map(|taken| taken.snapshot(dataset)).collect::<Result<Vec<_>>>()?;
+            if let Some(newest) = found.last_mut().filter(|_| entry.modified) {
+                newest.used = 1;
+            }
+            Ok(found)
         })
         .await
     }
