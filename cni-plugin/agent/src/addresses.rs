@@ -252,7 +252,10 @@ impl<R: Registry> Addresses<R> {
                 }
                 (Some(held), _) => held,
                 (None, Some(asked)) => self.asked(&mut state, network, *subnet, asked, holder).await?,
-                (None, None) => self.free(&mut state, network, *subnet).await?,
+                (None, None) => match self.former(&mut state, network, *subnet, holder.uid) {
+                    Some(former) => former,
+                    None => self.free(&mut state, network, *subnet).await?,
+                },
             };
             // First on disk: who had it before is not to have it again.
             self.known.give(&network.name, address, holder.uid)?;

@@ -1,11 +1,13 @@
-//! Addresses that pods had before, for an agent that can't ask anybody.
+//! Addresses that pods had before, for their other sandboxes.
 
 use std::{
     net::IpAddr,
     sync::{Arc, PoisonError},
 };
 
-use super::{Addresses, Holder, Reservation, registry::Registry};
+use ipnet::IpNet;
+
+use super::{Addresses, Holder, Reservation, State, registry::Registry};
 use crate::{alone::unknown, error::PlugError, network::Network};
 
 impl<R: Registry> Addresses<R> {
@@ -41,6 +43,15 @@ impl<R: Registry> Addresses<R> {
             reservation.addresses.push(address);
         }
         Ok(reservation)
+    }
+
+    /// What an earlier sandbox of the same pod had, if it is free.
+    pub(super) fn former(&self, state: &mut State, network: &Network, subnet: IpNet, uid: &str) -> Option<IpAddr> {
+        let had = self.known.had(uid, &network.name)?;
+        let used = self.used(state, &network.name);
+        let own = state.blocks.get(&network.name)?;
+        let is_free = |address: &IpAddr| !used.contains(address) && own.iter().any(|block| block.contains(address));
+        had.addresses.into_iter().find(|address| subnet.contains(address) && is_free(address))
     }
 
     /// Whether an address is another pod's of this node, or is about to be.
